@@ -1,0 +1,19 @@
+# Copyright: (c) 2026, The ctsync authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""ctsyncd, the connection-tracking state replication daemon.
+
+Rooms, from the ground up; a room imports only from the floors below it:
+
+1. values: ``constants``, ``errors``, ``flow``, ``config``
+2. codecs, bytes <-> values: ``ctnetlink`` (kernel), ``wire`` (peer), ``render`` (people)
+3. pure logic, time is an argument: ``tables``, ``session``, ``readiness``, ``engine``
+4. edges: ``crypto``, ``netlink``, ``link``, ``control``, ``vrrp``, ``service``
+5. ``daemon`` (the event loop), ``cli``, ``__main__``
+
+Only the standard library is imported at import time.
+"""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
