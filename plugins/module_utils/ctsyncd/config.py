@@ -1,0 +1,566 @@
+# Copyright: (c) 2026, The ctsync authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The daemon's configuration: one JSON object, read once, checked completely, then frozen.
+
+The option tables below drive parsing, defaults, error texts and the reference in ``docs/ctsyncd.md``.
+Units are in the option's name.  Secrets are never in here: ``keys`` names where to read them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import json
+import re
+import types
+from dataclasses import dataclass
+from typing import Any, Callable, Mapping, NamedTuple, Union
+
+from .errors import ConfigError
+
+DEFAULT_PATH = "/etc/ctsyncd/ctsyncd.conf"
+MAX_BYTES = 1 << 20  # a configuration is a few hundred bytes; more is a mistake
+
+MODES = ("hot-standby", "external-cache")
+UDP_CHOICES = ("replied", "all")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+_INTERFACE = re.compile(r"[^\s/:%\x00-\x1f\x7f]{1,15}")  # IFNAMSIZ is 16 with the final NUL
+_NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_CREDENTIAL = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,254}")
+_SUN_PATH_BYTES = 107  # <linux/un.h>: UNIX_PATH_MAX less the final NUL
+
+Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
+Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+
+
+class _Required:
+    def __repr__(self) -> str:
+        return "required"
+
+
+REQUIRED: Any = _Required()
+
+
+class Option(NamedTuple):
+    """One row of an option table.  ``minimum`` and ``maximum`` are inclusive and for integers."""
+
+    key: str
+    kind: str
+    default: Any
+    help: str
+    minimum: int = 0
+    maximum: int = 0
+    choices: tuple[str, ...] = ()
+
+
+class Peer(NamedTuple):
+    node: str
+    address: str
+
+    @property
+    def packed(self) -> bytes:
+        """The address in network byte order (4 or 16 bytes)."""
+        return ipaddress.ip_address(self.address).packed
+
+
+class Link(NamedTuple):
+    """Our own end of the sync link."""
+
+    interface: str
+    address: str
+    port: int
+
+    @property
+    def packed(self) -> bytes:
+        """The address in network byte order (4 or 16 bytes)."""
+        return ipaddress.ip_address(self.address).packed
+
+
+class VirtualIp(NamedTuple):
+    interface: str
+    address: str
+
+    @property
+    def packed(self) -> bytes:
+        """The address in network byte order (4 or 16 bytes)."""
+        return ipaddress.ip_address(self.address).packed
+
+
+OPTIONS: tuple[Option, ...] = (
+    Option("node", "node", REQUIRED, "Name of this node, as the peer knows it."),
+    Option("peers", "peers", REQUIRED, "The other node: a list with exactly one object (this version)."),
+    Option("link", "link", REQUIRED, "This node's end of the sync link."),
+    Option("virtual_ips", "virtual_ips", REQUIRED, "The virtual IPs that VRRP moves; who holds them all is active."),
+    Option("keys", "keys", REQUIRED, "Pre-shared keys: key id (1 to 255) to credential name or absolute path."),
+    Option("send_key", "key_id", None, "Key id to send with. Needed when there are several keys.", 1, 255),
+    Option(
+        "mode",
+        "choice",
+        "hot-standby",
+        "`hot-standby` writes replicas into the kernel at once, `external-cache` at take-over (`ctsyncd -c`).",
+        choices=MODES,
+    ),
+    Option("control_socket", "socket_path", "/run/ctsyncd/ctsyncd.sock", "Control socket of the daemon, mode 0600."),
+    Option("notify_fifo", "path", "/run/ctsync/notify.fifo", "FIFO that keepalived writes its transitions to."),
+    Option("track_file", "path", "/run/ctsync/not-ready", "File that keepalived tracks: 1 is not ready, 0 is ready."),
+    Option("ignore_addresses", "networks", (), "Networks whose flows are not replicated, besides all own addresses."),
+    Option("replicate", "boolean", True, "`false` switches replication off; the node then says NOT READY."),
+    Option(
+        "udp",
+        "choice",
+        "replied",
+        "Which flows without a state machine (UDP, ICMP, others) are replicated: those with a reply, or all.",
+        choices=UDP_CHOICES,
+    ),
+    Option("hello_interval_ms", "integer", 200, "Time between two signs of life on an idle link.", 20, 10_000),
+    Option("dead_after_ms", "integer", 1000, "Silence after which the peer counts as dead.", 100, 60_000),
+    Option("window_ms", "integer", 5, "Changes of one flow within this time are sent as one.", 0, 1000),
+    Option("datagram_bytes", "integer", 1400, "Largest UDP payload sent on the sync link.", 512, 8900),
+    Option(
+        "netlink_buffer_bytes",
+        "integer",
+        64 << 20,
+        "Receive buffer for the kernel's events.",
+        1 << 16,
+        1 << 30,
+    ),
+    Option(
+        "park_timeout_s",
+        "integer",
+        86_400,
+        "Kernel timeout of a replica while the peer lives; true timers return at take-over.",
+        600,
+        2_147_483,
+    ),
+    Option("log_level", "choice", "info", "Least severity that is logged.", choices=LOG_LEVELS),
+)
+PEER_OPTIONS: tuple[Option, ...] = (
+    Option("node", "node", REQUIRED, "Name of the peer."),
+    Option("address", "address", REQUIRED, "Address of the peer on the sync link."),
+)
+LINK_OPTIONS: tuple[Option, ...] = (
+    Option("interface", "interface", REQUIRED, "Interface of the sync link; datagrams of others are not accepted."),
+    Option("address", "address", REQUIRED, "Own address on the sync link."),
+    Option("port", "integer", 3781, "UDP port, the same on both nodes.", 1, 65_535),
+)
+VIRTUAL_IP_OPTIONS: tuple[Option, ...] = (
+    Option("interface", "interface", REQUIRED, "Interface that carries the virtual IP."),
+    Option("address", "address", REQUIRED, "The virtual IP, without a prefix length."),
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A checked configuration; see ``OPTIONS`` for the meaning, unit and range of each field."""
+
+    node: str
+    peers: tuple[Peer, ...]
+    link: Link
+    virtual_ips: tuple[VirtualIp, ...]
+    keys: Mapping[int, str]
+    send_key: int
+    mode: str = "hot-standby"
+    control_socket: str = "/run/ctsyncd/ctsyncd.sock"
+    notify_fifo: str = "/run/ctsync/notify.fifo"
+    track_file: str = "/run/ctsync/not-ready"
+    ignore_addresses: tuple[Network, ...] = ()
+    replicate: bool = True
+    udp: str = "replied"
+    hello_interval_ms: int = 200
+    dead_after_ms: int = 1000
+    window_ms: int = 5
+    datagram_bytes: int = 1400
+    netlink_buffer_bytes: int = 64 << 20
+    park_timeout_s: int = 86_400
+    log_level: str = "info"
+
+    @property
+    def peer(self) -> Peer:
+        """The only peer of this version."""
+        return self.peers[0]
+
+
+def load(path: str) -> Config:
+    """Read and check the file ``path``; :class:`ConfigError` also when it cannot be read."""
+    try:
+        with open(path, "rb") as stream:
+            raw = stream.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(
+            [f"{path}: cannot be read: {error.strerror}: write the file, or name another one with -C FILE"]
+        ) from error
+    if len(raw) > MAX_BYTES:
+        raise ConfigError([f"{path}: is larger than {MAX_BYTES} bytes: this is not a configuration of ctsyncd"])
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"{path}: byte {error.start} is not UTF-8: save the file as UTF-8"]) from error
+    return parse(text, source=path)
+
+
+def parse(text: str, source: str = "configuration") -> Config:
+    """Check the JSON ``text`` and build the configuration.
+
+    :class:`ConfigError` carries every problem found, each beginning with ``source``.
+    """
+    problems = _Problems(source)
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in items:
+            if key in found:
+                problems.add(key, f"the key {_show(key)} stands twice in one object: keep one of them")
+            found[key] = value
+        return found
+
+    try:
+        document = json.loads(text, object_pairs_hook=pairs)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno} column {error.colno}"
+        raise ConfigError([f"{source}: {where}: not valid JSON: {error.msg}: correct it there"]) from error
+    except RecursionError as error:
+        raise ConfigError([f"{source}: nested too deeply: write one flat JSON object"]) from error
+    values = _object(document, "", OPTIONS, problems)
+    if values is not None:
+        _cross_check(values, problems)
+    if problems.found or values is None:
+        raise ConfigError(problems.found)
+    return Config(**values)
+
+
+class _Problems:
+    """What is wrong so far, in the order found, each sentence once."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.found: list[str] = []
+
+    def add(self, where: str, sentence: str) -> None:
+        text = f"{self.source}: {where}: {sentence}" if where else f"{self.source}: {sentence}"
+        if text not in self.found:
+            self.found.append(text)
+
+
+_BAD: Any = object()  # a value that was reported already
+
+
+def _show(value: Any) -> str:
+    try:
+        text = json.dumps(value, ensure_ascii=True)
+    except (TypeError, ValueError, RecursionError):
+        text = repr(type(value).__name__)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _object(value: Any, where: str, table: tuple[Option, ...], problems: _Problems) -> dict[str, Any] | None:
+    """Read ``value`` by ``table``; fields that are wrong get the value ``_BAD``."""
+    if not isinstance(value, dict):
+        names = ", ".join(option.key for option in table)
+        problems.add(where, f"{_show(value)} is not an object: write a JSON object with the keys {names}")
+        return None
+    prefix = f"{where}." if where else ""
+    known = [option.key for option in table]
+    for key in value:
+        if key in known:
+            continue
+        close = difflib.get_close_matches(key.lower().replace("-", "_"), known, n=1)
+        remedy = f"did you mean {close[0]}?" if close else f"remove it; known are {', '.join(known)}"
+        problems.add(prefix + key[:80], f"unknown option: {remedy}")
+    result: dict[str, Any] = {}
+    for option in table:
+        path = prefix + option.key
+        if option.key in value:
+            result[option.key] = _READERS[option.kind](value[option.key], path, option, problems)
+        elif option.default is REQUIRED:
+            problems.add(path, f"is missing: {option.help}")
+            result[option.key] = _BAD
+        else:
+            result[option.key] = option.default
+    return result
+
+
+def _read_text(what: str, pattern: re.Pattern[str]) -> Callable[[Any, str, Option, _Problems], Any]:
+    def read(value: Any, where: str, option: Option, problems: _Problems) -> Any:
+        if isinstance(value, str) and pattern.fullmatch(value):
+            return value
+        problems.add(where, f"{_show(value)} is not {what}")
+        return _BAD
+
+    return read
+
+
+def _read_boolean(value: Any, where: str, option: Option, problems: _Problems) -> Any:
+    if isinstance(value, bool):
+        return value
+    problems.add(where, f"{_show(value)} is not a boolean: write true or false")
+    return _BAD
+
+
+def _read_integer(value: Any, where: str, option: Option, problems: _Problems) -> Any:
+    if isinstance(value, int) and not isinstance(value, bool) and option.minimum <= value <= option.maximum:
+        return value
+    problems.add(
+        where, f"{_show(value)} is out of range: write an integer from {option.minimum} to {option.maximum}, unquoted"
+    )
+    return _BAD
+
+
+def _read_choice(value: Any, where: str, option: Option, problems: _Problems) -> Any:
+    if isinstance(value, str) and value in option.choices:
+        return value
+    close = difflib.get_close_matches(value, option.choices, n=1) if isinstance(value, str) else []
+    remedy = f"did you mean {close[0]}?" if close else f"write one of {', '.join(option.choices)}"
+    problems.add(where, f"{_show(value)} is not a choice: {remedy}")
+    return _BAD
+
+
+def _read_path(value: Any, where: str, option: Option, problems: _Problems) -> Any:
+    if not isinstance(value, str) or not value.startswith("/") or value.endswith("/") or "\x00" in value:
+        problems.add(where, f"{_show(value)} is not an absolute path of a file: write one that begins with /")
+        return _BAD
+    return value
+
+
+def _read_socket_path(value: Any, where: str, option: Option, problems: _Problems) -> Any:
+    path = _read_path(value, where, option, problems)
+    if path is not _BAD and len(path.encode("utf-8", "surrogatepass")) > _SUN_PATH_BYTES:
+        problems.add(where, f"{_show(value)} is too long for a socket: shorten it to {_SUN_PATH_BYTES} bytes")
+        return _BAD
+    return path
+
+
+def _read_address(value: Any, where: str, option: Option, problems: _Problems) -> Any:
+    """A unicast address in its canonical spelling."""
+    if isinstance(value, str) and "/" in value:
+        problems.add(where, f"{_show(value)} has a prefix length: write the address alone")
+        return _BAD
+    try:
+        if not isinstance(value, str) or "%" in value:
+            raise ValueError
+        address = ipaddress.ip_address(value)
+    except ValueError:
+        problems.add(where, f"{_show(value)} is not an IPv4 or IPv6 address: write one as a string, without a zone")
+        return _BAD
+    if address.is_multicast or address.is_unspecified or address == ipaddress.ip_address("255.255.255.255"):
+        problems.add(where, f"{_show(value)} is not a unicast address: write the address of one node")
+        return _BAD
+    return str(address)
+
+
+def _read_networks(value: Any, where: str, option: Option, problems: _Problems) -> Any:
+    if not isinstance(value, list):
+        problems.add(where, f"{_show(value)} is not a list: write a list of networks such as 192.168.100.0/24")
+        return _BAD
+    networks: list[Network] = []
+    for index, item in enumerate(value):
+        try:
+            if not isinstance(item, str):
+                raise ValueError
+            interface = ipaddress.ip_interface(item)
+        except ValueError:
+            problems.add(f"{where}[{index}]", f"{_show(item)} is not a network: write one such as 192.168.100.0/24")
+            continue
+        if interface.ip != interface.network.network_address:
+            problems.add(f"{where}[{index}]", f"{_show(item)} has host bits set: write {interface.network}")
+            continue
+        if interface.network not in networks:
+            networks.append(interface.network)
+    return tuple(networks)
+
+
+def _read_rows(
+    value: Any, where: str, table: tuple[Option, ...], make: Callable[..., Any], problems: _Problems
+) -> list[Any] | None:
+    """A non-empty list of objects; rows that are wrong are left out (and reported)."""
+    if not isinstance(value, list) or not value:
+        names = ", ".join(option.key for option in table)
+        problems.add(where, f"{_show(value)} is not a non-empty list: write a list of objects with the keys {names}")
+        return None
+    rows = []
+    for index, item in enumerate(value):
+        fields = _object(item, f"{where}[{index}]", table, problems)
+        if fields is not None and _BAD not in fields.values():
+            rows.append(make(**fields))
+    return rows
+
+
+def _read_peers(value: Any, where: str, option: Option, problems: _Problems) -> Any:
+    rows = _read_rows(value, where, PEER_OPTIONS, Peer, problems)
+    if rows is None:
+        return _BAD
+    if len(value) != 1:
+        problems.add(where, f"{len(value)} peers: exactly one peer is supported in this version: name one")
+    return tuple(rows)
+
+
+def _read_link(value: Any, where: str, option: Option, problems: _Problems) -> Any:
+    fields = _object(value, where, LINK_OPTIONS, problems)
+    return _BAD if fields is None or _BAD in fields.values() else Link(**fields)
+
+
+def _read_virtual_ips(value: Any, where: str, option: Option, problems: _Problems) -> Any:
+    rows = _read_rows(value, where, VIRTUAL_IP_OPTIONS, VirtualIp, problems)
+    if rows is None:
+        return _BAD
+    seen: set[tuple[str, str]] = set()
+    for row in rows:
+        # a link-local address belongs to its interface; every other one may stand once
+        scope = row.interface if ipaddress.ip_address(row.address).is_link_local else ""
+        if (row.address, scope) in seen:
+            problems.add(where, f"{row.address} stands more than once: name each virtual IP once")
+        seen.add((row.address, scope))
+    return tuple(rows)
+
+
+def _read_keys(value: Any, where: str, option: Option, problems: _Problems) -> Any:
+    if not isinstance(value, dict) or not value:
+        problems.add(where, f'{_show(value)} is not a non-empty object: write one such as {{"1": "key-1"}}')
+        return _BAD
+    keys: dict[int, str] = {}
+    for name, place in value.items():
+        path = f"{where}.{name[:80]}"
+        number = int(name) if re.fullmatch(r"[1-9][0-9]{0,2}", name, re.ASCII) else 0
+        if not 1 <= number <= 255:
+            problems.add(path, f"{_show(name)} is not a key id: write a decimal number from 1 to 255")
+            continue
+        if isinstance(place, str) and place.startswith("/"):
+            place = _read_path(place, path, option, problems)
+        elif not isinstance(place, str) or not _CREDENTIAL.fullmatch(place):
+            problems.add(
+                path,
+                "the value is not the place of a key: write the name of a systemd credential or an absolute path, "
+                "never the key itself",
+            )
+            place = _BAD
+        keys[number] = place
+    return types.MappingProxyType(keys)
+
+
+_Reader = Callable[[Any, str, Option, _Problems], Any]
+_READERS: dict[str, _Reader] = {
+    "node": _read_text(
+        "a node's name: write 1 to 63 letters, digits, dots, hyphens, underscores; begin with a letter or digit",
+        _NODE,
+    ),
+    "interface": _read_text(
+        "an interface's name: write 1 to 15 characters without spaces, slashes, colons and percent signs", _INTERFACE
+    ),
+    "boolean": _read_boolean,
+    "integer": _read_integer,
+    "key_id": _read_integer,
+    "choice": _read_choice,
+    "path": _read_path,
+    "socket_path": _read_socket_path,
+    "address": _read_address,
+    "networks": _read_networks,
+    "peers": _read_peers,
+    "link": _read_link,
+    "virtual_ips": _read_virtual_ips,
+    "keys": _read_keys,
+}
+
+
+def _cross_check(values: dict[str, Any], problems: _Problems) -> None:
+    """What no option can tell alone.  Only options that are right so far are compared."""
+    good = {key: value for key, value in values.items() if value is not _BAD}
+    _check_keys(values, good, problems)
+    _check_addresses(good, problems)
+    hello, dead = good.get("hello_interval_ms"), good.get("dead_after_ms")
+    if hello is not None and dead is not None and dead < 2 * hello:
+        problems.add(
+            "dead_after_ms",
+            f"{dead} is less than twice hello_interval_ms ({hello}): one lost datagram would kill the peer: "
+            f"write at least {2 * hello}, or lower hello_interval_ms",
+        )
+    paths: dict[str, str] = {}
+    for key in ("control_socket", "notify_fifo", "track_file"):
+        path = good.get(key)
+        if path in paths:
+            problems.add(key, f"{_show(path)} is also {paths[path]}: give each a file of its own")
+        elif path is not None:
+            paths[path] = key
+
+
+def _check_keys(values: dict[str, Any], good: dict[str, Any], problems: _Problems) -> None:
+    keys = good.get("keys")
+    if not keys or "send_key" not in good:
+        return
+    known = ", ".join(str(number) for number in sorted(keys))
+    if good["send_key"] is None:
+        if len(keys) == 1:
+            values["send_key"] = next(iter(keys))
+        else:
+            problems.add("send_key", f"is missing, and there are several keys: write one of {known}")
+    elif good["send_key"] not in keys:
+        problems.add("send_key", f"{good['send_key']} is not in keys: write one of {known}, or add the key")
+
+
+def _check_addresses(good: dict[str, Any], problems: _Problems) -> None:
+    link: Link | None = good.get("link")
+    for index, peer in enumerate(good.get("peers", ())):
+        where = f"peers[{index}]"
+        if peer.node == good.get("node"):
+            problems.add(f"{where}.node", f"{_show(peer.node)} is this node's own name: name the other node")
+        if link is None:
+            continue
+        if peer.address == link.address:
+            problems.add(f"{where}.address", f"{peer.address} is this node's own address: write the other node's")
+        elif len(peer.packed) != len(link.packed):
+            problems.add(
+                f"{where}.address",
+                f"{peer.address} and link.address {link.address} are not of the same family: use IPv4 or IPv6 for both",
+            )
+    fixed = {peer.address: f"the address of the peer {peer.node}" for peer in good.get("peers", ())}
+    if link is not None:
+        fixed.setdefault(link.address, "this node's own address on the sync link")
+    for vip in good.get("virtual_ips", ()):
+        if vip.address in fixed:
+            problems.add("virtual_ips", f"{vip.address} is {fixed[vip.address]}: a virtual IP belongs to no node")
+
+
+def reference() -> str:
+    """The option tables as Markdown, for ``docs/ctsyncd.md``."""
+    lines = ["| option | value | default | meaning |", "|---|---|---|---|"]
+    for prefix, table in (
+        ("", OPTIONS),
+        ("peers[].", PEER_OPTIONS),
+        ("link.", LINK_OPTIONS),
+        ("virtual_ips[].", VIRTUAL_IP_OPTIONS),
+    ):
+        for option in table:
+            default = _default_text(option)
+            lines.append(f"| `{prefix}{option.key}` | {_value_text(option)} | {default} | {option.help} |")
+    return "\n".join(lines) + "\n"
+
+
+_KIND_TEXTS = {
+    "node": "string",
+    "interface": "interface name",
+    "boolean": "true or false",
+    "path": "absolute path",
+    "socket_path": "absolute path",
+    "address": "IPv4 or IPv6 address",
+    "networks": "list of networks",
+    "peers": "list of objects",
+    "link": "object",
+    "virtual_ips": "list of objects",
+    "keys": "object",
+}
+
+
+def _value_text(option: Option) -> str:
+    if option.choices:
+        return ", ".join(f"`{choice}`" for choice in option.choices)
+    if option.maximum:
+        return f"{option.minimum} to {option.maximum}"
+    return _KIND_TEXTS[option.kind]
+
+
+def _default_text(option: Option) -> str:
+    if option.default is REQUIRED:
+        return "required"
+    if option.default is None:
+        return "the only key"
+    return f"`{json.dumps(option.default)}`"
