@@ -1,0 +1,272 @@
+# Copyright: (c) 2026, The ctsync authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Flows, the status and the statistics for people and programs: text as conntrack(8) writes it, XML, JSON values."""
+
+from __future__ import annotations
+
+import json
+from socket import inet_ntop
+from typing import Any, Mapping
+from xml.sax.saxutils import escape
+
+from .constants import (
+    AF_INET,
+    AF_INET6,
+    ICMP_PROTOCOLS,
+    IPPROTO_SCTP,
+    IPPROTO_TCP,
+    IPS_ASSURED,
+    IPS_HW_OFFLOAD,
+    IPS_OFFLOAD,
+    IPS_SEEN_REPLY,
+    PORT_PROTOCOLS,
+    PROTOCOL_NAMES,
+    SCTP_STATE_NAMES,
+    TCP_STATE_NAMES,
+)
+from .flow import Flow, Tuple
+
+VERDICT_EXITS = {"READY": 0, "DEGRADED": 1, "NOT READY": 2}
+
+_FAMILY_NAMES = {AF_INET: "ipv4", AF_INET6: "ipv6"}
+_STATE_NAMES = {IPPROTO_TCP: TCP_STATE_NAMES, IPPROTO_SCTP: SCTP_STATE_NAMES}
+_HEADS = tuple(f"{PROTOCOL_NAMES.get(number, 'unknown'):<8} {number} " for number in range(256))
+
+
+def state_name(flow: Flow) -> str | None:
+    """Name of the flow's protocol state; ``None`` for protocols without one or when it is unknown."""
+    if flow.state is None:
+        return None
+    names = _STATE_NAMES.get(flow.proto)
+    if names is None:
+        return None
+    return names[flow.state] if 0 <= flow.state < len(names) else f"STATE_{flow.state}"
+
+
+def line(flow: Flow, age_s: int | None = None) -> str:
+    """The flow as ``conntrack -L`` and ``conntrackd -i`` write it, without the timeout and without a newline.
+
+    ``age_s``: whole seconds since the flow began; ``None``: not known, and not written.
+    """
+    family, proto, status = flow.family, flow.proto, flow.status
+    state = state_name(flow)
+    head = _HEADS[proto] if state is None else f"{_HEADS[proto]}{state} "
+    unreplied = "" if status & IPS_SEEN_REPLY else "[UNREPLIED] "
+    text = f"{head}{_direction(family, proto, flow.orig)} {unreplied}{_direction(family, proto, flow.reply)}"
+    if status & IPS_HW_OFFLOAD:
+        text += " [HW_OFFLOAD]"
+    elif status & IPS_OFFLOAD:
+        text += " [OFFLOAD]"
+    elif status & IPS_ASSURED:
+        text += " [ASSURED]"
+    if flow.mark is not None:
+        text += f" mark={flow.mark}"
+    if flow.zone:
+        text += f" zone={flow.zone}"
+    if flow.helper:
+        text += f" helper={_word(flow.helper)}"
+    if flow.labels and any(flow.labels):
+        text += f" labels=0x{flow.labels.hex()}"
+    if age_s is not None:
+        text += f" [active since {age_s}s]"
+    return text
+
+
+def _direction(family: int, proto: int, way: Tuple) -> str:
+    text = f"src={inet_ntop(family, way.src)} dst={inet_ntop(family, way.dst)}"
+    l4 = way.l4
+    if len(l4) != 4:
+        return text
+    if proto in PORT_PROTOCOLS:
+        return f"{text} sport={l4[0] << 8 | l4[1]} dport={l4[2] << 8 | l4[3]}"
+    if proto in ICMP_PROTOCOLS:
+        return f"{text} type={l4[2]} code={l4[3]} id={l4[0] << 8 | l4[1]}"
+    return text
+
+
+def _word(text: str) -> str:
+    """A name from the kernel or a peer, safe for a line of words."""
+    return "".join(char if char.isprintable() and not char.isspace() else "?" for char in text)
+
+
+def xml(flow: Flow) -> str:
+    """The flow as one ``<flow>`` element as of ``conntrack -o xml``: no declaration, no root element, no newline."""
+    state = state_name(flow)
+    parts = [
+        "<flow>",
+        _xml_direction("original", flow.family, flow.proto, flow.orig),
+        _xml_direction("reply", flow.family, flow.proto, flow.reply),
+        '<meta direction="independent">',
+    ]
+    for tag, value in (
+        ("state", state),
+        ("timeout", flow.timeout),
+        ("mark", flow.mark),
+        ("zone", flow.zone or None),
+        ("id", flow.ident),
+    ):
+        if value is not None:
+            parts.append(f"<{tag}>{value}</{tag}>")
+    if flow.status & IPS_ASSURED:
+        parts.append("<assured/>")
+    if not flow.status & IPS_SEEN_REPLY:
+        parts.append("<unreplied/>")
+    if flow.helper:
+        parts.append(f"<helper>{escape(_word(flow.helper))}</helper>")
+    parts.append("</meta></flow>")
+    return "".join(parts)
+
+
+def _xml_direction(name: str, family: int, proto: int, way: Tuple) -> str:
+    ports = ""
+    if len(way.l4) == 4 and proto in PORT_PROTOCOLS:
+        source, destination = int.from_bytes(way.l4[:2], "big"), int.from_bytes(way.l4[2:], "big")
+        ports = f"<sport>{source}</sport><dport>{destination}</dport>"
+    return (
+        f'<meta direction="{name}"><layer3 protonum="{family}" protoname="{_FAMILY_NAMES.get(family, "unknown")}">'
+        f"<src>{inet_ntop(family, way.src)}</src><dst>{inet_ntop(family, way.dst)}</dst></layer3>"
+        f'<layer4 protonum="{proto}" protoname="{PROTOCOL_NAMES.get(proto, "unknown")}">{ports}</layer4></meta>'
+    )
+
+
+def as_dict(flow: Flow, age_s: int | None = None) -> dict[str, Any]:
+    """The flow as a JSON object.  Unknown values are ``None``; ``helper`` and ``labels`` only where there are any."""
+    result: dict[str, Any] = {
+        "protocol": PROTOCOL_NAMES.get(flow.proto, "unknown"),
+        "protonum": flow.proto,
+        "family": _FAMILY_NAMES.get(flow.family, "unknown"),
+        "zone": flow.zone,
+        "state": state_name(flow),
+        "orig": _dict_direction(flow.family, flow.proto, flow.orig),
+        "reply": _dict_direction(flow.family, flow.proto, flow.reply),
+        "snat": flow.snat,
+        "dnat": flow.dnat,
+        "assured": flow.assured,
+        "status": flow.status,
+        "timeout": flow.timeout,
+        "mark": flow.mark,
+        "age_s": age_s,
+    }
+    if flow.helper:
+        result["helper"] = flow.helper
+    if flow.labels and any(flow.labels):
+        result["labels"] = "0x" + flow.labels.hex()
+    return result
+
+
+def _dict_direction(family: int, proto: int, way: Tuple) -> dict[str, Any]:
+    result: dict[str, Any] = {"src": inet_ntop(family, way.src), "dst": inet_ntop(family, way.dst)}
+    l4 = way.l4
+    if len(l4) == 4 and proto in PORT_PROTOCOLS:
+        result["sport"] = l4[0] << 8 | l4[1]
+        result["dport"] = l4[2] << 8 | l4[3]
+    elif len(l4) == 4 and proto in ICMP_PROTOCOLS:
+        result["type"] = l4[2]
+        result["code"] = l4[3]
+        result["id"] = l4[0] << 8 | l4[1]
+    return result
+
+
+def json_line(flow: Flow, age_s: int | None = None) -> str:
+    """The flow as one line of JSON, without a newline."""
+    return json.dumps(as_dict(flow, age_s), separators=(", ", ": "))
+
+
+def verdict_line(status: Mapping[str, Any]) -> str:
+    """``READY``, ``DEGRADED: reason; reason`` or ``NOT READY: reason``."""
+    verdict = str(status.get("verdict", "NOT READY"))
+    reasons = "; ".join(str(reason) for reason in status.get("reasons") or ())
+    return f"{verdict}: {reasons}" if reasons else verdict
+
+
+def status_text(status: Mapping[str, Any]) -> str:
+    """The object of ``status --json`` for a person: the verdict, then the details.  Ends with a newline."""
+    rows: list[tuple[str, str]] = []
+    if "node" in status:
+        rows.append(("node", f"{status['node']} ({status.get('role', 'role unknown')})"))
+    for vip in status.get("virtual_ips") or ():
+        held = "held" if vip.get("held") else "not held"
+        rows.append(("virtual IP", f"{vip.get('address')} on {vip.get('interface')}, {held}"))
+    if "mode" in status:
+        rows.append(("mode", str(status["mode"]) + ("" if status.get("replicate", True) else ", replication off")))
+    rows.extend(("peer", _peer_text(peer)) for peer in status.get("peers") or ())
+    flows = status.get("flows")
+    if isinstance(flows, Mapping):
+        rows.append(("flows", ", ".join(f"{_count(count)} {name}" for name, count in flows.items())))
+    last = status.get("last_transition")
+    if isinstance(last, Mapping):
+        rows.append(("transition", f"to {last.get('to')}, {_seconds(last.get('ago_s'))} ago"))
+    if "version" in status:
+        rows.append(("version", str(status["version"])))
+    details = "".join(f"  {name:<11} {text}\n" for name, text in rows)
+    return f"{verdict_line(status)}\n{details}"
+
+
+def _peer_text(peer: Mapping[str, Any]) -> str:
+    words = [f"{peer.get('node')} ({peer.get('address')}) is {peer.get('state')}"]
+    if peer.get("role"):
+        words.append(str(peer["role"]))
+    if peer.get("last_seen_s") is not None:
+        words.append(f"seen {_seconds(peer['last_seen_s'])} ago")
+    lag = peer.get("lag")
+    if isinstance(lag, Mapping):
+        events = lag.get("events") or 0
+        words.append(f"lag {events} changes, {_seconds(lag.get('age_s'))}" if events else "no lag")
+    if peer.get("bulk"):
+        words.append(f"bulk {peer['bulk']}")
+    return ", ".join(words)
+
+
+def _seconds(value: Any) -> str:
+    return f"{value:.1f} s" if isinstance(value, (int, float)) else "unknown time"
+
+
+def _count(value: Any) -> str:
+    return "unknown" if value is None else str(value)
+
+
+def statistics(sections: Mapping[str, Any]) -> str:
+    """Blocks of counters: ``{"title": {"name": value or {"name": value}}}``.  Ends with a newline unless empty."""
+    blocks = []
+    for title, body in sections.items():
+        lines = [f"{_title(title)}:"]
+        if isinstance(body, Mapping):
+            lines += _counter_lines(body, 1)
+        elif isinstance(body, (list, tuple)):
+            lines += [f"    {_value(item)}" for item in body]
+        else:
+            lines = [f"{_title(title)}: {_value(body)}"]
+        blocks.append("\n".join(lines) + "\n")
+    return "\n".join(blocks)
+
+
+def _counter_lines(body: Mapping[str, Any], depth: int) -> list[str]:
+    lines = []
+    indent = "    " * depth
+    for name, value in body.items():
+        label = f"{indent}{_title(name)}:"
+        if isinstance(value, Mapping):
+            lines.append(label)
+            lines += _counter_lines(value, depth + 1)
+        else:
+            lines.append(f"{label:<44} {_value(value):>16}")
+    return lines
+
+
+def _title(name: Any) -> str:
+    return str(name).replace("_", " ")
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "unknown"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_value(item) for item in value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{_title(key)} {_value(item)}" for key, item in value.items())
+    return str(value)
