@@ -1,0 +1,716 @@
+# Copyright: (c) 2026, The ctsync authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""ctnetlink messages to flows and back, without any I/O.
+
+Headers and attribute headers are in host byte order, attribute values in network byte order
+(<linux/netlink.h>, <linux/netfilter/nfnetlink.h>, <linux/netfilter/nfnetlink_conntrack.h>).  Whatever is malformed
+raises :class:`NetlinkError` and nothing else; attributes that are not known are skipped.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from typing import Any, Iterator, NamedTuple, Union
+
+from .constants import (
+    AF_INET,
+    AF_INET6,
+    ICMP_PROTOCOLS,
+    IPPROTO_DCCP,
+    IPPROTO_ICMP,
+    IPPROTO_ICMPV6,
+    IPPROTO_SCTP,
+    IPPROTO_TCP,
+    IPS_ASSURED,
+    IPS_CONFIRMED,
+    IPS_DST_NAT,
+    IPS_EXPECTED,
+    IPS_SEEN_REPLY,
+    IPS_SRC_NAT,
+    TCP_ESTABLISHED,
+    TCP_FLAG_BE_LIBERAL,
+    TCP_FLAG_CLOSE_INIT,
+    TCP_FLAG_SACK_PERM,
+    TCP_FLAG_WINDOW_SCALE,
+)
+from .errors import NetlinkError
+from .flow import Flow, SeqAdj, Tuple
+
+Buffer = Union[bytes, bytearray, memoryview]
+
+# <linux/netlink.h>: message types
+NLMSG_NOOP = 1
+NLMSG_ERROR = 2
+NLMSG_DONE = 3
+NLMSG_OVERRUN = 4
+
+# <linux/netlink.h>: message flags; the meaning of 0x100 and above depends on the request
+NLM_F_REQUEST = 0x01
+NLM_F_MULTI = 0x02
+NLM_F_ACK = 0x04
+NLM_F_DUMP_INTR = 0x10
+NLM_F_EXCL = 0x200
+NLM_F_DUMP = 0x300
+NLM_F_CREATE = 0x400
+
+# <linux/netlink.h>: nlattr.nla_type flags
+NLA_F_NESTED = 0x8000
+NLA_TYPE_MASK = 0x3FFF
+
+# <linux/netfilter/nfnetlink.h>
+NFNL_SUBSYS_CTNETLINK = 1
+
+# <linux/netfilter/nfnetlink_conntrack.h>: enum cntl_msg_types
+IPCTNL_MSG_CT_NEW = 0
+IPCTNL_MSG_CT_GET = 1
+IPCTNL_MSG_CT_DELETE = 2
+IPCTNL_MSG_CT_GET_CTRZERO = 3
+
+# the same: enum ctattr_type
+CTA_TUPLE_ORIG = 1
+CTA_TUPLE_REPLY = 2
+CTA_STATUS = 3
+CTA_PROTOINFO = 4
+CTA_HELP = 5
+CTA_NAT_SRC = 6
+CTA_TIMEOUT = 7
+CTA_MARK = 8
+CTA_ID = 12
+CTA_NAT_DST = 13
+CTA_TUPLE_MASTER = 14
+CTA_SEQ_ADJ_ORIG = 15
+CTA_SEQ_ADJ_REPLY = 16
+CTA_ZONE = 18
+CTA_TIMESTAMP = 20
+CTA_LABELS = 22
+
+# the same: enum ctattr_tuple, ctattr_ip, ctattr_l4proto
+CTA_TUPLE_IP = 1
+CTA_TUPLE_PROTO = 2
+CTA_TUPLE_ZONE = 3
+CTA_IP_V4_SRC = 1
+CTA_IP_V4_DST = 2
+CTA_IP_V6_SRC = 3
+CTA_IP_V6_DST = 4
+CTA_PROTO_NUM = 1
+CTA_PROTO_SRC_PORT = 2
+CTA_PROTO_DST_PORT = 3
+CTA_PROTO_ICMP_ID = 4
+CTA_PROTO_ICMP_TYPE = 5
+CTA_PROTO_ICMP_CODE = 6
+CTA_PROTO_ICMPV6_ID = 7
+CTA_PROTO_ICMPV6_TYPE = 8
+CTA_PROTO_ICMPV6_CODE = 9
+
+# the same: enum ctattr_protoinfo and one per protocol
+CTA_PROTOINFO_TCP = 1
+CTA_PROTOINFO_DCCP = 2
+CTA_PROTOINFO_SCTP = 3
+CTA_PROTOINFO_TCP_STATE = 1
+CTA_PROTOINFO_TCP_WSCALE_ORIGINAL = 2
+CTA_PROTOINFO_TCP_WSCALE_REPLY = 3
+CTA_PROTOINFO_TCP_FLAGS_ORIGINAL = 4
+CTA_PROTOINFO_TCP_FLAGS_REPLY = 5
+CTA_PROTOINFO_DCCP_STATE = 1
+CTA_PROTOINFO_DCCP_ROLE = 2
+CTA_PROTOINFO_SCTP_STATE = 1
+CTA_PROTOINFO_SCTP_VTAG_ORIGINAL = 2
+CTA_PROTOINFO_SCTP_VTAG_REPLY = 3
+
+# the same: enum ctattr_nat, ctattr_protonat, ctattr_seqadj, ctattr_tstamp, ctattr_help
+CTA_NAT_V4_MINIP = 1
+CTA_NAT_V4_MAXIP = 2
+CTA_NAT_PROTO = 3
+CTA_NAT_V6_MINIP = 4
+CTA_NAT_V6_MAXIP = 5
+CTA_PROTONAT_PORT_MIN = 1
+CTA_PROTONAT_PORT_MAX = 2
+CTA_SEQADJ_CORRECTION_POS = 1
+CTA_SEQADJ_OFFSET_BEFORE = 2
+CTA_SEQADJ_OFFSET_AFTER = 3
+CTA_TIMESTAMP_START = 1
+CTA_HELP_NAME = 1
+
+# <net/netfilter/nf_conntrack_helper.h>: NF_CT_HELPER_NAME_LEN, the closing NUL included
+HELPER_NAME_LEN = 16
+# <net/netfilter/nf_conntrack_labels.h>: NF_CT_LABELS_MAX_SIZE in bytes
+LABELS_MAX_LEN = 16
+
+FALLBACK_TIMEOUT = 300
+"""Seconds given to a created entry whose timeout is not known: an offloaded flow (IPS_OFFLOAD) reports none."""
+
+# TCP flags that mean something on another machine.  The others describe window data that is not replicated.
+_TCP_FLAGS_CARRIED = TCP_FLAG_WINDOW_SCALE | TCP_FLAG_SACK_PERM | TCP_FLAG_CLOSE_INIT | TCP_FLAG_BE_LIBERAL
+
+# nf_conntrack_proto_icmp.c and nf_conntrack_proto_icmpv6.c: invmap[]
+_ICMP_MIRROR = {8: 0, 0: 8, 13: 14, 14: 13, 15: 16, 16: 15, 17: 18, 18: 17}
+_ICMPV6_MIRROR = {128: 129, 129: 128, 139: 140, 140: 139}
+
+_ADDRESS_LEN = {AF_INET: 4, AF_INET6: 16}
+
+_HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, seq, pid
+_NFGEN = struct.Struct("=BBH")  # struct nfgenmsg: family, version, resource id
+_ATTR = struct.Struct("=HH")  # struct nlattr: length, type
+_INT = struct.Struct("=i")
+_U16 = struct.Struct(">H")
+_U32 = struct.Struct(">I")
+_S32 = struct.Struct(">i")
+_U64 = struct.Struct(">Q")
+
+HEADER_LEN = _HEADER.size
+
+
+class Kind(enum.IntEnum):
+    """What a message from the kernel is."""
+
+    NEW = 1  # event: an entry was confirmed or created
+    UPDATE = 2  # event: an entry changed
+    DESTROY = 3  # event: an entry is gone
+    DUMP = 4  # answer to a dump or a get
+    DONE = 5  # end of a dump, ``errno`` says whether it is whole
+    ERROR = 6  # answer to the request ``seq``; ``errno`` 0 is an acknowledgement
+    OVERRUN = 7  # events were lost
+
+
+class Message(NamedTuple):
+    """One message from the kernel.
+
+    ``portid`` is nlmsg_pid: in an event, the port of the netlink socket whose request caused it, 0 if a packet or a
+    timer did.  ``flags`` is nlmsg_flags (NLM_F_DUMP_INTR matters in dumps).  ``errno`` is positive, 0 for success.
+    """
+
+    kind: Kind
+    flow: Flow | None = None
+    seq: int = 0
+    portid: int = 0
+    flags: int = 0
+    errno: int = 0
+
+
+Event = Message
+
+
+# --- decoding ---
+
+
+def parse_messages(data: Buffer) -> Iterator[Message]:
+    """Every conntrack message, error and end mark in a netlink buffer, in order.
+
+    Messages of other subsystems and NLMSG_NOOP are skipped.  Raises NetlinkError where the buffer is malformed; what
+    was yielded before is good.
+    """
+    data = bytes(data)
+    total = len(data)
+    at = 0
+    while at < total:
+        if total - at < HEADER_LEN:
+            raise NetlinkError(f"{total - at} bytes left, a netlink header needs {HEADER_LEN}")
+        length, kind, flags, seq, portid = _HEADER.unpack_from(data, at)
+        if length < HEADER_LEN or length > total - at:
+            raise NetlinkError(f"netlink message of {length} bytes in {total - at}")
+        message = _parse_message(kind, flags, seq, portid, data[at + HEADER_LEN : at + length])
+        if message is not None:
+            yield message
+        at += (length + 3) & ~3
+
+
+def _parse_message(kind: int, flags: int, seq: int, portid: int, payload: bytes) -> Message | None:
+    if kind >> 8 == NFNL_SUBSYS_CTNETLINK:
+        what = kind & 0xFF
+        if what == IPCTNL_MSG_CT_DELETE:
+            meaning = Kind.DESTROY
+        elif what != IPCTNL_MSG_CT_NEW:
+            return None
+        elif flags & NLM_F_MULTI:
+            meaning = Kind.DUMP
+        else:
+            meaning = Kind.NEW if flags & NLM_F_CREATE else Kind.UPDATE
+        return Message(meaning, decode_flow(payload), seq, portid, flags)
+    if kind == NLMSG_ERROR:
+        return Message(Kind.ERROR, None, seq, portid, flags, _errno(payload, required=True))
+    if kind == NLMSG_DONE:
+        return Message(Kind.DONE, None, seq, portid, flags, _errno(payload, required=False))
+    if kind == NLMSG_OVERRUN:
+        return Message(Kind.OVERRUN, None, seq, portid, flags)
+    return None
+
+
+def _errno(payload: bytes, required: bool) -> int:
+    if len(payload) < _INT.size:
+        if required or payload:
+            raise NetlinkError(f"an error number of {len(payload)} bytes")
+        return 0
+    return -int(_INT.unpack_from(payload)[0])
+
+
+def attributes(data: Buffer, start: int = 0) -> Iterator[tuple[int, bytes]]:
+    """Type (without flags) and value of every attribute in ``data`` from ``start`` on; NetlinkError if malformed."""
+    total = len(data)
+    at = start
+    while at < total:
+        if total - at < _ATTR.size:
+            raise NetlinkError(f"{total - at} stray bytes behind the attributes")
+        length, kind = _ATTR.unpack_from(data, at)
+        if length < _ATTR.size or length > total - at:
+            raise NetlinkError(f"attribute {kind & NLA_TYPE_MASK} of {length} bytes in {total - at}")
+        yield kind & NLA_TYPE_MASK, bytes(data[at + _ATTR.size : at + length])
+        at += (length + 3) & ~3
+
+
+def _fixed(value: bytes, size: int, name: str) -> bytes:
+    if len(value) != size:
+        raise NetlinkError(f"{name} has {len(value)} bytes instead of {size}")
+    return value
+
+
+def _u8(value: bytes, name: str) -> int:
+    return _fixed(value, 1, name)[0]
+
+
+def _u16(value: bytes, name: str) -> int:
+    return int(_U16.unpack(_fixed(value, 2, name))[0])
+
+
+def _u32(value: bytes, name: str) -> int:
+    return int(_U32.unpack(_fixed(value, 4, name))[0])
+
+
+def decode_flow(payload: Buffer) -> Flow:
+    """The flow in the payload (struct nfgenmsg and attributes) of a conntrack message.
+
+    Raises NetlinkError if it is malformed or lacks one of the two tuples.
+    """
+    if len(payload) < _NFGEN.size:
+        raise NetlinkError(f"nfgenmsg of {len(payload)} bytes")
+    family = payload[0]
+    if family not in _ADDRESS_LEN:
+        raise NetlinkError(f"address family {family} is neither IPv4 nor IPv6")
+    found = dict(attributes(payload, _NFGEN.size))
+    if CTA_TUPLE_ORIG not in found or CTA_TUPLE_REPLY not in found:
+        raise NetlinkError("conntrack entry without its two tuples")
+    proto, orig, zone = _decode_tuple(found[CTA_TUPLE_ORIG], family)
+    reply = _decode_tuple(found[CTA_TUPLE_REPLY], family)[1]
+    if CTA_ZONE in found:
+        zone = _u16(found[CTA_ZONE], "CTA_ZONE")
+    flow = Flow(
+        family,
+        proto,
+        zone,
+        orig,
+        reply,
+        _u32(found[CTA_STATUS], "CTA_STATUS") if CTA_STATUS in found else 0,
+        _u32(found[CTA_TIMEOUT], "CTA_TIMEOUT") if CTA_TIMEOUT in found else None,
+        mark=_u32(found[CTA_MARK], "CTA_MARK") if CTA_MARK in found else None,
+        ident=_u32(found[CTA_ID], "CTA_ID") if CTA_ID in found else None,
+    )
+    more: dict[str, Any] = {}
+    if CTA_PROTOINFO in found:
+        more.update(_decode_protoinfo(found[CTA_PROTOINFO]))
+    if CTA_LABELS in found:
+        more["labels"] = found[CTA_LABELS]
+    if CTA_HELP in found:
+        name = dict(attributes(found[CTA_HELP])).get(CTA_HELP_NAME)
+        if name is not None:
+            more["helper"] = name.split(b"\0", 1)[0].decode("latin-1")
+    if CTA_TUPLE_MASTER in found:
+        more["master_proto"], more["master"], _zone = _decode_tuple(found[CTA_TUPLE_MASTER], family)
+    if CTA_SEQ_ADJ_ORIG in found and CTA_SEQ_ADJ_REPLY in found:
+        more["seqadj"] = (_decode_seqadj(found[CTA_SEQ_ADJ_ORIG]), _decode_seqadj(found[CTA_SEQ_ADJ_REPLY]))
+    if CTA_TIMESTAMP in found:
+        start = dict(attributes(found[CTA_TIMESTAMP])).get(CTA_TIMESTAMP_START)
+        if start is not None:
+            more["start"] = int(_U64.unpack(_fixed(start, 8, "CTA_TIMESTAMP_START"))[0])
+    return flow._replace(**more) if more else flow
+
+
+def _decode_tuple(value: bytes, family: int) -> tuple[int, Tuple, int]:
+    """Protocol, tuple and zone (0 if the tuple names none)."""
+    parts = dict(attributes(value))
+    if CTA_TUPLE_IP not in parts or CTA_TUPLE_PROTO not in parts:
+        raise NetlinkError("tuple without addresses or protocol")
+    addresses = dict(attributes(parts[CTA_TUPLE_IP]))
+    want = _ADDRESS_LEN[family]
+    kinds = (CTA_IP_V4_SRC, CTA_IP_V4_DST) if family == AF_INET else (CTA_IP_V6_SRC, CTA_IP_V6_DST)
+    if kinds[0] not in addresses or kinds[1] not in addresses:
+        raise NetlinkError("tuple without source or destination of its address family")
+    src = _fixed(addresses[kinds[0]], want, "source address")
+    dst = _fixed(addresses[kinds[1]], want, "destination address")
+    keys = dict(attributes(parts[CTA_TUPLE_PROTO]))
+    if CTA_PROTO_NUM not in keys:
+        raise NetlinkError("tuple without a protocol number")
+    proto = _u8(keys[CTA_PROTO_NUM], "CTA_PROTO_NUM")
+    layout = _L4_LAYOUTS.get(proto, _PORTS)
+    l4 = b""
+    if layout[0][0] in keys:
+        for kind, size in layout:
+            if kind not in keys:
+                raise NetlinkError(f"tuple of protocol {proto} without attribute {kind}")
+            l4 += _fixed(keys[kind], size, f"attribute {kind} of a tuple of protocol {proto}")
+    zone = _u16(parts[CTA_TUPLE_ZONE], "CTA_TUPLE_ZONE") if CTA_TUPLE_ZONE in parts else 0
+    return proto, Tuple(src, dst, l4), zone
+
+
+# Attributes and sizes of Tuple.l4, in its order.  GRE's two keys travel as ports.
+_PORTS = ((CTA_PROTO_SRC_PORT, 2), (CTA_PROTO_DST_PORT, 2))
+_L4_LAYOUTS = {
+    IPPROTO_ICMP: ((CTA_PROTO_ICMP_ID, 2), (CTA_PROTO_ICMP_TYPE, 1), (CTA_PROTO_ICMP_CODE, 1)),
+    IPPROTO_ICMPV6: ((CTA_PROTO_ICMPV6_ID, 2), (CTA_PROTO_ICMPV6_TYPE, 1), (CTA_PROTO_ICMPV6_CODE, 1)),
+}
+
+
+def _decode_protoinfo(value: bytes) -> dict[str, Any]:
+    more: dict[str, Any] = {}
+    parts = dict(attributes(value))
+    if CTA_PROTOINFO_TCP in parts:
+        tcp = dict(attributes(parts[CTA_PROTOINFO_TCP]))
+        if CTA_PROTOINFO_TCP_STATE in tcp:
+            more["state"] = _u8(tcp[CTA_PROTOINFO_TCP_STATE], "TCP state")
+        scales = [tcp.get(CTA_PROTOINFO_TCP_WSCALE_ORIGINAL), tcp.get(CTA_PROTOINFO_TCP_WSCALE_REPLY)]
+        if scales[0] is not None and scales[1] is not None:
+            more["tcp_wscale"] = (_u8(scales[0], "window scale"), _u8(scales[1], "window scale"))
+        flags = [tcp.get(CTA_PROTOINFO_TCP_FLAGS_ORIGINAL), tcp.get(CTA_PROTOINFO_TCP_FLAGS_REPLY)]
+        if flags[0] is not None and flags[1] is not None:
+            more["tcp_flags"] = (_fixed(flags[0], 2, "TCP flags")[0], _fixed(flags[1], 2, "TCP flags")[0])
+    elif CTA_PROTOINFO_SCTP in parts:
+        sctp = dict(attributes(parts[CTA_PROTOINFO_SCTP]))
+        if CTA_PROTOINFO_SCTP_STATE in sctp:
+            more["state"] = _u8(sctp[CTA_PROTOINFO_SCTP_STATE], "SCTP state")
+        tags = [sctp.get(CTA_PROTOINFO_SCTP_VTAG_ORIGINAL), sctp.get(CTA_PROTOINFO_SCTP_VTAG_REPLY)]
+        if tags[0] is not None and tags[1] is not None:
+            more["sctp_vtags"] = (_u32(tags[0], "SCTP tag"), _u32(tags[1], "SCTP tag"))
+    elif CTA_PROTOINFO_DCCP in parts:
+        dccp = dict(attributes(parts[CTA_PROTOINFO_DCCP]))
+        if CTA_PROTOINFO_DCCP_STATE in dccp:
+            more["state"] = _u8(dccp[CTA_PROTOINFO_DCCP_STATE], "DCCP state")
+    return more
+
+
+def _decode_seqadj(value: bytes) -> SeqAdj:
+    parts = dict(attributes(value))
+    try:
+        position = parts[CTA_SEQADJ_CORRECTION_POS]
+        before = parts[CTA_SEQADJ_OFFSET_BEFORE]
+        after = parts[CTA_SEQADJ_OFFSET_AFTER]
+    except KeyError as missing:
+        raise NetlinkError(f"sequence adjustment without attribute {missing}") from None
+    return SeqAdj(
+        _u32(position, "CTA_SEQADJ_CORRECTION_POS"),
+        int(_S32.unpack(_fixed(before, 4, "CTA_SEQADJ_OFFSET_BEFORE"))[0]),
+        int(_S32.unpack(_fixed(after, 4, "CTA_SEQADJ_OFFSET_AFTER"))[0]),
+    )
+
+
+# --- encoding ---
+
+
+def attribute(kind: int, value: bytes) -> bytes:
+    """One attribute, padded to 4 bytes."""
+    length = _ATTR.size + len(value)
+    return _ATTR.pack(length, kind) + value + b"\0" * (-length & 3)
+
+
+def _nested(kind: int, *parts: bytes) -> bytes:
+    return attribute(kind | NLA_F_NESTED, b"".join(parts))
+
+
+def message(kind: int, flags: int, seq: int, payload: bytes = b"") -> bytes:
+    """One netlink message from port 0 (the kernel fills in the port of the socket)."""
+    return _HEADER.pack(HEADER_LEN + len(payload), kind, flags | NLM_F_REQUEST, seq & 0xFFFFFFFF, 0) + payload
+
+
+def _request(what: int, flags: int, seq: int, family: int, *parts: bytes) -> bytes:
+    return message(NFNL_SUBSYS_CTNETLINK << 8 | what, flags, seq, _NFGEN.pack(family, 0, 0) + b"".join(parts))
+
+
+def mirror(proto: int, direction: Tuple) -> Tuple:
+    """The tuple of the other direction if nothing is translated (nf_ct_invert_tuple).
+
+    An ICMP type without a counterpart is kept; the kernel tracks no such flow.
+    """
+    l4 = direction.l4
+    if proto == IPPROTO_ICMP:
+        l4 = l4[:2] + bytes(_ICMP_MIRROR.get(kind, kind) for kind in l4[2:3]) + l4[3:]
+    elif proto == IPPROTO_ICMPV6:
+        l4 = l4[:2] + bytes(_ICMPV6_MIRROR.get(kind, kind) for kind in l4[2:3]) + l4[3:]
+    else:
+        l4 = l4[2:] + l4[:2]
+    return Tuple(direction.dst, direction.src, l4)
+
+
+def _tuple(kind: int, family: int, proto: int, direction: Tuple) -> bytes:
+    want = _ADDRESS_LEN.get(family)
+    if want is None:
+        raise NetlinkError(f"address family {family} is neither IPv4 nor IPv6")
+    if len(direction.src) != want or len(direction.dst) != want or len(direction.l4) not in (0, 4):
+        raise NetlinkError(f"tuple {direction} does not fit address family {family}, protocol {proto}")
+    kinds = (CTA_IP_V4_SRC, CTA_IP_V4_DST) if family == AF_INET else (CTA_IP_V6_SRC, CTA_IP_V6_DST)
+    keys = [attribute(CTA_PROTO_NUM, bytes((proto,)))]
+    if direction.l4:
+        at = 0
+        for key, size in _L4_LAYOUTS.get(proto, _PORTS):
+            keys.append(attribute(key, direction.l4[at : at + size]))
+            at += size
+    return _nested(
+        kind,
+        _nested(CTA_TUPLE_IP, attribute(kinds[0], direction.src), attribute(kinds[1], direction.dst)),
+        _nested(CTA_TUPLE_PROTO, *keys),
+    )
+
+
+def _zone(zone: int) -> bytes:
+    return attribute(CTA_ZONE, _U16.pack(zone)) if zone else b""
+
+
+def _nat(kind: int, family: int, address: bytes, key: bytes) -> bytes:
+    """CTA_NAT_SRC or CTA_NAT_DST to exactly this address and this port (ICMP: id)."""
+    kinds = (CTA_NAT_V4_MINIP, CTA_NAT_V4_MAXIP) if family == AF_INET else (CTA_NAT_V6_MINIP, CTA_NAT_V6_MAXIP)
+    parts = [attribute(kinds[0], address), attribute(kinds[1], address)]
+    if key:
+        parts.append(
+            _nested(CTA_NAT_PROTO, attribute(CTA_PROTONAT_PORT_MIN, key), attribute(CTA_PROTONAT_PORT_MAX, key))
+        )
+    return _nested(kind, *parts)
+
+
+def _translations(flow: Flow) -> bytes:
+    """The NAT that turns the mirrored reply tuple into the flow's own."""
+    parts = b""
+    icmp = flow.proto in ICMP_PROTOCOLS
+    if flow.status & IPS_SRC_NAT:
+        parts += _nat(CTA_NAT_SRC, flow.family, flow.reply.dst, flow.reply.l4[:2] if icmp else flow.reply.l4[2:])
+    if flow.status & IPS_DST_NAT:
+        # The id of an ICMP flow belongs to its source; the translated one is set with CTA_NAT_SRC.
+        parts += _nat(CTA_NAT_DST, flow.family, flow.reply.src, flow.orig.l4[:2] if icmp else flow.reply.l4[:2])
+    return parts
+
+
+def _protoinfo(flow: Flow, liberal: bool) -> bytes:
+    state = flow.state
+    if flow.proto == IPPROTO_TCP:
+        if state is None and flow.status & IPS_ASSURED:
+            state = (
+                TCP_ESTABLISHED  # an offloaded flow reports no protocol data, and only established ones are offloaded
+            )
+        if state is None:
+            return b""
+        return _nested(CTA_PROTOINFO, _tcp(flow, state, liberal))
+    if flow.proto == IPPROTO_SCTP and state is not None and flow.sctp_vtags is not None:
+        return _nested(
+            CTA_PROTOINFO,
+            _nested(
+                CTA_PROTOINFO_SCTP,
+                attribute(CTA_PROTOINFO_SCTP_STATE, bytes((state,))),
+                attribute(CTA_PROTOINFO_SCTP_VTAG_ORIGINAL, _U32.pack(flow.sctp_vtags[0])),
+                attribute(CTA_PROTOINFO_SCTP_VTAG_REPLY, _U32.pack(flow.sctp_vtags[1])),
+            ),
+        )
+    if flow.proto == IPPROTO_DCCP and state is not None:
+        return _nested(
+            CTA_PROTOINFO,
+            _nested(
+                CTA_PROTOINFO_DCCP,
+                attribute(CTA_PROTOINFO_DCCP_STATE, bytes((state,))),
+                attribute(CTA_PROTOINFO_DCCP_ROLE, b"\0"),  # the original direction is the client's
+            ),
+        )
+    return b""
+
+
+def _tcp(flow: Flow, state: int, liberal: bool) -> bytes:
+    """State, window scale and flags of a TCP flow.
+
+    The kernel takes the two window scales only if the flags of both directions have WINDOW_SCALE
+    (nf_conntrack_proto_tcp.c, nlattr_to_tcp).  Not to have it in both means: the window is not scaled.
+
+    ``liberal``: packets are not dropped for their window position (IP_CT_TCP_FLAG_BE_LIBERAL).  Without it the flow
+    still gets the flag if its window scale is unknown.  The position itself is not replicated: the kernel begins to
+    track it with the first packet that passes.  If that is a retransmission of data whose acknowledgement was lost with
+    the other node, the acknowledgement that follows is for data that was never seen, hence INVALID.
+    """
+    parts = [attribute(CTA_PROTOINFO_TCP_STATE, bytes((state,)))]
+    flags = flow.tcp_flags
+    if flags is None:
+        mask = TCP_FLAG_SACK_PERM | TCP_FLAG_BE_LIBERAL
+        flags = (mask, mask)
+    else:
+        mask = _TCP_FLAGS_CARRIED
+        scaled = flags[0] & flags[1] & TCP_FLAG_WINDOW_SCALE
+        if scaled and flow.tcp_wscale is not None:
+            parts.append(attribute(CTA_PROTOINFO_TCP_WSCALE_ORIGINAL, bytes((flow.tcp_wscale[0],))))
+            parts.append(attribute(CTA_PROTOINFO_TCP_WSCALE_REPLY, bytes((flow.tcp_wscale[1],))))
+        elif scaled:
+            flags = (flags[0] & ~TCP_FLAG_WINDOW_SCALE, flags[1] & ~TCP_FLAG_WINDOW_SCALE)
+            liberal = True
+        if liberal:
+            flags = (flags[0] | TCP_FLAG_BE_LIBERAL, flags[1] | TCP_FLAG_BE_LIBERAL)
+    parts.append(attribute(CTA_PROTOINFO_TCP_FLAGS_ORIGINAL, bytes((flags[0] & mask, mask))))
+    parts.append(attribute(CTA_PROTOINFO_TCP_FLAGS_REPLY, bytes((flags[1] & mask, mask))))
+    return _nested(CTA_PROTOINFO_TCP, *parts)
+
+
+def _seqadj(flow: Flow) -> bytes:
+    if flow.seqadj is None:
+        return b""
+    return b"".join(
+        _nested(
+            kind,
+            attribute(CTA_SEQADJ_CORRECTION_POS, _U32.pack(one.correction_pos)),
+            attribute(CTA_SEQADJ_OFFSET_BEFORE, _S32.pack(one.offset_before)),
+            attribute(CTA_SEQADJ_OFFSET_AFTER, _S32.pack(one.offset_after)),
+        )
+        for kind, one in zip((CTA_SEQ_ADJ_ORIG, CTA_SEQ_ADJ_REPLY), flow.seqadj)
+    )
+
+
+def _labels(flow: Flow) -> bytes:
+    if flow.labels is None:
+        return b""
+    if len(flow.labels) > LABELS_MAX_LEN or len(flow.labels) % 4:
+        raise NetlinkError(f"{len(flow.labels)} bytes of labels")
+    return attribute(CTA_LABELS, flow.labels)
+
+
+def _helper(flow: Flow) -> bytes:
+    if not flow.helper:
+        return b""
+    try:
+        name = flow.helper.encode("latin-1") + b"\0"
+    except UnicodeEncodeError:
+        raise NetlinkError(f"helper name {flow.helper!r}") from None
+    if len(name) > HELPER_NAME_LEN or name.count(b"\0") != 1:
+        raise NetlinkError(f"helper name {flow.helper!r}")
+    return _nested(CTA_HELP, attribute(CTA_HELP_NAME, name))
+
+
+def create(
+    flow: Flow,
+    seq: int = 0,
+    *,
+    timeout: int | None = None,
+    ack: bool = False,
+    liberal: bool = True,
+    helper: bool = True,
+    master: bool = True,
+) -> bytes:
+    """Request to create the entry; EEXIST if the original tuple or the translated reply tuple is taken.
+
+    ``timeout``: seconds, instead of the flow's own.  ``liberal``: see :func:`_tcp`.  ``helper`` and ``master`` False
+    leave these out: the retry after EOPNOTSUPP (helper unknown here) and ENOENT (master not in the table).
+
+    With NAT the reply tuple is sent as the plain mirror of the original one: the kernel applies CTA_NAT_* to it and
+    sets the NAT bits only if that changes something (nf_nat_core.c, nf_nat_setup_info).  CTA_STATUS cannot set them.
+    Raises NetlinkError if the flow cannot be expressed.
+    """
+    family, proto = flow.family, flow.proto
+    natted = flow.status & (IPS_SRC_NAT | IPS_DST_NAT)
+    seconds = timeout if timeout is not None else flow.timeout if flow.timeout is not None else FALLBACK_TIMEOUT
+    status = flow.status & (IPS_SEEN_REPLY | IPS_ASSURED) | IPS_CONFIRMED
+    return _request(
+        IPCTNL_MSG_CT_NEW,
+        NLM_F_CREATE | NLM_F_EXCL | (NLM_F_ACK if ack else 0),
+        seq,
+        family,
+        _tuple(CTA_TUPLE_ORIG, family, proto, flow.orig),
+        _tuple(CTA_TUPLE_REPLY, family, proto, mirror(proto, flow.orig) if natted else flow.reply),
+        _zone(flow.zone),
+        attribute(CTA_STATUS, _U32.pack(status)),
+        attribute(CTA_TIMEOUT, _U32.pack(seconds)),
+        _protoinfo(flow, liberal),
+        b"" if flow.mark is None else attribute(CTA_MARK, _U32.pack(flow.mark)),
+        _labels(flow),
+        _helper(flow) if helper else b"",
+        b""
+        if flow.master is None or not master
+        else _tuple(CTA_TUPLE_MASTER, family, flow.master_proto or proto, flow.master),
+        _seqadj(flow),
+        _translations(flow) if natted else b"",
+    )
+
+
+def update(
+    flow: Flow,
+    seq: int = 0,
+    *,
+    timeout: int | None = None,
+    ack: bool = False,
+    liberal: bool = True,
+    status: bool = True,
+    expected: bool | None = None,
+) -> bytes:
+    """Request to change an existing entry (found by original tuple and zone); ENOENT if there is none.
+
+    NAT, master and helper are fixed when an entry is created and are left out (the kernel answers EOPNOTSUPP to the
+    first two).  CTA_STATUS can only set SEEN_REPLY and ASSURED; to clear one is EBUSY, and so is an EXPECTED bit that
+    differs from the kernel's.  ``expected`` tells whether the kernel's entry has it (default: the flow has a master);
+    ``status`` False leaves the status out, which never fails.  ``liberal``: see :func:`_tcp`.
+    """
+    bits = flow.status & (IPS_SEEN_REPLY | IPS_ASSURED) | IPS_CONFIRMED
+    if expected if expected is not None else flow.master is not None:
+        bits |= IPS_EXPECTED
+    seconds = timeout if timeout is not None else flow.timeout
+    return _request(
+        IPCTNL_MSG_CT_NEW,
+        NLM_F_ACK if ack else 0,
+        seq,
+        flow.family,
+        _tuple(CTA_TUPLE_ORIG, flow.family, flow.proto, flow.orig),
+        _zone(flow.zone),
+        attribute(CTA_STATUS, _U32.pack(bits)) if status else b"",
+        b"" if seconds is None else attribute(CTA_TIMEOUT, _U32.pack(seconds)),
+        _protoinfo(flow, liberal),
+        b"" if flow.mark is None else attribute(CTA_MARK, _U32.pack(flow.mark)),
+        _labels(flow),
+        _seqadj(flow),
+    )
+
+
+def delete(flow: Flow, seq: int = 0, ident: int | None = None, ack: bool = False) -> bytes:
+    """Request to delete the entry with the flow's original tuple and zone; ENOENT if there is none.
+
+    ``ident``: only if the kernel's CTA_ID is this one (not a later incarnation).
+    """
+    return _request(
+        IPCTNL_MSG_CT_DELETE,
+        NLM_F_ACK if ack else 0,
+        seq,
+        flow.family,
+        _tuple(CTA_TUPLE_ORIG, flow.family, flow.proto, flow.orig),
+        _zone(flow.zone),
+        b"" if ident is None else attribute(CTA_ID, _U32.pack(ident)),
+    )
+
+
+def flow_of_key(key: bytes) -> Flow:
+    """A flow that has only the identity of ``Flow.key``, enough for :func:`delete` and :func:`get`.
+
+    Raises NetlinkError if the key is malformed.
+    """
+    size = _ADDRESS_LEN.get(key[0]) if len(key) >= 4 else None
+    if size is None or len(key) - 4 - 2 * size not in (0, 4):
+        raise NetlinkError(f"flow key of {len(key)} bytes")
+    orig = Tuple(key[4 : 4 + size], key[4 + size : 4 + 2 * size], key[4 + 2 * size :])
+    return Flow(key[0], key[1], key[2] << 8 | key[3], orig, mirror(key[1], orig), 0)
+
+
+def get(flow: Flow, seq: int = 0) -> bytes:
+    """Request for the entry with the flow's original tuple and zone; the answer is a DUMP message or ENOENT."""
+    return _request(
+        IPCTNL_MSG_CT_GET,
+        0,
+        seq,
+        flow.family,
+        _tuple(CTA_TUPLE_ORIG, flow.family, flow.proto, flow.orig),
+        _zone(flow.zone),
+    )
+
+
+def dump(seq: int = 0, family: int = 0, zero: bool = False) -> bytes:
+    """Request for the whole table, or that of one address family; ``zero`` resets the packet counters."""
+    return _request(IPCTNL_MSG_CT_GET_CTRZERO if zero else IPCTNL_MSG_CT_GET, NLM_F_DUMP, seq, family)
+
+
+def fence(seq: int) -> bytes:
+    """A request that does nothing but is acknowledged; it ends a batch of requests that answer only if they fail."""
+    return message(NLMSG_NOOP, NLM_F_ACK, seq)
