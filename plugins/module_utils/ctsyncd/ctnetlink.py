@@ -195,11 +195,10 @@ Event = Message
 # --- decoding ---
 
 
-def parse_messages(data: Buffer) -> Iterator[Message]:
-    """Every conntrack message, error and end mark in a netlink buffer, in order.
+def split(data: Buffer) -> Iterator[tuple[int, int, int, int, bytes]]:
+    """Type, flags, sequence number, port id and payload of every message in a netlink buffer.
 
-    Messages of other subsystems and NLMSG_NOOP are skipped.  Raises NetlinkError where the buffer is malformed; what
-    was yielded before is good.
+    Raises NetlinkError where the buffer is malformed; what was yielded before is good.
     """
     data = bytes(data)
     total = len(data)
@@ -210,13 +209,24 @@ def parse_messages(data: Buffer) -> Iterator[Message]:
         length, kind, flags, seq, portid = _HEADER.unpack_from(data, at)
         if length < HEADER_LEN or length > total - at:
             raise NetlinkError(f"netlink message of {length} bytes in {total - at}")
-        message = _parse_message(kind, flags, seq, portid, data[at + HEADER_LEN : at + length])
-        if message is not None:
-            yield message
+        yield kind, flags, seq, portid, data[at + HEADER_LEN : at + length]
         at += (length + 3) & ~3
 
 
-def _parse_message(kind: int, flags: int, seq: int, portid: int, payload: bytes) -> Message | None:
+def parse_messages(data: Buffer) -> Iterator[Message]:
+    """Every conntrack message, error and end mark in a netlink buffer, in order.
+
+    Messages of other subsystems and NLMSG_NOOP are skipped.  Raises NetlinkError where the buffer is malformed; what
+    was yielded before is good.
+    """
+    for kind, flags, seq, portid, payload in split(data):
+        message = parse_message(kind, flags, seq, portid, payload)
+        if message is not None:
+            yield message
+
+
+def parse_message(kind: int, flags: int, seq: int, portid: int, payload: bytes) -> Message | None:
+    """One message out of :func:`split`, None if it does not concern conntrack; NetlinkError if malformed."""
     if kind >> 8 == NFNL_SUBSYS_CTNETLINK:
         what = kind & 0xFF
         if what == IPCTNL_MSG_CT_DELETE:
@@ -229,15 +239,16 @@ def _parse_message(kind: int, flags: int, seq: int, portid: int, payload: bytes)
             meaning = Kind.NEW if flags & NLM_F_CREATE else Kind.UPDATE
         return Message(meaning, decode_flow(payload), seq, portid, flags)
     if kind == NLMSG_ERROR:
-        return Message(Kind.ERROR, None, seq, portid, flags, _errno(payload, required=True))
+        return Message(Kind.ERROR, None, seq, portid, flags, parse_errno(payload, required=True))
     if kind == NLMSG_DONE:
-        return Message(Kind.DONE, None, seq, portid, flags, _errno(payload, required=False))
+        return Message(Kind.DONE, None, seq, portid, flags, parse_errno(payload))
     if kind == NLMSG_OVERRUN:
         return Message(Kind.OVERRUN, None, seq, portid, flags)
     return None
 
 
-def _errno(payload: bytes, required: bool) -> int:
+def parse_errno(payload: bytes, required: bool = False) -> int:
+    """The positive error number in an NLMSG_ERROR or NLMSG_DONE, 0 for success."""
     if len(payload) < _INT.size:
         if required or payload:
             raise NetlinkError(f"an error number of {len(payload)} bytes")

@@ -1,0 +1,479 @@
+# Copyright: (c) 2026, The ctsync authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The daemon's sockets to the kernel: conntrack events, requests and dumps; the node's own addresses.
+
+See netlink(7), rtnetlink(7) and socket(7).  Every socket needs CAP_NET_ADMIN, but for the addresses.  Opening one
+raises OSError if the kernel refuses.
+"""
+
+from __future__ import annotations
+
+import array
+import errno
+import os
+import select
+import socket
+import struct
+from typing import Collection, Iterator, NamedTuple, Sequence, TypeVar
+
+from . import ctnetlink
+from .ctnetlink import Event, Kind, Message
+from .errors import NetlinkError
+from .flow import Flow
+
+# <linux/netlink.h>
+NETLINK_ROUTE = 0
+NETLINK_NETFILTER = 12
+SOL_NETLINK = 270  # <linux/socket.h>
+NETLINK_CAP_ACK = 10
+
+# <asm-generic/socket.h>
+SO_ATTACH_FILTER = 26
+SO_RCVBUFFORCE = 33
+
+# <linux/netfilter/nfnetlink_compat.h>: group bits of bind(2)
+NF_NETLINK_CONNTRACK_NEW = 1
+NF_NETLINK_CONNTRACK_UPDATE = 2
+NF_NETLINK_CONNTRACK_DESTROY = 4
+
+# <linux/rtnetlink.h>
+RTM_NEWLINK = 16
+RTM_GETLINK = 18
+RTM_NEWADDR = 20
+RTM_GETADDR = 22
+RTMGRP_IPV4_IFADDR = 0x10
+RTMGRP_IPV6_IFADDR = 0x100
+IFLA_IFNAME = 3  # <linux/if_link.h>
+IFA_ADDRESS = 1  # <linux/if_addr.h>
+IFA_LOCAL = 2
+IFA_FLAGS = 8
+IFA_F_DADFAILED = 0x08
+IFA_F_TENTATIVE = 0x40
+
+# <linux/filter.h>: classic BPF
+_BPF_LD_W_ABS = 0x20
+_BPF_LD_H_ABS = 0x28
+_BPF_LD_B_IND = 0x50
+_BPF_LD_IMM = 0x00
+_BPF_LDX_IMM = 0x01
+_BPF_JEQ_K = 0x15
+_BPF_RET_K = 0x06
+_BPF_TAX = 0x07
+_SKF_AD_NLATTR = 0xFFFFF000 + 12  # offset of attribute X at or behind A, 0 if there is none
+_SKF_AD_NLATTR_NEST = 0xFFFFF000 + 16  # offset of attribute X inside the attribute at A
+
+_INSTRUCTION = struct.Struct("=HBBI")  # struct sock_filter: code, jt, jf, k
+_IFINFOMSG = struct.Struct("=BxHiII")
+_IFADDRMSG = struct.Struct("=BBBBi")
+
+DEFAULT_EVENT_BUFFER = 64 << 20
+"""Bytes.  A queued event takes 1280 of them, so this is about 100,000 events (it is only used when they queue)."""
+
+_ANSWER_BUFFER = 4 << 20
+_READ_SIZE = 128 << 10  # the kernel fills at most 32 KiB of it in a dump
+_SLICE_BYTES = 64 << 10  # of requests per system call; well below the default send buffer (208 KiB)
+_ROUTE_TIMEOUT = 5  # seconds
+
+
+def event_filter(ignore_portids: Collection[int] = (), tcp_states: Collection[int] | None = None) -> bytes:
+    """Classic BPF program (array of struct sock_filter) for a socket of conntrack events.
+
+    Drops the events caused by requests from the given netlink ports and, with ``tcp_states``, those with another TCP
+    state.  Every other DESTROY and every event without TCP protocol information passes.  BPF loads are big-endian while
+    the netlink header is in host order, so the constants are turned around.
+    """
+    code: list[tuple[int, int, str]] = []  # operation, operand, label to jump to if equal
+    if ignore_portids:
+        code.append((_BPF_LD_W_ABS, 12, ""))  # nlmsg_pid
+        code += [(_BPF_JEQ_K, _swapped(portid, "I"), "drop") for portid in ignore_portids]
+    if tcp_states is not None:
+        destroy = ctnetlink.NFNL_SUBSYS_CTNETLINK << 8 | ctnetlink.IPCTNL_MSG_CT_DELETE
+        code.append((_BPF_LD_H_ABS, 4, ""))  # nlmsg_type
+        code.append((_BPF_JEQ_K, _swapped(destroy, "H"), "pass"))
+        code.append((_BPF_LD_IMM, ctnetlink.HEADER_LEN + 4, ""))  # the first attribute, behind struct nfgenmsg
+        for kind, find in (
+            (ctnetlink.CTA_PROTOINFO, _SKF_AD_NLATTR),
+            (ctnetlink.CTA_PROTOINFO_TCP, _SKF_AD_NLATTR_NEST),
+            (ctnetlink.CTA_PROTOINFO_TCP_STATE, _SKF_AD_NLATTR_NEST),
+        ):
+            code.append((_BPF_LDX_IMM, kind, ""))
+            code.append((_BPF_LD_W_ABS, find, ""))
+            code.append((_BPF_JEQ_K, 0, "pass"))
+        code.append((_BPF_TAX, 0, ""))
+        code.append((_BPF_LD_B_IND, 4, ""))  # the value, behind struct nlattr
+        code += [(_BPF_JEQ_K, state, "pass") for state in sorted(tcp_states)]
+        code.append((_BPF_RET_K, 0, ""))
+    targets = {"pass": len(code), "drop": len(code) + 1}
+    code.append((_BPF_RET_K, 0xFFFFFFFF, ""))
+    code.append((_BPF_RET_K, 0, ""))
+    return b"".join(
+        _INSTRUCTION.pack(operation, targets[label] - at - 1 if label else 0, 0, operand)
+        for at, (operation, operand, label) in enumerate(code)
+    )
+
+
+def _swapped(value: int, size: str) -> int:
+    """A host-order field as a big-endian load sees it."""
+    return int(struct.unpack(">" + size, struct.pack("=" + size, value))[0])
+
+
+_Self = TypeVar("_Self", bound="_Socket")
+
+
+class _Socket:
+    """A netlink socket that closes itself at the end of a ``with`` block."""
+
+    def __init__(self, protocol: int, receive_buffer: int = 0) -> None:
+        self._sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
+        if receive_buffer:
+            try:
+                self._sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, receive_buffer)
+            except PermissionError:
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def __enter__(self: _Self) -> _Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    @property
+    def portid(self) -> int:
+        """The netlink port: nlmsg_pid of the events that requests from this socket cause."""
+        return int(self._sock.getsockname()[0])
+
+    @property
+    def receive_buffer(self) -> int:
+        """Bytes that the kernel really gave (it doubles what was asked for)."""
+        return self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+
+    def _receive(self, flags: int = 0) -> bytes | None:
+        """The next datagram from the kernel, b"" for one from anybody else, None if there is none."""
+        try:
+            data, sender = self._sock.recvfrom(_READ_SIZE, flags)
+        except BlockingIOError:
+            return None
+        return data if sender[0] == 0 else b""
+
+
+class EventSocket(_Socket):
+    """Conntrack events of this network namespace.
+
+    ``ignore_portids``: netlink ports whose doings are not reported (our own :class:`RequestSocket`).  ``tcp_states``:
+    see :func:`event_filter`.  ``overruns`` and ``malformed`` count lost-event marks and undecodable events.
+    """
+
+    def __init__(
+        self,
+        receive_buffer: int = DEFAULT_EVENT_BUFFER,
+        ignore_portids: Collection[int] = (),
+        tcp_states: Collection[int] | None = None,
+    ) -> None:
+        super().__init__(NETLINK_NETFILTER, receive_buffer)
+        self.overruns = 0
+        self.malformed = 0
+        try:
+            self.set_filter(ignore_portids, tcp_states)
+            groups = NF_NETLINK_CONNTRACK_NEW | NF_NETLINK_CONNTRACK_UPDATE | NF_NETLINK_CONNTRACK_DESTROY
+            self._sock.bind((0, groups))
+        except OSError:
+            self.close()
+            raise
+
+    def set_filter(self, ignore_portids: Collection[int] = (), tcp_states: Collection[int] | None = None) -> None:
+        """Replace the kernel-side filter; events that are already queued are not affected."""
+        program = array.array("B", event_filter(ignore_portids, tcp_states))
+        address, length = program.buffer_info()
+        # struct sock_fprog; the kernel copies the program before setsockopt returns
+        fprog = struct.pack("@HP", length // _INSTRUCTION.size, address)
+        self._sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, fprog)
+
+    def read(self, limit: int = 1000) -> list[Event]:
+        """At most ``limit`` events that are there now, without waiting.
+
+        An element of kind OVERRUN says that the kernel dropped events because this socket's buffer was full: those
+        before and behind it are good, but something is missing, and only a dump tells what.
+        """
+        events: list[Event] = []
+        while len(events) < limit:
+            try:
+                data = self._receive(socket.MSG_DONTWAIT)
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                self.overruns += 1
+                events.append(Message(Kind.OVERRUN))
+                continue
+            if data is None:
+                break
+            try:
+                events.extend(ctnetlink.parse_messages(data))
+            except NetlinkError:
+                self.malformed += 1
+        return events
+
+
+class RequestSocket(_Socket):
+    """Changes to the conntrack table, many per system call, and single look-ups."""
+
+    def __init__(self) -> None:
+        super().__init__(NETLINK_NETFILTER, _ANSWER_BUFFER)
+        try:
+            # An error answer then holds the header of its request only, not the whole of it.
+            self._sock.setsockopt(SOL_NETLINK, NETLINK_CAP_ACK, 1)
+            self._sock.bind((0, 0))
+        except OSError:
+            self.close()
+            raise
+        self._seq = 0
+
+    def inject(self, messages: Sequence[bytes]) -> list[tuple[int, int]]:
+        """Send requests (from :mod:`ctnetlink`, without NLM_F_ACK) and return ``(index, errno)`` of those that failed.
+
+        All others succeeded: the kernel works through a batch within the send call, answers only failures, and an
+        acknowledged no-operation at the end of each batch proves that nothing is missing.  ENOBUFS as errno means that
+        the answers were lost: whether these requests succeeded is not known.  The sequence numbers in the messages are
+        overwritten.  Raises NetlinkError if the process may not change the table at all.
+        """
+        failures: list[tuple[int, int]] = []
+        start = 0
+        while start < len(messages):
+            end = start + 1
+            size = len(messages[start])
+            while end < len(messages) and size + len(messages[end]) <= _SLICE_BYTES:
+                size += len(messages[end])
+                end += 1
+            failures += [(start + index, number) for index, number in self._batch(messages[start:end])]
+            start = end
+        return failures
+
+    def _batch(self, messages: Sequence[bytes]) -> list[tuple[int, int]]:
+        first = self._sequence(len(messages) + 1)
+        batch = bytearray()
+        for index, request in enumerate(messages):
+            offset = len(batch)
+            batch += request
+            struct.pack_into("=I", batch, offset + 8, (first + index) & 0xFFFFFFFF)
+        batch += ctnetlink.fence((first + len(messages)) & 0xFFFFFFFF)
+        self._sock.send(batch)
+        results: dict[int, int] = {}
+        fenced = lost = False
+        while not fenced:
+            try:
+                data = self._receive(socket.MSG_DONTWAIT)
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                lost = True
+                continue
+            if data is None:
+                break
+            for answer in ctnetlink.parse_messages(data):
+                index = (answer.seq - first) & 0xFFFFFFFF
+                if answer.kind == Kind.ERROR and index < len(messages):
+                    results[index] = answer.errno
+                elif answer.kind == Kind.ERROR and index == len(messages):
+                    fenced = True
+        if not fenced and results.get(0) == errno.EPERM:
+            raise NetlinkError("changing the conntrack table needs CAP_NET_ADMIN", errno.EPERM)
+        if lost or not fenced:
+            results = {**dict.fromkeys(range(len(messages)), errno.ENOBUFS), **results}
+        return sorted((index, number) for index, number in results.items() if number)
+
+    def _sequence(self, count: int) -> int:
+        """The first of ``count`` fresh sequence numbers, which may wrap around at 32 bits."""
+        first = self._seq + 1
+        self._seq = (self._seq + count) & 0xFFFFFFFF
+        return first & 0xFFFFFFFF
+
+    def lookup(self, flow: Flow) -> Flow | None:
+        """The kernel's entry with this flow's original tuple and zone, None if there is none.
+
+        Raises NetlinkError if the kernel refuses the request.
+        """
+        seq = self._sequence(1)
+        self._sock.send(ctnetlink.get(flow, seq))
+        while True:
+            data = self._receive(socket.MSG_DONTWAIT)
+            if data is None:
+                raise NetlinkError("the kernel did not answer within the request", errno.ENODATA)
+            for answer in ctnetlink.parse_messages(data):
+                if answer.seq != seq:
+                    continue
+                if answer.kind == Kind.DUMP:
+                    return answer.flow
+                if answer.kind == Kind.ERROR and answer.errno == errno.ENOENT:
+                    return None
+                if answer.kind == Kind.ERROR and answer.errno:
+                    raise NetlinkError(f"looking up an entry: {os.strerror(answer.errno)}", answer.errno)
+
+
+class TableDump(_Socket):
+    """One walk through the conntrack table, in slices, on a socket of its own.
+
+    ``done``: the last slice was read.  ``interrupted``: the table was resized or changed so much that entries may be
+    missing or doubled (NLM_F_DUMP_INTR).  ``malformed`` counts entries that could not be decoded.
+    """
+
+    def __init__(self, family: int = 0, zero: bool = False) -> None:
+        super().__init__(NETLINK_NETFILTER, _ANSWER_BUFFER)
+        self.done = False
+        self.interrupted = False
+        self.malformed = 0
+        try:
+            self._sock.bind((0, 0))
+            self._sock.send(ctnetlink.dump(1, family, zero))
+        except OSError:
+            self.close()
+            raise
+
+    def read(self, slices: int = 1) -> list[Flow]:
+        """The flows of at most ``slices`` datagrams (about 130 flows each), without waiting.
+
+        Raises NetlinkError if the kernel ends the dump with an error.
+        """
+        flows: list[Flow] = []
+        while slices > 0 and not self.done:
+            slices -= 1
+            try:
+                data = self._receive(socket.MSG_DONTWAIT)
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                raise NetlinkError("a part of the table dump was lost", errno.ENOBUFS) from error
+            if data is None:
+                break
+            for kind, flags, seq, portid, payload in ctnetlink.split(data):
+                self.interrupted |= bool(flags & ctnetlink.NLM_F_DUMP_INTR)
+                try:
+                    message = ctnetlink.parse_message(kind, flags, seq, portid, payload)
+                except NetlinkError:
+                    self.malformed += 1
+                    continue
+                if message is None:
+                    continue
+                if message.errno:
+                    raise NetlinkError(f"dumping the table: {os.strerror(message.errno)}", message.errno)
+                if message.flow is not None:
+                    flows.append(message.flow)
+                elif message.kind == Kind.DONE:
+                    self.done = True
+        return flows
+
+
+def dump_flows(family: int = 0) -> Iterator[list[Flow]]:
+    """The whole conntrack table (of one address family if it is given), slice by slice; for callers that may wait.
+
+    Raises NetlinkError if the kernel ends the dump with an error, or with errno EINTR if it was interrupted.
+    """
+    with TableDump(family) as walk:
+        poll = select.poll()
+        poll.register(walk, select.POLLIN)
+        while not walk.done:
+            poll.poll()
+            flows = walk.read()
+            if flows:
+                yield flows
+        if walk.interrupted:
+            raise NetlinkError("the conntrack table changed during the dump", errno.EINTR)
+
+
+class InterfaceAddress(NamedTuple):
+    """An address of this node.  ``flags`` are IFA_F_* (IFA_F_TENTATIVE: not usable yet)."""
+
+    ifindex: int
+    ifname: str
+    family: int
+    address: bytes
+    prefix_len: int
+    flags: int
+
+
+def interface_addresses() -> list[InterfaceAddress]:
+    """All addresses of this network namespace, loopback included; those that failed duplicate detection are left out.
+
+    Raises OSError or NetlinkError if the kernel does not tell.
+    """
+    names: dict[int, str] = {}
+    addresses: list[InterfaceAddress] = []
+    for payload in _route_dump(RTM_GETLINK, RTM_NEWLINK, _IFINFOMSG.pack(0, 0, 0, 0, 0)):
+        if len(payload) < _IFINFOMSG.size:
+            raise NetlinkError(f"ifinfomsg of {len(payload)} bytes")
+        name = dict(ctnetlink.attributes(payload, _IFINFOMSG.size)).get(IFLA_IFNAME, b"")
+        names[_IFINFOMSG.unpack_from(payload)[2]] = os.fsdecode(name.rstrip(b"\0"))
+    for payload in _route_dump(RTM_GETADDR, RTM_NEWADDR, _IFADDRMSG.pack(0, 0, 0, 0, 0)):
+        if len(payload) < _IFADDRMSG.size:
+            raise NetlinkError(f"ifaddrmsg of {len(payload)} bytes")
+        family, prefix_len, flags, _scope, ifindex = _IFADDRMSG.unpack_from(payload)
+        found = dict(ctnetlink.attributes(payload, _IFADDRMSG.size))
+        address = found.get(IFA_LOCAL) or found.get(IFA_ADDRESS)
+        if len(found.get(IFA_FLAGS, b"")) == 4:
+            flags = struct.unpack("=I", found[IFA_FLAGS])[0]
+        if address and not flags & IFA_F_DADFAILED:
+            addresses.append(InterfaceAddress(ifindex, names.get(ifindex, ""), family, address, prefix_len, int(flags)))
+    return addresses
+
+
+def local_addresses() -> set[bytes]:
+    """The packed addresses of :func:`interface_addresses`."""
+    return {entry.address for entry in interface_addresses()}
+
+
+def _route_dump(request: int, answer: int, body: bytes) -> list[bytes]:
+    """Payloads of the answers to an rtnetlink dump; repeated when the kernel says that it was interrupted."""
+    with _Socket(NETLINK_ROUTE) as route:
+        route._sock.settimeout(_ROUTE_TIMEOUT)
+        for seq in range(1, 11):
+            route._sock.send(ctnetlink.message(request, ctnetlink.NLM_F_DUMP, seq, body))
+            payloads, whole = _route_answer(route, answer, seq)
+            if whole:
+                return payloads
+    raise NetlinkError("the list of addresses changed during ten attempts to read it", errno.EINTR)
+
+
+def _route_answer(route: _Socket, answer: int, seq: int) -> tuple[list[bytes], bool]:
+    payloads: list[bytes] = []
+    whole = True
+    while True:
+        for kind, flags, number, _portid, payload in ctnetlink.split(route._receive() or b""):
+            if number != seq:
+                continue
+            whole = whole and not flags & ctnetlink.NLM_F_DUMP_INTR
+            if kind == answer:
+                payloads.append(payload)
+            elif kind in {ctnetlink.NLMSG_ERROR, ctnetlink.NLMSG_DONE}:
+                number = ctnetlink.parse_errno(payload)
+                if number:
+                    raise NetlinkError(f"listing addresses: {os.strerror(number)}", number)
+                return payloads, whole
+
+
+class AddressMonitor(_Socket):
+    """Readable when an address of this network namespace came or went: time to call :func:`interface_addresses`."""
+
+    def __init__(self) -> None:
+        super().__init__(NETLINK_ROUTE)
+        try:
+            self._sock.bind((0, RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR))
+        except OSError:
+            self.close()
+            raise
+
+    def drain(self) -> bool:
+        """Read what is there without waiting; True if anything was, or was lost."""
+        changed = False
+        while True:
+            try:
+                if self._receive(socket.MSG_DONTWAIT) is None:
+                    return changed
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+            changed = True
