@@ -173,9 +173,7 @@ class ControlServer:
             return
         if self._selector is not None and self._paused_until is None:
             self._selector.unregister(self._listener)
-        self._listener.close()
-        self._listener = None
-        try:
+        try:  # before the close: an open socket keeps its inode number from being used again
             status = os.stat(self.path, follow_symlinks=False)
             if (status.st_dev, status.st_ino) == self._identity:
                 os.unlink(self.path)
@@ -183,6 +181,8 @@ class ControlServer:
             pass
         except OSError as error:
             LOG.warning("control: %s cannot be removed: %s", self.path, error.strerror)
+        self._listener.close()
+        self._listener = None
 
     def _clear_the_way(self) -> None:
         try:

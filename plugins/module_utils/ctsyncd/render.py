@@ -175,7 +175,7 @@ def json_line(flow: Flow, age_s: int | None = None) -> str:
 
 def verdict_line(status: Mapping[str, Any]) -> str:
     """``READY``, ``DEGRADED: reason; reason`` or ``NOT READY: reason``."""
-    verdict = str(status.get("verdict", "NOT READY"))
+    verdict = str(status.get("verdict") or "NOT READY")
     reasons = "; ".join(str(reason) for reason in status.get("reasons") or ())
     return f"{verdict}: {reasons}" if reasons else verdict
 

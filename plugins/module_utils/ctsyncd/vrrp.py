@@ -204,11 +204,14 @@ class TrackFile:
         self.value: bool | None = None  # what we know to be in the file
         self.problem: str | None = None
         self.errors = 0
-        self._identity = (0, 0)
+        self._mark = (0, 0, 0)  # device, inode and time of the last change, after our own
 
     def write(self, not_ready: bool) -> bool:
-        """Make the file say ``not_ready``, if it does not already; ``False``, with :attr:`problem`, on failure."""
-        if self.value is not_ready and self._same_file():
+        """Make the file say ``not_ready``, if it does not already; ``False``, with :attr:`problem`, on failure.
+
+        A file that was replaced or that somebody else wrote is written again.
+        """
+        if self.value is not_ready and self._untouched():
             return True
         try:
             self._overwrite(b"1\n" if not_ready else b"0\n")
@@ -229,22 +232,24 @@ class TrackFile:
         except OSError:
             return None
 
-    def _same_file(self) -> bool:
+    def _untouched(self) -> bool:
         try:
-            status = os.stat(self.path, follow_symlinks=False)
+            return _mark(os.stat(self.path, follow_symlinks=False)) == self._mark
         except OSError:
             return False
-        return (status.st_dev, status.st_ino) == self._identity
 
     def _overwrite(self, content: bytes) -> None:
         fd = os.open(self.path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
         try:
-            status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode):
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise OSError(errno.EINVAL, "is not a regular file")
             if os.pwrite(fd, content, 0) != len(content):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.ftruncate(fd, len(content))
-            self._identity = (status.st_dev, status.st_ino)
+            self._mark = _mark(os.fstat(fd))
         finally:
             os.close(fd)
+
+
+def _mark(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_dev, status.st_ino, status.st_mtime_ns
