@@ -1,0 +1,780 @@
+#!/usr/bin/python
+# Copyright: (c) 2026, The ctsync authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: ruleset
+short_description: Firewall rules of a highly available pair, in chains of their own
+version_added: 0.1.0
+author: The ctsync authors
+description:
+  - Takes iptables rules as they are written on a command line and realises them in chains of its own
+    (C(CTSYNC-FORWARD) for C(FORWARD) and so on), each reached by one jump from the built-in chain.
+    Rules and chains of others stay as they are.
+  - Adds what a pair of firewalls needs, computed from typed options. VRRP and state replication are accepted from the
+    peers only and are not tracked, and stray packets to a virtual address are dropped, never rejected, so that a node
+    which takes over does not reset sessions.
+  - One C(iptables-restore --noflush) per address family applies all of it. Whether anything differs is decided by the
+    kernel. The wanted rules are loaded into an empty network namespace that exists only for this moment, and what
+    iptables-save prints there is compared with what it prints for the machine.
+  - A rule that iptables does not accept is reported before anything is changed.
+attributes:
+  check_mode:
+    support: full
+    description: Reports what would be changed, and tests the rules with the kernel, without changing anything.
+  diff_mode:
+    support: full
+    description: Shows the chains concerned before and after, as iptables-save prints them, and the files.
+  idempotent:
+    support: full
+    description: A second run with the same options changes nothing and keeps the counters.
+  platform:
+    support: full
+    platforms: linux
+    description: Needs iptables 1.6.2 or newer (nf_tables or legacy), unshare of util-linux, and systemd for O(persist).
+options:
+  backend:
+    description:
+      - Which iptables programs to use. V(auto) takes C(iptables) as the machine's alternatives have it.
+    type: str
+    choices: [auto, nft, legacy]
+    default: auto
+  config_directory:
+    description:
+      - Directory for C(ruleset.v4) and C(ruleset.v6), which are restored at boot.
+    type: path
+    default: /etc/ctsync
+  count_resets:
+    description:
+      - Count TCP resets that the node itself sends, by a rule without target in C(CTSYNC-OUTPUT).
+    type: bool
+    default: false
+  nflog_group:
+    description:
+      - Give every rule with C(-j LOG) a twin before it with C(-j NFLOG) and this group, because LOG is silent in
+        containers unless the host allows it.
+    type: int
+  persist:
+    description:
+      - Restore the rules at boot, by the systemd unit C(ctsync-ruleset.service).
+      - If V(false), files and unit of an earlier run are removed.
+    type: bool
+    default: true
+  position:
+    description:
+      - Where the jump stands in the built-in chain, before or after the rules of others.
+    type: str
+    choices: [first, last]
+    default: first
+  protect_vips:
+    description:
+      - Drop packets to an address of O(virtual_ips) that belong to no known connection, to none of O(services) and are
+        no echo request. TCP, UDP and ICMP errors alike are dropped and never rejected.
+    type: bool
+    default: true
+  rules:
+    description:
+      - IPv4 rules as iptables arguments, verbatim and in order, for example C(-A FORWARD -i eth0 -j ACCEPT).
+      - Commands are C(-A), C(-I), C(-P) for C(FORWARD), and C(-N) for chains of your own.
+    type: list
+    elements: str
+    default: []
+  rules6:
+    description:
+      - IPv6 rules as ip6tables arguments; the same as O(rules).
+    type: list
+    elements: str
+    default: []
+  services:
+    description:
+      - What the firewalls themselves offer on O(virtual_ips). Name the port of SSH here if you connect to a virtual
+        address. Other addresses of the node are not restricted.
+    type: list
+    elements: dict
+    default: []
+    suboptions:
+      protocol:
+        description: Transport protocol.
+        type: str
+        choices: [tcp, udp, sctp]
+        default: tcp
+      port:
+        description: Port, or a range such as V(8000:8010).
+        type: str
+        required: true
+      interface:
+        description: Only from this interface.
+        type: str
+      sources:
+        description: Only from these addresses or networks.
+        type: list
+        elements: str
+        default: []
+  state:
+    description:
+      - V(present) makes the rules so. V(absent) removes chains, jumps, files and unit, and restores the policy that was
+        replaced.
+    type: str
+    choices: [present, absent]
+    default: present
+  state_directory:
+    description:
+      - Directory for C(ruleset.json), which remembers the replaced policies.
+    type: path
+    default: /var/lib/ctsync
+  sync:
+    description:
+      - The link on which the pair replicates its connections.
+      - Its UDP port is accepted from the peers on this interface only and is not tracked.
+    type: dict
+    suboptions:
+      interface:
+        description: Interface of the link.
+        type: str
+        required: true
+      address:
+        description: The node's own address on the link.
+        type: str
+        required: true
+      peers:
+        description: Addresses of the other nodes on the link.
+        type: list
+        elements: str
+        required: true
+      port:
+        description: UDP port.
+        type: int
+        default: 3781
+  take_over_forward_policy:
+    description:
+      - The module refuses to set the policy of C(FORWARD) to C(DROP) on a machine that forwards for others, that is
+        where C(FORWARD) has other rules and forwarding is on (Docker is an example). V(true) allows it.
+    type: bool
+    default: false
+  validate_only:
+    description:
+      - Only test the rules, by the kernel where iptables is installed and by their form elsewhere. Changes nothing.
+    type: bool
+    default: false
+  virtual_ips:
+    description:
+      - Virtual addresses of the pair, with or without prefix length.
+    type: list
+    elements: str
+    default: []
+  vrrp_peers:
+    description:
+      - Who may send VRRP. On each interface named here VRRP is accepted from these addresses, dropped from others, and
+        not tracked.
+    type: list
+    elements: dict
+    default: []
+    suboptions:
+      interface:
+        description: Interface of the VRRP instance.
+        type: str
+        required: true
+      addresses:
+        description: Addresses of the other nodes on this interface.
+        type: list
+        elements: str
+        required: true
+seealso:
+  - module: ansible.builtin.iptables
+  - module: community.general.iptables_state
+"""
+
+EXAMPLES = r"""
+- name: The rules of a simple primary/backup pair
+  ctsync.ha_firewall.ruleset:
+    rules:
+      - -P FORWARD DROP
+      - -A FORWARD -i eth0 -m state --state ESTABLISHED,RELATED -j ACCEPT
+      - -A FORWARD -i eth1 -p tcp --syn -m state --state NEW -j ACCEPT
+      - -A FORWARD -i eth1 -p tcp -m state --state ESTABLISHED -j ACCEPT
+      - -A FORWARD -m state --state INVALID -j LOG
+      - -I POSTROUTING -t nat -s 192.168.0.3 -j SNAT --to 192.168.1.100
+    virtual_ips: [192.168.0.100/24, 192.168.1.100/24]
+    services:
+      - protocol: tcp
+        port: "22"
+    vrrp_peers:
+      - interface: eth1
+        addresses: [192.168.0.2]
+      - interface: eth0
+        addresses: [192.168.1.2]
+    sync:
+      interface: eth2
+      address: 192.168.100.1
+      peers: [192.168.100.2]
+
+- name: Test rules on the machine before anything is changed
+  ctsync.ha_firewall.ruleset:
+    rules: "{{ ruleset_rules }}"
+    validate_only: true
+
+- name: Give the machine back as it was
+  ctsync.ha_firewall.ruleset:
+    state: absent
+"""
+
+RETURN = r"""
+chains:
+  description: The rules of the module's chains and the jumps to them as the kernel prints them, by family and table.
+  returned: always
+  type: dict
+  sample:
+    ipv4:
+      filter:
+        CTSYNC-FORWARD: [-A CTSYNC-FORWARD -m state --state INVALID -j LOG]
+        FORWARD: ['-A FORWARD -m comment --comment "ctsync: own rules" -j CTSYNC-FORWARD']
+fingerprint:
+  description:
+    - SHA-256 over RV(chains), without counters. Empty when there are no rules, or when iptables is not installed.
+    - The M(ctsync.ha_firewall.ha_facts) module reports the same number for what the kernel holds at that time.
+  returned: always
+  type: str
+  sample: 0b0cbf6bd0c9e5f1d3f94f1a3f1d0a1d5c3ad0d8ab9a3d2a51a4bd7a6f7c0e11
+policies:
+  description: Policies set or restored by the module, by family.
+  returned: always
+  type: dict
+  sample: {"ipv4": {"filter FORWARD": "DROP"}}
+validated_by:
+  description: Who tested the rules, V(kernel) or (without iptables on the machine) V(syntax).
+  returned: when O(state=present)
+  type: str
+  sample: kernel
+"""
+
+import json
+import os
+import tempfile
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils import _ruleset
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils._iptables import (
+    Iptables,
+    ScratchError,
+    blamed_rule,
+    without_line,
+)
+
+UNIT = "ctsync-ruleset.service"
+UNIT_PATH = "/etc/systemd/system/" + UNIT
+FORWARDING = {"ipv4": "/proc/sys/net/ipv4/ip_forward", "ipv6": "/proc/sys/net/ipv6/conf/all/forwarding"}
+FILES = {"ipv4": "ruleset.v4", "ipv6": "ruleset.v6"}
+HEADER = "Firewall rules of ctsync, restored at boot by ctsync-ruleset.service. Written by Ansible: changes are lost."
+
+SERVICE_SPEC = {
+    "protocol": {"type": "str", "choices": ["tcp", "udp", "sctp"], "default": "tcp"},
+    "port": {"type": "str", "required": True},
+    "interface": {"type": "str"},
+    "sources": {"type": "list", "elements": "str", "default": []},
+}
+VRRP_SPEC = {
+    "interface": {"type": "str", "required": True},
+    "addresses": {"type": "list", "elements": "str", "required": True},
+}
+SYNC_SPEC = {
+    "interface": {"type": "str", "required": True},
+    "address": {"type": "str", "required": True},
+    "peers": {"type": "list", "elements": "str", "required": True},
+    "port": {"type": "int", "default": 3781},
+}
+ARGUMENT_SPEC = {
+    "backend": {"type": "str", "choices": ["auto", "nft", "legacy"], "default": "auto"},
+    "config_directory": {"type": "path", "default": "/etc/ctsync"},
+    "count_resets": {"type": "bool", "default": False},
+    "nflog_group": {"type": "int"},
+    "persist": {"type": "bool", "default": True},
+    "position": {"type": "str", "choices": ["first", "last"], "default": "first"},
+    "protect_vips": {"type": "bool", "default": True},
+    "rules": {"type": "list", "elements": "str", "default": []},
+    "rules6": {"type": "list", "elements": "str", "default": []},
+    "services": {"type": "list", "elements": "dict", "default": [], "options": SERVICE_SPEC},
+    "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+    "state_directory": {"type": "path", "default": "/var/lib/ctsync"},
+    "sync": {"type": "dict", "options": SYNC_SPEC},
+    "take_over_forward_policy": {"type": "bool", "default": False},
+    "validate_only": {"type": "bool", "default": False},
+    "virtual_ips": {"type": "list", "elements": "str", "default": []},
+    "vrrp_peers": {"type": "list", "elements": "dict", "default": [], "options": VRRP_SPEC},
+}
+
+
+def pair_from(params: dict) -> _ruleset.Pair:
+    """The typed options as a value; raises RulesetError with every wrong address or port."""
+    problems = []
+
+    def address(text: str, option: str) -> str:
+        try:
+            return _ruleset.plain_address(text, option)
+        except _ruleset.RulesetError as exc:
+            problems.extend(exc.problems)
+            return "0.0.0.0"
+
+    services = []
+    for number, service in enumerate(params["services"], 1):
+        option = f"services[{number}]"
+        if not _ruleset.is_port(service["port"]):
+            problems.append(f"{option}.port: '{service['port']}' is no port; write 1-65535, or a range as 8000:8010.")
+        for source in service["sources"]:
+            if not _ruleset.is_network(source):
+                problems.append(f"{option}.sources: '{source}' is no address or network; write it as 192.0.2.0/24.")
+        services.append(
+            _ruleset.Service(
+                service["protocol"], service["port"], service["interface"] or "", tuple(service["sources"])
+            )
+        )
+    vrrp = tuple(
+        (peer["interface"], tuple(address(a, f"vrrp_peers[{number}].addresses") for a in peer["addresses"]))
+        for number, peer in enumerate(params["vrrp_peers"], 1)
+    )
+    sync = params["sync"] or {}
+    if sync and not _ruleset.is_port(str(sync["port"])):
+        problems.append(f"sync.port: {sync['port']} is no port; write 1-65535.")
+    pair = _ruleset.Pair(
+        virtual_ips=tuple(address(a, "virtual_ips") for a in params["virtual_ips"]),
+        services=tuple(services),
+        vrrp_peers=vrrp,
+        sync_interface=sync.get("interface", ""),
+        sync_address=address(sync["address"], "sync.address") if sync else "",
+        sync_peers=tuple(address(a, "sync.peers") for a in sync["peers"]) if sync else (),
+        sync_port=sync.get("port", 0),
+        protect_vips=params["protect_vips"],
+    )
+    if sync and any(_ruleset.family_of(p) != _ruleset.family_of(pair.sync_address) for p in pair.sync_peers):
+        problems.append("sync: address and peers are of different IP versions; give all as IPv4 or all as IPv6.")
+    if problems:
+        raise _ruleset.RulesetError(problems)
+    return pair
+
+
+def plans_from(params: dict) -> dict:
+    """One plan for each family in use; raises RulesetError with every problem of every option."""
+    problems = []
+    rules, pair = {}, _ruleset.Pair()
+    for family, option in (("ipv4", "rules"), ("ipv6", "rules6")):
+        try:
+            rules[family] = _ruleset.parse_rules(params[option], family, option)
+        except _ruleset.RulesetError as exc:
+            problems += exc.problems
+    try:
+        pair = pair_from(params)
+    except _ruleset.RulesetError as exc:
+        problems += exc.problems
+    group = params["nflog_group"]
+    if group is not None and not 0 <= group <= 65535:
+        problems.append(f"nflog_group: {group} is out of range; write 0-65535.")
+    if problems:
+        raise _ruleset.RulesetError(problems)
+    families = ["ipv4"]
+    if params["rules6"] or any(_ruleset.family_of(address) == "ipv6" for address in pair.addresses()):
+        families.append("ipv6")
+    return {
+        family: _ruleset.build_plan(family, rules[family], pair, count_resets=params["count_resets"], nflog_group=group)
+        for family in families
+    }
+
+
+def locked_out(pair: _ruleset.Pair, connection: str) -> str:
+    """Why the SSH connection (value of SSH_CONNECTION) could not be opened again; empty if it could."""
+    words = connection.split()
+    if len(words) != 4 or not pair.protect_vips or words[2] not in pair.virtual_ips:
+        return ""
+    port = int(words[3])
+    for service in pair.services:
+        low, _colon, high = service.port.partition(":")
+        if service.protocol == "tcp" and int(low) <= port <= int(high or low):
+            return ""
+    return (
+        f"You are connected to the virtual address {words[2]} port {port}, which is not among the services, so nobody"
+        f" could connect there again. Add {{protocol: tcp, port: {port}}} to 'services', or connect to an address of"
+        " the node itself."
+    )
+
+
+class Run:
+    """One run of the module: look, decide, and only then change."""
+
+    def __init__(self, module: AnsibleModule) -> None:
+        self.module = module
+        self.params = module.params
+        self.present = module.params["state"] == "present"
+        self.tools = {family: Iptables(module, family, module.params["backend"]) for family in _ruleset.FAMILIES}
+        self.state_file = os.path.join(self.params["state_directory"], "ruleset.json")
+        self.live: dict = {}
+        self.after: dict = {}
+        self.policies: dict = {}
+        self.remembered: dict = {}
+        self.validated_by = "kernel"
+
+    # -- look
+
+    def read_live(self, families: list) -> None:
+        """Read what the kernel holds; an unused family that cannot be read is left alone."""
+        for family, tool in self.tools.items():
+            if not tool.available:
+                continue
+            outcome = tool.save()
+            if outcome.rc != 0:
+                if family in families:
+                    self.fail_command(f"The present {family} rules cannot be read: {outcome.words}.", outcome)
+                continue
+            self.live[family] = _ruleset.parse_save(outcome.out)
+
+    def load_state(self) -> dict:
+        """The policies that earlier runs replaced: {family: {'filter FORWARD': {replaced, set}}}."""
+        text = read_text(self.state_file)
+        if text is None:
+            return {}
+        try:
+            content = json.loads(text)
+            return dict(content["policies"])
+        except (ValueError, KeyError, TypeError):
+            return self.module.fail_json(
+                msg=f"{self.state_file} does not hold what this module wrote there. It remembers the chain policies to"
+                " restore; repair it, or remove it if the present policies are to be kept for good."
+            )
+
+    def normalise(self, family: str, plan: dict) -> dict:
+        """What the kernel makes of a plan. Fails with rule number, rule and iptables' words if it refuses it."""
+        if not plan:
+            return {}
+        tool, position = self.tools[family], self.params["position"]
+        rendered = _ruleset.render_plan(plan, position)
+        sets = _ruleset.used_sets(plan)
+        try:
+            outcome = tool.scratch(rendered.text, sets)
+            if outcome.rc == 0:
+                return _ruleset.parse_save(outcome.out)
+            origin, words = blamed_rule(outcome.words, rendered.origins)
+            if not origin:
+                origin, words = self.find_culprit(tool, plan, sets) or (f"The {family} rules", words)
+        except ScratchError as exc:
+            return self.module.fail_json(
+                msg=f"The rules cannot be tested, because no network namespace can be made here ({exc}). Run the module"
+                " as root, and in a container give it the capability SYS_ADMIN. Nothing was changed."
+            )
+        return self.module.fail_json(
+            msg=f"{origin}: refused by {os.path.basename(tool.program)}: {words}. Nothing was changed.",
+            cmd=outcome.command,
+            rc=outcome.rc,
+            stderr=outcome.words,
+            rendered=rendered.text,
+        )
+
+    @staticmethod
+    def find_culprit(tool: Iptables, plan: dict, sets: list):
+        """The first rule that the kernel refuses on its own, for errors that name no line."""
+        for name, table in plan.items():
+            for chain, lines in table.chains.items():
+                for line in lines:
+                    outcome = tool.scratch(_ruleset.render_single(name, plan, chain, line), sets)
+                    if outcome.rc != 0:
+                        return line.origin or f"The module's own rule '{' '.join(line.args)}'", without_line(
+                            outcome.words
+                        )
+        return None
+
+    # -- decide
+
+    def decide(self, plans: dict, wanted: dict) -> None:
+        """Compute what the tables become, the policies to set and those to remember."""
+        remembered = self.load_state()
+        for family, live in self.live.items():
+            plan = plans.get(family, {})
+            policies, keep = {}, {}
+            for name, table in plan.items():
+                for chain, policy in table.policies.items():
+                    key = f"{name} {chain}"
+                    now = live.get(name, _ruleset.Table()).policies.get(chain, ("ACCEPT", 0, 0))[0]
+                    replaced = remembered.get(family, {}).get(key, {}).get("replaced", now)
+                    keep[key] = {"replaced": replaced, "set": policy}
+                    policies[(name, chain)] = policy
+                    self.guard_forwarding(family, name, chain, now, policy)
+            for key, entry in remembered.get(family, {}).items():
+                name, chain = key.split()
+                now = live.get(name, _ruleset.Table()).policies.get(chain, ("ACCEPT", 0, 0))[0]
+                if key not in keep and now == entry["set"]:
+                    policies[(name, chain)] = entry["replaced"]
+            self.policies[family] = policies
+            if keep:
+                self.remembered[family] = keep
+            self.after[family] = _ruleset.predict(live, wanted.get(family, {}), policies, self.params["position"])
+
+    def guard_forwarding(self, family: str, table: str, chain: str, now: str, policy: str) -> None:
+        """Fail if a new DROP policy would cut what others forward."""
+        if policy != "DROP" or now == "DROP" or self.params["take_over_forward_policy"]:
+            return
+        foreign = _ruleset.foreign_rules(self.live[family], table, chain)
+        forwarding = (read_text(FORWARDING[family]) or "0").strip() not in ("", "0")
+        if foreign and forwarding:
+            self.module.fail_json(
+                msg=f"'-P {chain} DROP' would cut forwarding that is not this module's: {chain} of the {family} table"
+                f" {table} has {len(foreign)} other rule(s), the first is '{foreign[0]}', and the machine forwards."
+                " Add rules that accept this traffic and set 'take_over_forward_policy: true' (role variable"
+                " ruleset_take_over_forward_policy), or leave the policy out and end your rules with"
+                " '-A FORWARD ... -j DROP' for your own interfaces. Nothing was changed.",
+                foreign_rules=foreign,
+            )
+
+    def wanted_files(self, plans: dict) -> dict:
+        """Path to (text or None for 'must not exist', mode) of each file the module owns."""
+        files: dict = {}
+        keep = self.present and self.params["persist"]
+        position = self.params["position"]
+        starts = []
+        for family, name in FILES.items():
+            path = os.path.join(self.params["config_directory"], name)
+            plan = plans.get(family) if keep else None
+            files[path] = (None, 0o640)
+            if plan:
+                tool = self.tools[family]
+                files[path] = (_ruleset.render_plan(plan, position, HEADER).text, 0o640)
+                for args in _ruleset.jump_deletions(plan):
+                    words = " ".join(_ruleset.quote(a) for a in [tool.program, "-w", "10", *args])
+                    starts.append(f"ExecStartPre=-{words}")
+                starts.append(f"ExecStart={tool.restore_program} -w 10 --noflush {path}")
+        # every deletion runs before the first restore
+        starts.sort(key=lambda line: not line.startswith("ExecStartPre"))
+        files[UNIT_PATH] = (unit_text(starts) if starts else None, 0o644)
+        text = {"version": 1, "policies": self.remembered}
+        files[self.state_file] = (json.dumps(text, indent=1, sort_keys=True) + "\n" if self.remembered else None, 0o600)
+        return files
+
+    # -- change
+
+    def fail_command(self, message: str, outcome, **more) -> None:
+        self.module.fail_json(msg=message, cmd=outcome.command, rc=outcome.rc, stderr=outcome.words, **more)
+
+    def write(self, path: str, text, mode: int) -> None:
+        """Make one file so: written beside its place and moved, or removed."""
+        if text is None:
+            if os.path.lexists(path):
+                os.unlink(path)
+            return
+        os.makedirs(os.path.dirname(path), 0o755, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix="ctsync-", dir=self.module.tmpdir)
+        with os.fdopen(handle, "w") as stream:
+            stream.write(text)
+        os.chmod(temporary, mode)
+        self.module.atomic_move(temporary, path)
+
+    def apply(self) -> None:
+        """Change the kernel's tables; on a failure put our part back and say so."""
+        changes = {family: _ruleset.render_change(live, self.after[family]) for family, live in self.live.items()}
+        changes = {family: text for family, text in changes.items() if text}
+        for family, text in changes.items():
+            outcome = self.tools[family].restore(text, test=True)
+            if outcome.rc != 0:
+                self.fail_command(
+                    f"iptables refuses the {family} change: {outcome.words}. Nothing was changed.",
+                    outcome,
+                    rendered=text,
+                )
+        for family, text in changes.items():
+            outcome = self.tools[family].restore(text)
+            if outcome.rc != 0:
+                undone = self.undo(list(changes))
+                self.fail_command(
+                    f"The {family} rules could not be applied: {outcome.words}. {undone}", outcome, rendered=text
+                )
+            held = _ruleset.parse_save(self.tools[family].save().out)
+            rest = _ruleset.render_change(held, self.after[family])
+            if rest:
+                undone = self.undo(list(changes))
+                self.module.fail_json(
+                    msg=f"The kernel does not hold the {family} rules that were applied; another program may change"
+                    f" them at the same time. {undone}",
+                    missing=rest,
+                )
+
+    def undo(self, families: list) -> str:
+        """Put our part of the tables back; says in a sentence how that went."""
+        for family in families:
+            now = _ruleset.parse_save(self.tools[family].save().out)
+            back = _ruleset.render_change(now, self.live[family])
+            outcome = self.tools[family].restore(back) if back else None
+            if outcome and outcome.rc != 0:
+                return f"Putting the old {family} rules back failed as well: {outcome.words}."
+        return "The rules of before are in place again."
+
+    def unit_enabled(self) -> bool:
+        systemctl = _ruleset.find_program("systemctl")
+        if not systemctl:
+            return False
+        rc, _out, _err = self.module.run_command([systemctl, "is-enabled", UNIT])
+        return rc == 0
+
+    def systemctl(self, *args: str) -> None:
+        command = [_ruleset.find_program("systemctl"), *args]
+        rc, out, err = self.module.run_command(command, environ_update={"LC_ALL": "C"})
+        if rc != 0:
+            self.module.fail_json(
+                msg=f"The rules are in place, but the unit that restores them at boot is not: {err.strip()}.",
+                cmd=command,
+                rc=rc,
+                stdout=out,
+                stderr=err,
+            )
+
+    def change_files(self, files: dict, stale: dict, enable: bool) -> None:
+        if UNIT_PATH in stale and files[UNIT_PATH][0] is None and _ruleset.find_program("systemctl"):
+            self.systemctl("disable", UNIT)
+        for path in stale:
+            self.write(path, *files[path])
+        if UNIT_PATH in stale and os.path.isdir("/run/systemd/system"):
+            self.systemctl("daemon-reload")
+        if enable:
+            self.systemctl("enable", UNIT)
+        for folder in (self.params["config_directory"], self.params["state_directory"]):
+            if not self.present and os.path.isdir(folder) and not os.listdir(folder):
+                os.rmdir(folder)
+
+    # -- the whole
+
+    def run(self) -> dict:
+        params, module = self.params, self.module
+        plans: dict = {}
+        if self.present:
+            try:
+                plans = plans_from(params)
+                danger = locked_out(pair_from(params), os.environ.get("SSH_CONNECTION", ""))
+            except _ruleset.RulesetError as exc:
+                module.fail_json(msg=f"{exc} Nothing was changed.", problems=exc.problems)
+            if danger:
+                module.fail_json(msg=f"{danger} Nothing was changed.")
+        missing = [family for family in plans if plans[family] and not self.tools[family].available]
+        if missing:
+            return self.without_iptables(plans, missing)
+        try:
+            self.read_live(list(plans))
+            wanted = {family: self.normalise(family, plan) for family, plan in plans.items()}
+        except _ruleset.RulesetError as exc:
+            module.fail_json(msg=f"{exc} Nothing was changed.")
+        if params["validate_only"]:
+            return self.result(False, [], wanted)
+        self.decide(plans, wanted)
+        files = self.wanted_files(plans)
+        stale = {path: read_text(path) for path, (text, _mode) in files.items() if read_text(path) != text}
+        enable = files[UNIT_PATH][0] is not None and not self.unit_enabled()
+        if files[UNIT_PATH][0] is not None and not _ruleset.find_program("systemctl"):
+            module.fail_json(
+                msg="persist: true needs systemd, and there is no systemctl on this machine. Set 'persist: false' and"
+                " restore the rules at boot in your own way. Nothing was changed."
+            )
+        diffs = self.diffs(files, stale)
+        rules_differ = any(_ruleset.render_change(live, self.after[family]) for family, live in self.live.items())
+        changed = bool(rules_differ or stale or enable)
+        if changed and not module.check_mode:
+            if self.remembered and self.state_file in stale:  # before the policy it remembers is replaced
+                self.write(self.state_file, *files[self.state_file])
+            self.apply()
+            self.change_files(files, stale, enable)
+        return self.result(changed, diffs, self.after)
+
+    def without_iptables(self, plans: dict, missing: list) -> dict:
+        """iptables is not installed: fine while only asked for a prediction."""
+        names = ", ".join(_ruleset.program_name(family, self.params["backend"], "") for family in missing)
+        if not (self.module.check_mode or self.params["validate_only"]):
+            self.module.fail_json(
+                msg=f"{names} is not installed. Install the package iptables (role ruleset does), then run again."
+                " Nothing was changed."
+            )
+        self.validated_by = "syntax"
+        self.module.warn(f"{names} is not installed yet: the rules were tested for their form only.")
+        if self.params["validate_only"]:
+            return self.result(False, [], {})
+        rendered = "".join(_ruleset.render_plan(plan, self.params["position"]).text for plan in plans.values())
+        return self.result(
+            True, [{"before": "", "after": rendered, "before_header": "rules", "after_header": "rules"}], {}
+        )
+
+    def diffs(self, files: dict, stale: dict) -> list:
+        """What differs, like iptables-save prints it, and the files."""
+        found = []
+        for family, live in self.live.items():
+            shown = _ruleset.concerned_chains(live, self.after[family])
+            for name, chain in self.policies.get(family, {}):
+                shown.setdefault(name, []).append(chain)
+            before = _ruleset.render_view(live, shown)
+            after = _ruleset.render_view(self.after[family], shown)
+            if before != after:
+                title = _ruleset.program_name(family, "auto", "-save")
+                found.append({"before": before, "after": after, "before_header": title, "after_header": title})
+        for path, present in stale.items():
+            found.append(
+                {
+                    "before": present or "",
+                    "after": files[path][0] or "",
+                    "before_header": path,
+                    "after_header": path,
+                }
+            )
+        return found
+
+    def result(self, changed: bool, diffs: list, tables: dict) -> dict:
+        result = {
+            "changed": changed,
+            "chains": {family: _ruleset.own_rules(state) for family, state in tables.items()},
+            "fingerprint": _ruleset.fingerprint(tables),
+            "policies": {
+                family: {f"{table} {chain}": policy for (table, chain), policy in policies.items()}
+                for family, policies in self.policies.items()
+            },
+        }
+        if self.present:
+            result["validated_by"] = self.validated_by
+        if self.module._diff and diffs:
+            result["diff"] = diffs
+        return result
+
+
+def read_text(path: str):
+    """Content of a small text file; None if it does not exist."""
+    try:
+        with open(path) as stream:
+            return stream.read()
+    except FileNotFoundError:
+        return None
+
+
+def unit_text(starts: list) -> str:
+    """The systemd unit: early in boot, before any network comes up, after those who might flush everything."""
+    flushers = "nftables.service netfilter-persistent.service iptables.service ip6tables.service firewalld.service"
+    return "\n".join(
+        [
+            "# Written by Ansible (ctsync.ha_firewall.ruleset): changes are lost.",
+            "[Unit]",
+            "Description=Firewall rules of ctsync",
+            "Documentation=man:iptables-restore(8)",
+            "DefaultDependencies=no",
+            "Wants=network-pre.target",
+            "Before=network-pre.target shutdown.target",
+            f"After=local-fs.target systemd-modules-load.service {flushers}",
+            "Conflicts=shutdown.target",
+            "",
+            "[Service]",
+            "Type=oneshot",
+            "RemainAfterExit=yes",
+            *starts,
+            "",
+            "[Install]",
+            "WantedBy=multi-user.target",
+            "",
+        ]
+    )
+
+
+def main() -> None:
+    module = AnsibleModule(argument_spec=ARGUMENT_SPEC, supports_check_mode=True)
+    module.exit_json(**Run(module).run())
+
+
+if __name__ == "__main__":
+    main()
