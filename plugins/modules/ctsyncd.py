@@ -1,0 +1,833 @@
+#!/usr/bin/python
+# Copyright: (c) 2026, The ctsync authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: ctsyncd
+short_description: Install, configure and run the state replication daemon ctsyncd
+version_added: 0.1.0
+description:
+  - Installs C(ctsyncd), the daemon that replicates connection tracking states between the firewalls of a pair, out of
+    the module's own payload, so that collection and daemon can never be of different versions.
+  - Writes its configuration (checked by the new daemon before it replaces the old one), its key files, the runtime
+    files that it shares with keepalived, and a hardened systemd unit; then enables and starts it.
+  - Restarts the daemon when something that it reads at its start has changed. A restart does not move the virtual IPs.
+  - When the new version or configuration does not start, the former one is put back and runs again.
+options:
+  dead_after_ms:
+    description: Silence after which the peer counts as dead, in milliseconds. At least twice O(hello_interval_ms).
+    type: int
+    default: 1000
+  datagram_bytes:
+    description: Largest UDP payload sent on the sync link, in bytes.
+    type: int
+    default: 1400
+  enabled:
+    description: Whether the daemon is started at boot.
+    type: bool
+    default: true
+  hello_interval_ms:
+    description: Time between two signs of life on an idle link, in milliseconds.
+    type: int
+    default: 200
+  ignore_addresses:
+    description:
+      - Networks whose flows are not replicated, besides loopback, all addresses of the node itself, VRRP and the sync
+        link's own traffic, which are always ignored.
+    type: list
+    elements: str
+    default: []
+  interpreter:
+    description: Python interpreter that runs the daemon, version 3.9 or newer, with the library C(cryptography).
+    type: path
+    default: /usr/bin/python3
+  keys:
+    description:
+      - The pre-shared keys that authenticate and encrypt the sync link, the same on both nodes.
+      - Key files of ids that are not listed are removed. To rotate a key without a gap, list both for a while.
+      - Required with O(state=present).
+    type: list
+    elements: dict
+    suboptions:
+      id:
+        description: Number of the key, from 1 to 255.
+        type: int
+        required: true
+      key:
+        description: Base64 of at least 32 random bytes, as C(openssl rand -base64 32) prints it.
+        type: str
+        required: true
+  link:
+    description: This node's end of the sync link. Required with O(state=present).
+    type: dict
+    suboptions:
+      address:
+        description: Own address on the sync link.
+        type: str
+        required: true
+      interface:
+        description: Interface of the sync link.
+        type: str
+        required: true
+      port:
+        description: UDP port, the same on both nodes.
+        type: int
+        default: 3781
+  log_level:
+    description: Least severity that is logged.
+    type: str
+    choices: [debug, info, warning, error]
+    default: info
+  mode:
+    description:
+      - With V(hot-standby) the backup writes each replica into its kernel at once.
+      - With V(external-cache) it keeps replicas to itself until they are committed at take-over.
+    type: str
+    choices: [hot-standby, external-cache]
+    default: hot-standby
+  netlink_buffer_bytes:
+    description: Receive buffer for the kernel's events, in bytes.
+    type: int
+    default: 67108864
+  node:
+    description: Name of this node, as the peer knows it. Required with O(state=present).
+    type: str
+  park_timeout_s:
+    description: Kernel timeout of a replica while the peer lives, in seconds. True timers return at take-over.
+    type: int
+    default: 86400
+  peers:
+    description: The other nodes. Required with O(state=present).
+    type: list
+    elements: dict
+    suboptions:
+      address:
+        description: Address of the peer on the sync link.
+        type: str
+        required: true
+      node:
+        description: Name of the peer.
+        type: str
+        required: true
+  remove_user:
+    description: With O(state=absent), also remove the system user and group C(ctsyncd).
+    type: bool
+    default: false
+  replicate:
+    description:
+      - V(false) switches replication off, for a negative test. The daemon runs and says that it is not ready.
+    type: bool
+    default: true
+  running:
+    description: Whether the daemon runs.
+    type: bool
+    default: true
+  send_key:
+    description: Id of the key to send with. May be left out when there is only one.
+    type: int
+  state:
+    description:
+      - V(present) installs and configures the daemon.
+      - V(absent) stops it and removes everything that this module installs. Remove keepalived first, or at least its
+        use of C(/run/ctsync).
+    type: str
+    choices: [absent, present]
+    default: present
+  udp:
+    description:
+      - Which flows without a state machine (UDP, ICMP and others) are replicated, those with a reply or all.
+    type: str
+    choices: [replied, all]
+    default: replied
+  virtual_ips:
+    description:
+      - The virtual IPs that VRRP moves. The node that holds them all is the active one.
+      - Required with O(state=present).
+    type: list
+    elements: dict
+    suboptions:
+      address:
+        description: The virtual IP. A prefix length behind it is ignored.
+        type: str
+        required: true
+      interface:
+        description: Interface that carries the virtual IP.
+        type: str
+        required: true
+  window_ms:
+    description: Changes of one flow within this time are sent as one, in milliseconds.
+    type: int
+    default: 5
+notes:
+  - The keys never appear in results, diffs or messages. Keep them in Ansible Vault.
+  - Runtime files are made by C(systemd-tmpfiles) in C(/run/ctsync), which outlives the daemon and keepalived.
+requirements:
+  - systemd 247 or newer as the running init
+  - Python 3.9 or newer with C(cryptography) for the daemon (C(python3-cryptography) of the distribution)
+seealso:
+  - module: ctsync.ha_firewall.ha_facts
+  - module: ctsync.ha_firewall.keepalived
+extends_documentation_fragment:
+  - ctsync.ha_firewall.attributes
+author:
+  - The ctsync authors
+"""
+
+EXAMPLES = r"""
+- name: Replicate connection states to the other firewall
+  ctsync.ha_firewall.ctsyncd:
+    node: fw1
+    peers:
+      - {node: fw2, address: 192.168.100.2}
+    link:
+      interface: eth2
+      address: 192.168.100.1
+    virtual_ips:
+      - {interface: eth1, address: 192.168.0.100}
+      - {interface: eth0, address: 192.168.1.100}
+    keys:
+      - {id: 1, key: "{{ vault_sync_key }}"}
+
+- name: Rotate the key, first step on both nodes (both keys are accepted, the old one is sent)
+  ctsync.ha_firewall.ctsyncd:
+    node: fw1
+    peers:
+      - {node: fw2, address: 192.168.100.2}
+    link:
+      interface: eth2
+      address: 192.168.100.1
+    virtual_ips:
+      - {interface: eth1, address: 192.168.0.100}
+      - {interface: eth0, address: 192.168.1.100}
+    keys:
+      - {id: 1, key: "{{ vault_sync_key }}"}
+      - {id: 2, key: "{{ vault_sync_key_new }}"}
+    send_key: 1
+
+- name: Remove the daemon
+  ctsync.ha_firewall.ctsyncd:
+    state: absent
+    remove_user: true
+"""
+
+RETURN = r"""
+action:
+  description: What was done to the service, or would be done in check mode.
+  returned: always
+  type: str
+  choices: [none, started, restarted, stopped]
+  sample: restarted
+changes:
+  description: What was changed, or would be in check mode, in the order of the work.
+  returned: always
+  type: list
+  elements: str
+  sample: [/etc/ctsyncd/ctsyncd.conf]
+config:
+  description: The daemon's configuration. Keys are named, never shown.
+  returned: when O(state=present)
+  type: dict
+  sample: {node: fw1, keys: {"1": key-1}}
+digest:
+  description: SHA-256 over the names and contents of the daemon's files and its first line.
+  returned: when O(state=present)
+  type: str
+  sample: 9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08
+path:
+  description: The installed file that C(/usr/sbin/ctsyncd) leads to.
+  returned: when O(state=present)
+  type: str
+  sample: /usr/lib/ctsyncd/ctsyncd-9f86d081884c.pyz
+rolled_back:
+  description: Whether the former version and configuration were put back after a failure.
+  returned: on failure, when something had been changed
+  type: bool
+  sample: true
+version:
+  description: Version of the daemon.
+  returned: when O(state=present)
+  type: str
+  sample: 0.1.0
+"""
+
+import contextlib
+import grp
+import json
+import os
+import pwd
+import stat
+import tempfile
+from typing import TYPE_CHECKING, Any, Callable, NoReturn, Optional
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils import _ctsyncd_files as layout
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils import _files, _systemd, _zipapp
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils import ctsyncd as daemon
+
+if TYPE_CHECKING:
+    # Ansible reads this line to find the daemon's files and ships them; Python never executes it.
+    from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import __main__  # noqa: F401
+
+MINIMUM_SYSTEMD = 247  # LoadCredential=
+MINIMUM_PYTHON = (3, 9)
+RESTART_PENDING = "/run/ctsyncd.restart-pending"  # files are newer than the running daemon, even after a crash of ours
+REQUIRED = ("node", "peers", "link", "virtual_ips", "keys")
+PROBE = """\
+import json, sys
+found = {"python": sys.version_info[:3], "cryptography": ""}
+try:
+    import cryptography
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
+    from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+    found["cryptography"] = cryptography.__version__
+except ImportError as error:
+    found["problem"] = str(error)
+print(json.dumps(found))
+"""
+
+
+def argument_spec() -> dict[str, Any]:
+    return {
+        "dead_after_ms": {"type": "int", "default": 1000},
+        "datagram_bytes": {"type": "int", "default": 1400},
+        "enabled": {"type": "bool", "default": True},
+        "hello_interval_ms": {"type": "int", "default": 200},
+        "ignore_addresses": {"type": "list", "elements": "str", "default": []},
+        "interpreter": {"type": "path", "default": "/usr/bin/python3"},
+        "keys": {
+            "type": "list",
+            "elements": "dict",
+            "no_log": False,
+            "options": {
+                "id": {"type": "int", "required": True},
+                "key": {"type": "str", "required": True, "no_log": True},
+            },
+        },
+        "link": {
+            "type": "dict",
+            "options": {
+                "address": {"type": "str", "required": True},
+                "interface": {"type": "str", "required": True},
+                "port": {"type": "int", "default": 3781},
+            },
+        },
+        "log_level": {"type": "str", "choices": ["debug", "info", "warning", "error"], "default": "info"},
+        "mode": {"type": "str", "choices": ["hot-standby", "external-cache"], "default": "hot-standby"},
+        "netlink_buffer_bytes": {"type": "int", "default": 67108864},
+        "node": {"type": "str"},
+        "park_timeout_s": {"type": "int", "default": 86400},
+        "peers": {
+            "type": "list",
+            "elements": "dict",
+            "options": {
+                "address": {"type": "str", "required": True},
+                "node": {"type": "str", "required": True},
+            },
+        },
+        "remove_user": {"type": "bool", "default": False},
+        "replicate": {"type": "bool", "default": True},
+        "running": {"type": "bool", "default": True},
+        "send_key": {"type": "int", "no_log": False},
+        "state": {"type": "str", "choices": ["absent", "present"], "default": "present"},
+        "udp": {"type": "str", "choices": ["replied", "all"], "default": "replied"},
+        "virtual_ips": {
+            "type": "list",
+            "elements": "dict",
+            "options": {
+                "address": {"type": "str", "required": True},
+                "interface": {"type": "str", "required": True},
+            },
+        },
+        "window_ms": {"type": "int", "default": 5},
+    }
+
+
+class Account:
+    """The daemon's system user and group, as far as they exist."""
+
+    def __init__(self) -> None:
+        self.uid: Optional[int] = None
+        self.gid: Optional[int] = None
+        self.refresh()
+
+    def refresh(self) -> None:
+        with contextlib.suppress(KeyError):
+            self.gid = grp.getgrnam(layout.USER).gr_gid
+        with contextlib.suppress(KeyError):
+            self.uid = pwd.getpwnam(layout.USER).pw_uid
+
+
+class Work:
+    """What is to be done: each step with its name and its diff, in order."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[str, Callable[[], None]]] = []
+        self.diff: list[dict[str, str]] = []
+        self.restart = False
+
+    def add(self, name: str, before: str, after: str, do: Callable[[], None], restart: bool = False) -> None:
+        self.steps.append((name, do))
+        self.diff.append({"before_header": name, "after_header": name, "before": before, "after": after})
+        self.restart = self.restart or restart
+
+    @property
+    def names(self) -> list[str]:
+        return list(dict.fromkeys(name for name, _ in self.steps))
+
+
+class Installation:
+    """The daemon on this host: look, plan, do, or undo."""
+
+    def __init__(self, module: AnsibleModule) -> None:
+        self.module = module
+        self.params = module.params
+        self.service = _systemd.Service(module, layout.UNIT)
+        self.account = Account()
+        self.work = Work()
+        self.earlier: dict[str, _files.Snapshot] = {}
+
+    # --- state: present ---
+
+    def present(self) -> None:
+        self._check_host()
+        app = self._build()
+        self._check_interpreter()
+        problems = layout.check_keys(self.params["keys"])
+        if problems:
+            self.module.fail_json(msg="; ".join(problems), problems=problems)
+        config = layout.render_config(self.params)
+        self._check_config(app, config)
+
+        state = self.service.state()
+        self._plan_present(app, config, state)
+        action = self._action(state)
+        result = {
+            "version": app.version,
+            "digest": app.digest,
+            "path": f"{layout.LIBRARY}/{app.file_name}",
+            "config": json.loads(config),
+        }
+        if not self.module.check_mode:
+            self._apply_present(state, action)
+        self._exit(action, **result)
+
+    def _check_host(self) -> None:
+        if not _systemd.booted():
+            self.module.fail_json(msg="systemd is not the running init of this host: ctsyncd needs it as supervisor")
+        version = self.service.version()
+        if version < MINIMUM_SYSTEMD:
+            self.module.fail_json(
+                msg=f"systemd {version} is too old: LoadCredential= needs {MINIMUM_SYSTEMD} or newer: "
+                "upgrade the distribution"
+            )
+
+    def _build(self) -> _zipapp.Zipapp:
+        sources = _zipapp.package_sources(daemon)
+        missing = _zipapp.missing_files(sources)
+        if missing:
+            self.module.fail_json(
+                msg=f"payload incomplete: Ansible did not ship {', '.join(missing)}: "
+                "install the collection again and report this",
+                missing=missing,
+            )
+        try:
+            return _zipapp.build(sources, self.params["interpreter"], daemon.__version__)
+        except ValueError as error:
+            self.module.fail_json(msg=f"interpreter: {error}: write a path such as /usr/bin/python3")
+
+    def _check_interpreter(self) -> None:
+        """The daemon's Python is not necessarily the one that runs this module."""
+        path = self.params["interpreter"]
+        if not os.access(path, os.X_OK):
+            self.module.fail_json(
+                msg=f"interpreter: {path} is not there or not executable: install Python 3.9 or newer"
+            )
+        command = [path, "-I", "-c", PROBE]
+        rc, out, err = self.module.run_command(command, environ_update={"LC_ALL": "C"})
+        try:
+            found = json.loads(out)
+        except ValueError:
+            found = None
+        if rc != 0 or found is None:
+            self.module.fail_json(
+                msg=f"interpreter: {path} does not run Python code: name a working Python 3.9 or newer",
+                cmd=[*command[:3], "..."],
+                rc=rc,
+                stdout=out,
+                stderr=err,
+            )
+        if tuple(found["python"]) < MINIMUM_PYTHON:
+            version = ".".join(str(part) for part in found["python"])
+            self.module.fail_json(msg=f"interpreter: {path} is Python {version}: name Python 3.9 or newer")
+        if not found["cryptography"]:
+            message = (
+                f"{path} cannot import cryptography ({found['problem']}): "
+                "install the package python3-cryptography of the distribution"
+            )
+            if not self.module.check_mode:
+                self.module.fail_json(msg=message)
+            self.module.warn(message)  # in check mode the task that installs it did not run
+
+    def _check_config(self, app: _zipapp.Zipapp, config: str) -> None:
+        """Let the new daemon judge the new configuration, before anything on the host is changed."""
+        with tempfile.TemporaryDirectory(dir=self.module.tmpdir) as folder:
+            program, candidate = os.path.join(folder, app.file_name), os.path.join(folder, "ctsyncd.conf")
+            for path, content in ((program, app.data), (candidate, config.encode())):
+                with open(path, "wb") as stream:
+                    stream.write(content)
+            command = [self.params["interpreter"], "-I", program, "check-config", "-C", candidate]
+            rc, out, err = self.module.run_command(command, environ_update={"LC_ALL": "C"})
+        if rc == 0:
+            return
+        lines = err.replace(candidate, layout.CONFIG).splitlines()
+        prefix = f"ctsyncd: {layout.CONFIG}: "
+        problems = [line[len(prefix) :] for line in lines if line.startswith(prefix)]
+        self.module.fail_json(
+            msg="the configuration is wrong: " + ("; ".join(problems) or err.strip() or f"exit code {rc}"),
+            problems=problems,
+            cmd=command,
+            rc=rc,
+            stdout=out,
+            stderr="\n".join(lines),
+        )
+
+    def _plan_present(self, app: _zipapp.Zipapp, config: str, state: _systemd.State) -> None:
+        params = self.params
+        keys = {entry["id"]: entry["key"].strip() for entry in params["keys"]}
+        unit = layout.render_unit(list(keys), [peer["address"] for peer in params["peers"]])
+        program = f"{layout.LIBRARY}/{app.file_name}"
+
+        self._plan_directory(layout.LIBRARY, 0o755)
+        self._plan_file(program, app.data, 0o644, show=f"digest: {app.digest}\n")
+        self._plan_account()
+        self._plan_file(layout.TMPFILES, layout.render_tmpfiles().encode(), 0o644)
+        self._plan_shared()
+        self._plan_directory(layout.CONFIG_DIRECTORY, 0o755)
+        self._plan_directory(layout.KEY_DIRECTORY, 0o700)
+        for number, key in sorted(keys.items()):
+            self._plan_file(layout.key_file(number), f"{key}\n".encode(), 0o600, show="(hidden)\n", restart=True)
+        self._plan_file(layout.UNIT_FILE, unit.encode(), 0o644, restart=True)
+        self._plan_file(layout.CONFIG, config.encode(), 0o640, group=True, restart=True)
+        self._plan_link(program, app.digest)
+        self._plan_old_keys(set(keys))
+        self._plan_old_programs(program)
+        if state.enabled != params["enabled"]:
+            name = f"{layout.UNIT} at boot"
+            words = {True: "enabled\n", False: "disabled\n"}
+            change = self.service.enable if params["enabled"] else self.service.disable
+            self.work.add(name, words[state.enabled], words[params["enabled"]], change)
+
+    def _plan_directory(self, path: str, mode: int) -> None:
+        found = _files.look(path)
+        if found.exists and found.kind != stat.S_IFDIR:
+            self.module.fail_json(msg=f"{path} is not a directory: move it away")
+        if (found.mode, found.uid, found.gid) == (mode, 0, 0) and found.exists:
+            return
+
+        def do() -> None:
+            os.makedirs(path, exist_ok=True)
+            os.chown(path, 0, 0)
+            os.chmod(path, mode)
+            if self.module.selinux_enabled():
+                self.module.set_default_selinux_context(path, False)
+
+        self.work.add(path, _attributes(found), _attributes(_files.Snapshot(b"", stat.S_IFDIR, mode)), do)
+
+    def _plan_file(
+        self,
+        path: str,
+        content: bytes,
+        mode: int,
+        *,
+        group: bool = False,
+        show: Optional[str] = None,
+        restart: bool = False,
+    ) -> None:
+        """``group``: readable by the daemon's group.  ``show``: what a diff shows in place of the contents."""
+        found = _files.look(path)
+        if found.exists and found.kind not in (stat.S_IFREG, stat.S_IFLNK):
+            self.module.fail_json(msg=f"{path} is not a file: move it away")
+        wanted = _files.Wanted(path, content, mode, 0, self.account.gid if group else 0)
+        if wanted.matches(found):
+            return
+
+        def do() -> None:
+            gid = (self.account.gid or 0) if group else 0
+            _files.write(path, content, mode, uid=0, gid=gid, label=self._labeller(path))
+
+        same_content = found.kind == stat.S_IFREG and found.content == content
+        if same_content:
+            gid = f"group {layout.USER}" if wanted.gid is None else f"group {wanted.gid}"
+            after = f"mode {mode:04o}, owner 0, {gid}\n"
+            self.work.add(path, _attributes(found), after, do, restart)
+            return
+        before = "" if not found.exists else "(other contents, hidden)\n" if show else _text(found.content)
+        self.work.add(path, before, show or _text(content), do, restart)
+
+    def _plan_link(self, program: str, digest: str) -> None:
+        found = _files.look(layout.COMMAND)
+        if found.kind == stat.S_IFLNK and found.content == program.encode():
+            return
+        if found.kind == stat.S_IFDIR:
+            self.module.fail_json(msg=f"{layout.COMMAND} is a directory: move it away")
+        before = ""
+        if found.kind == stat.S_IFLNK:
+            target = _text(found.content)
+            before = f"-> {target}\ndigest: {_zipapp.read_build(target).get('digest', 'unknown')}\n"
+        elif found.exists:
+            before = "(a file)\n"
+        after = f"-> {program}\ndigest: {digest}\n"
+        self.work.add(layout.COMMAND, before, after, lambda: _files.link(layout.COMMAND, program), True)
+
+    def _plan_account(self) -> None:
+        if self.account.uid is not None and self.account.gid is not None:
+            return
+
+        def do() -> None:
+            if self.account.gid is None:
+                self._command("groupadd", "--system", layout.USER)
+            if self.account.uid is None:
+                self._command(
+                    "useradd",
+                    "--system",
+                    "--gid",
+                    layout.USER,
+                    "--home-dir",
+                    "/nonexistent",
+                    "--no-create-home",
+                    "--shell",
+                    "/usr/sbin/nologin",
+                    "--comment",
+                    "Connection tracking state replication",
+                    layout.USER,
+                )
+            self.account.refresh()
+
+        self.work.add(f"user {layout.USER}", "", "present\n", do, restart=True)
+
+    def _plan_shared(self) -> None:
+        """The directory, track file and FIFO that keepalived and the daemon share."""
+        account = self.account
+        wanted = (
+            (layout.SHARED_DIRECTORY, stat.S_IFDIR, 0o755, 0, 0),
+            (layout.TRACK_FILE, stat.S_IFREG, 0o644, account.uid, account.gid),
+            (layout.NOTIFY_FIFO, stat.S_IFIFO, 0o640, 0, account.gid),
+        )
+        wrong = []
+        for path, kind, mode, uid, gid in wanted:
+            found = _files.look(path)
+            if found.exists and found.kind != kind:
+                self.module.fail_json(
+                    msg=f"{path} is not a {_KIND_NAMES[kind]}: stop keepalived, remove it and run again"
+                )
+            if (found.kind, found.mode, found.uid, found.gid) != (kind, mode, uid, gid):
+                wrong.append((path, found))
+        if not wrong:
+            return
+        before = "".join(f"{path}: {_attributes(found) or 'absent' + chr(10)}" for path, found in wrong)
+        after = "".join(f"{path}: present as in {layout.TMPFILES}\n" for path, _ in wrong)
+        self.work.add(
+            f"files in {layout.SHARED_DIRECTORY}",
+            before,
+            after,
+            lambda: self._command("systemd-tmpfiles", "--create", layout.TMPFILES),
+            restart=True,
+        )
+
+    def _plan_old_keys(self, wanted: set[int]) -> None:
+        for name in _list(layout.KEY_DIRECTORY):
+            number, _, suffix = name.partition(".")
+            if suffix == "key" and number.isdigit() and int(number) not in wanted:
+                path = f"{layout.KEY_DIRECTORY}/{name}"
+                self.work.add(path, "(hidden)\n", "", lambda path=path: _ignore(_files.remove(path)), restart=True)
+
+    def _plan_old_programs(self, program: str) -> None:
+        """Keep the newest of the other versions, which a process may still be reading, or someone wants back."""
+        others = [path for path in _programs() if path != program]
+        link = _files.look(layout.COMMAND)
+        target = _text(link.content) if link.kind == stat.S_IFLNK else ""
+        keep = target if target in others else max(others, key=os.path.getmtime, default="")
+        for path in others:
+            if path != keep:
+                self.work.add(path, "present\n", "", lambda path=path: _ignore(_files.remove(path)))
+
+    def _action(self, state: _systemd.State) -> str:
+        if not self.params["running"]:
+            return "stopped" if state.active else "none"
+        if not state.active:
+            return "started"
+        return "restarted" if self.work.restart or os.path.exists(RESTART_PENDING) else "none"
+
+    def _apply_present(self, state: _systemd.State, action: str) -> None:
+        for path in (layout.CONFIG, layout.UNIT_FILE, layout.COMMAND, *_key_files()):
+            self.earlier[path] = _files.look(path)
+        for entry in self.params["keys"]:
+            self.earlier.setdefault(layout.key_file(entry["id"]), _files.Snapshot())
+        try:
+            if self.work.restart and state.active:
+                _files.write(RESTART_PENDING, b"", 0o600)
+            for name, do in self.work.steps:
+                if name == layout.UNIT + " at boot":
+                    self._reload_manager()
+                do()
+            self._reload_manager()
+            if action in ("started", "restarted"):
+                self.service.restart()
+            elif action == "stopped":
+                self.service.stop()
+            _files.remove(RESTART_PENDING)
+        except (OSError, _systemd.SystemdError) as error:
+            self._roll_back(state, error)
+
+    def _reload_manager(self) -> None:
+        if layout.UNIT_FILE in self.work.names or self.service.state().need_reload:
+            self.service.daemon_reload()
+
+    def _roll_back(self, state: _systemd.State, error: Exception) -> NoReturn:
+        """Put the former installation back and run it, if there was one that ran."""
+        journal = self.service.journal()
+        details: dict[str, Any] = dict(error.details) if isinstance(error, _systemd.SystemdError) else {}
+        rolled_back = False
+        if state.active and self.work.steps:
+            try:
+                for path, snapshot in self.earlier.items():
+                    if _files.look(path) != snapshot:
+                        _files.restore(path, snapshot, self._labeller(path))
+                self.service.daemon_reload()
+                self.service.restart()
+                _files.remove(RESTART_PENDING)
+                rolled_back = True
+            except (OSError, _systemd.SystemdError) as second:
+                details["rollback_error"] = str(second)
+        remedy = (
+            "the former version and configuration run again"
+            if rolled_back
+            else "correct the cause and run again; systemd goes on trying to start it"
+        )
+        last = journal.splitlines()[-1] if journal else ""
+        self.module.fail_json(
+            msg=f"ctsyncd did not start: {error}{': ' + last if last else ''}: {remedy}",
+            rolled_back=rolled_back,
+            journal=journal.splitlines(),
+            changes=self.work.names,
+            **details,
+        )
+
+    # --- state: absent ---
+
+    def absent(self) -> None:
+        if not _systemd.booted():
+            self.module.fail_json(msg="systemd is not the running init of this host: nothing can be stopped here")
+        state = self.service.state()
+        paths = [layout.UNIT_FILE, layout.TMPFILES, layout.CONFIG, *_key_files()]
+        link = _files.look(layout.COMMAND)
+        if link.kind == stat.S_IFLNK and _text(link.content).startswith(layout.LIBRARY + "/"):
+            paths.append(layout.COMMAND)
+        paths += [*_programs(), layout.TRACK_FILE, layout.NOTIFY_FIFO, RESTART_PENDING]
+        if state.enabled:
+            self.work.add(f"{layout.UNIT} at boot", "enabled\n", "disabled\n", self.service.disable)
+        for path in paths:
+            if _files.look(path).exists:
+                self.work.add(path, "present\n", "", lambda path=path: _ignore(_files.remove(path)))
+        for path in (layout.KEY_DIRECTORY, layout.CONFIG_DIRECTORY, layout.LIBRARY, layout.SHARED_DIRECTORY):
+            if _only_ours(path, paths):
+                self.work.add(path, "present\n", "", lambda path=path: _ignore(_files.remove_empty_directory(path)))
+        if self.params["remove_user"] and self.account.uid is not None:
+            self.work.add(f"user {layout.USER}", "present\n", "", lambda: self._command("userdel", layout.USER))
+        elif self.params["remove_user"] and self.account.gid is not None:
+            self.work.add(f"group {layout.USER}", "present\n", "", lambda: self._command("groupdel", layout.USER))
+        action = "stopped" if state.active else "none"
+        if not self.module.check_mode and (self.work.steps or state.active):
+            try:
+                if state.loaded:
+                    self.service.stop()  # also ends a start that is being retried
+                for _name, do in self.work.steps:
+                    do()
+                self.service.daemon_reload()
+                self.service.reset_failed()
+            except (OSError, _systemd.SystemdError) as error:
+                details = error.details if isinstance(error, _systemd.SystemdError) else {}
+                self.module.fail_json(msg=f"ctsyncd was not removed completely: {error}: run again", **details)
+        self._exit(action)
+
+    # --- both ---
+
+    def _labeller(self, path: str) -> Optional[Callable[[str], None]]:
+        """On hosts with SELinux a new file gets the context of its final place."""
+        if not self.module.selinux_enabled():
+            return None
+        context = self.module.selinux_default_context(path)
+        return lambda temporary: _ignore(self.module.set_context_if_different(temporary, context, False))
+
+    def _command(self, program: str, *arguments: str) -> None:
+        command = [self.module.get_bin_path(program, required=True), *arguments]
+        rc, out, err = self.module.run_command(command, environ_update={"LC_ALL": "C"})
+        if rc != 0:
+            said = err.strip() or out.strip() or f"exit code {rc}"
+            raise _systemd.SystemdError(f"{' '.join(command)}: {said}", cmd=command, rc=rc, stdout=out, stderr=err)
+
+    def _exit(self, action: str, **result: Any) -> NoReturn:
+        changed = bool(self.work.steps) or action != "none"
+        self.module.exit_json(changed=changed, action=action, changes=self.work.names, diff=self.work.diff, **result)
+
+
+_KIND_NAMES = {stat.S_IFDIR: "directory", stat.S_IFREG: "regular file", stat.S_IFIFO: "FIFO"}
+
+
+def _ignore(result: Any) -> None:
+    """For steps whose result says nothing that matters here."""
+
+
+def _text(content: Optional[bytes]) -> str:
+    return (content or b"").decode("utf-8", "replace")
+
+
+def _attributes(found: _files.Snapshot) -> str:
+    return f"mode {found.mode:04o}, owner {found.uid}, group {found.gid}\n" if found.exists else ""
+
+
+def _list(path: str) -> list[str]:
+    try:
+        return sorted(os.listdir(path))
+    except FileNotFoundError:
+        return []
+
+
+def _programs() -> list[str]:
+    return [
+        f"{layout.LIBRARY}/{name}"
+        for name in _list(layout.LIBRARY)
+        if name.startswith("ctsyncd-") and name.endswith(".pyz")
+    ]
+
+
+def _key_files() -> list[str]:
+    return [f"{layout.KEY_DIRECTORY}/{name}" for name in _list(layout.KEY_DIRECTORY) if name.endswith(".key")]
+
+
+def _only_ours(path: str, removed: list[str]) -> bool:
+    """Whether the directory is there and nothing is in it but what gets removed."""
+    if not os.path.isdir(path):
+        return False
+    inside = [f"{path}/{name}" for name in _list(path)]
+    return all(entry in removed or (entry == layout.KEY_DIRECTORY and _only_ours(entry, removed)) for entry in inside)
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec=argument_spec(),
+        required_if=[("state", "present", REQUIRED)],
+        supports_check_mode=True,
+    )
+    installation = Installation(module)
+    if module.params["state"] == "present":
+        installation.present()
+    else:
+        installation.absent()
+
+
+if __name__ == "__main__":
+    main()
