@@ -100,7 +100,7 @@ def merge(old: Flow, new: Flow) -> Flow:
     TCP flags and window scale travel in the same kernel attribute as the state; a DESTROY carries the state alone.
     """
     return new._replace(
-        **{name: getattr(old, name) for name in _STICKY if getattr(new, name) is None and getattr(old, name) is not None},
+        **{name: getattr(old, name) for name in _STICKY if getattr(new, name) is None},
         master_proto=new.master_proto or old.master_proto,
     )
 

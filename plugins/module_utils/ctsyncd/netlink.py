@@ -127,10 +127,13 @@ class _Socket:
     def __init__(self, protocol: int, receive_buffer: int = 0) -> None:
         self._sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
         if receive_buffer:
-            try:
-                self._sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, receive_buffer)
-            except PermissionError:
-                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+            self._set_receive_buffer(receive_buffer)
+
+    def _set_receive_buffer(self, size: int) -> None:
+        try:
+            self._sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, size)
+        except PermissionError:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -194,6 +197,10 @@ class EventSocket(_Socket):
         # struct sock_fprog; the kernel copies the program before setsockopt returns
         fprog = struct.pack("@HP", length // _INSTRUCTION.size, address)
         self._sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, fprog)
+
+    def grow(self, receive_buffer: int) -> None:
+        """Ask for a larger receive buffer (bytes)."""
+        self._set_receive_buffer(receive_buffer)
 
     def read(self, limit: int = 1000) -> list[Event]:
         """At most ``limit`` events that are there now, without waiting.

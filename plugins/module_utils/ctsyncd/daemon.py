@@ -1,0 +1,561 @@
+# Copyright: (c) 2026, The ctsync authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The daemon: one event loop that carries bytes and requests between the edges and the engine."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import selectors
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from . import __version__, control, ctnetlink, engine, netlink, readiness, render, service, vrrp
+from .config import Config
+from .control import ControlError
+from .crypto import LibraryCrypto
+from .errors import NetlinkError
+from .flow import Flow
+from .link import Link
+from .session import Session
+
+LOG = logging.getLogger(__name__)
+
+EVENTS_PER_TURN = 2000
+DATAGRAMS_PER_TURN = 64
+REQUESTS_PER_TURN = 256
+DUMP_SLICES_PER_TURN = 2
+MAX_EVENT_BUFFER = 256 << 20
+ADDRESS_CHECK_S = 1.0  # the virtual IPs are looked up at every change, and this often in case a change was missed
+STATUS_S = 1.0
+
+NANOSECONDS = 1_000_000_000
+
+
+class Daemon:
+    """Edges, engine and loop of one running daemon."""
+
+    def __init__(self, config: Config, secrets: dict[int, bytes]) -> None:
+        now = time.monotonic()
+        self.config = config
+        self.started = now
+        self.stopping = False
+        self._virtual_ips = [(vip.interface, vip.address, vip.packed) for vip in config.virtual_ips]
+        self._held: set[bytes] = set()
+        self._session = Session(
+            config.node,
+            config.peer.node,
+            crypto=LibraryCrypto(),
+            secrets=secrets,
+            send_key=config.send_key,
+            random=os.urandom,
+            version=__version__,
+            payload=config.datagram_bytes,
+            hello_interval_s=config.hello_interval_ms / 1000,
+            dead_after_s=config.dead_after_ms / 1000,
+            now=now,
+        )
+        self._engine = engine.Engine(
+            engine.Settings(
+                mode=config.mode,
+                replicate=config.replicate,
+                unreplied=config.udp == "all",
+                park_timeout_s=config.park_timeout_s,
+                ignore=tuple(str(network) for network in config.ignore_addresses),
+            ),
+            self._session,
+            now,
+        )
+        self._verdict = readiness.Verdict(readiness.NOT_READY, ("starting",), True)
+        self._log = service.LimitedLog(LOG)
+        self._notifier = service.Notifier()
+        self._signals = service.Signals(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        self._selector = selectors.DefaultSelector()
+        self._requests = netlink.RequestSocket()
+        self._events = netlink.EventSocket(config.netlink_buffer_bytes, ignore_portids=(self._requests.portid,))
+        self._event_buffer = config.netlink_buffer_bytes
+        self._events_at: float | None = None  # events wait; the window ends then
+        self._addresses = netlink.AddressMonitor()
+        self._addresses_at = now
+        self._link = Link(config.link.interface, config.link.address, config.link.port, config.peer.address)
+        self._fifo = vrrp.FifoReader(config.notify_fifo)
+        self._track = vrrp.TrackFile(config.track_file)
+        self._control = control.ControlServer(config.control_socket, self._command)
+        self._dump: netlink.TableDump | None = None
+        self._dump_number = 0
+        self._link_registered = False
+        self._status_at = now
+        self._watchdog_at = now
+
+    # --- life --------------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve until a signal or ``-k`` ends it."""
+        now = time.monotonic()
+        self._read_addresses(now)
+        self._write_gate(now)
+        self._control.open()
+        self._control.register(self._selector)
+        self._fifo.register(self._selector)
+        self._fifo.open(now)
+        self._selector.register(self._signals.fileno(), selectors.EVENT_READ, self._signals)
+        self._selector.register(self._events, selectors.EVENT_READ, self._events)
+        self._selector.register(self._addresses, selectors.EVENT_READ, self._addresses)
+        self._open_link(now)
+        gc.collect()
+        gc.freeze()
+        self._notifier.ready(self._status_line())
+        LOG.info(
+            "ctsyncd %s: node %s, peer %s, role %s",
+            __version__,
+            self.config.node,
+            self.config.peer.node,
+            self._engine.role,
+        )
+        while not self.stopping:
+            self._turn()
+        self._stop()
+
+    def _stop(self) -> None:
+        self._notifier.stopping("stopping")
+        self._session.say_bye()
+        self._link.send(self._session.poll(time.monotonic()))
+        if not self._engine.active:
+            self._track.write(True)
+        self.close()
+
+    def close(self) -> None:
+        """Release every descriptor and remove the control socket."""
+        self._control.close()
+        self._fifo.close()
+        self._link.close()
+        for edge in (self._dump, self._events, self._addresses, self._requests):
+            if edge is not None:
+                edge.close()
+        self._selector.close()
+        self._signals.close()
+
+    # --- one turn ----------------------------------------------------------------------------------------------------
+
+    def _turn(self) -> None:
+        now = time.monotonic()
+        for key, mask in self._selector.select(self._wait(now)):
+            now = time.monotonic()
+            edge = key.data
+            if edge is self._control:
+                edge.handle(key, mask, now)
+            elif edge is self._events:
+                self._selector.unregister(self._events)
+                self._events_at = now + self.config.window_ms / 1000
+            elif edge is self._link:
+                self._read_link(now)
+            elif edge is self._fifo:
+                self._read_fifo(now)
+            elif edge is self._addresses:
+                self._addresses.drain()
+                self._read_addresses(now)
+            elif edge is self._signals:
+                self._read_signals(now)
+        now = time.monotonic()
+        if self._events_at is not None and now >= self._events_at:
+            self._read_events(now)
+        self._tick(now)
+        self._feed_dump(now)
+        self._link.send(self._engine.poll(now))
+        self._work_for_kernel()
+        self._watch_link()
+        self._report(now)
+
+    def _wait(self, now: float) -> float:
+        """How long the loop may sleep, in seconds."""
+        if self._dump is not None and self._engine.dump_room:
+            return 0.0
+        deadlines = [
+            self._engine.next_deadline(),
+            self._fifo.retry_at,
+            self._addresses_at,
+            self._status_at,
+            self._watchdog_at if self._notifier.watchdog_interval_s is not None else self._status_at,
+        ]
+        if self._events_at is not None:
+            deadlines.append(self._events_at)
+        if not self._link.is_open:
+            deadlines.append(self._link.retry_at)
+        next_control = self._control.next_deadline()
+        if next_control is not None:
+            deadlines.append(next_control)
+        if not self._engine.idle and self._dump is None:
+            return 0.0
+        return max(0.0, min(deadlines) - now)
+
+    def _tick(self, now: float) -> None:
+        if now >= self._addresses_at:
+            self._read_addresses(now)
+        self._fifo.tick(now)
+        self._control.tick(now)
+        if not self._link.is_open and now >= self._link.retry_at:
+            self._open_link(now)
+
+    # --- edges -------------------------------------------------------------------------------------------------------
+
+    def _open_link(self, now: float) -> None:
+        if self._link.open(now):
+            self._selector.register(self._link.fileno(), selectors.EVENT_READ, self._link)
+            self._link_registered = True
+
+    def _watch_link(self) -> None:
+        """Keep the link registered as it is: open or not, read or held back, with datagrams waiting or not."""
+        if not self._link.is_open:
+            if self._link_registered:  # closed by an error: epoll forgot the descriptor, the selector did not
+                for key in list(self._selector.get_map().values()):
+                    if key.data is self._link:
+                        self._selector.unregister(key.fd)
+                self._link_registered = False
+            return
+        wanted = 0 if self._engine.overloaded else selectors.EVENT_READ
+        if self._link.waiting:
+            wanted |= selectors.EVENT_WRITE
+        if not wanted:
+            if self._link_registered:
+                self._selector.unregister(self._link.fileno())
+                self._link_registered = False
+        elif not self._link_registered:
+            self._selector.register(self._link.fileno(), wanted, self._link)
+            self._link_registered = True
+        elif self._selector.get_key(self._link.fileno()).events != wanted:
+            self._selector.modify(self._link.fileno(), wanted, self._link)
+
+    def _read_link(self, now: float) -> None:
+        for datagram in self._link.receive(DATAGRAMS_PER_TURN):
+            self._engine.receive(datagram, now)
+
+    def _read_fifo(self, now: float) -> None:
+        """keepalived tells of a change; the kernel is asked what is true."""
+        for transition in self._fifo.read():
+            LOG.info("keepalived: %s %s is %s", transition.kind, transition.name, transition.state)
+        self._read_addresses(now)
+
+    def _read_addresses(self, now: float) -> None:
+        self._addresses_at = now + ADDRESS_CHECK_S
+        try:
+            own = netlink.local_addresses()
+        except (OSError, NetlinkError) as error:
+            self._log.warning("addresses", now, "cannot list the addresses of this node: %s", error)
+            return
+        virtual = {packed for _interface, _address, packed in self._virtual_ips}
+        self._held = own & virtual
+        self._engine.set_addresses(own | virtual)
+        role = readiness.ACTIVE if self._held == virtual else readiness.TRANSITION if self._held else readiness.BACKUP
+        if role != self._engine.role:
+            LOG.info("role %s: holds %d of %d virtual IPs", role, len(self._held), len(virtual))
+            self._engine.set_role(role, now)
+            self._write_gate(now)
+
+    def _read_signals(self, now: float) -> None:
+        for number in self._signals.read():
+            if number == signal.SIGHUP:
+                LOG.info("SIGHUP: the kernel's table is read again; changed configuration needs a restart")
+                self._notifier.reloading()
+                self._engine.resync()
+                self._notifier.ready(self._status_line())
+            else:
+                LOG.info("stopping on signal %d", number)
+                self.stopping = True
+
+    def _read_events(self, now: float) -> None:
+        messages = self._events.read(EVENTS_PER_TURN)
+        for message in messages:
+            if message.kind == ctnetlink.Kind.OVERRUN:
+                self._overrun(now)
+            elif message.flow is not None:
+                self._engine.kernel_event(message.flow, message.kind == ctnetlink.Kind.DESTROY, now)
+        if len(messages) >= EVENTS_PER_TURN:
+            self._events_at = now
+        else:
+            self._events_at = None
+            self._selector.register(self._events, selectors.EVENT_READ, self._events)
+
+    def _overrun(self, now: float) -> None:
+        self._engine.kernel_overrun()
+        size = min(self._event_buffer * 2, MAX_EVENT_BUFFER)
+        self._log.warning("overrun", now, "kernel events were lost (receive buffer full); the table is read again")
+        if size > self._event_buffer:
+            self._event_buffer = size
+            self._events.grow(size)
+
+    # --- kernel ------------------------------------------------------------------------------------------------------
+
+    def _feed_dump(self, now: float) -> None:
+        wanted = self._engine.dump
+        if wanted is None:
+            self._close_dump()
+            return
+        if self._dump is None or self._dump_number != wanted.number:
+            self._close_dump()
+            self._dump, self._dump_number = netlink.TableDump(), wanted.number
+        if not self._engine.dump_room:
+            return
+        try:
+            self._engine.dump_slice(self._dump.read(DUMP_SLICES_PER_TURN), now)
+            if not self._dump.done:
+                return
+            consistent = not self._dump.interrupted
+        except (OSError, NetlinkError) as error:
+            self._log.warning("dump", now, "reading the kernel's table: %s", error)
+            consistent = False
+        self._close_dump()
+        self._engine.dump_finished(consistent, now)
+
+    def _close_dump(self) -> None:
+        if self._dump is not None:
+            self._dump.close()
+            self._dump = None
+
+    def _work_for_kernel(self) -> None:
+        requests = self._engine.kernel_requests(REQUESTS_PER_TURN)
+        if not requests:
+            return
+        errors = dict.fromkeys(range(len(requests)), 0)
+        messages, places = [], []
+        for place, request in enumerate(requests):
+            try:
+                messages.append(_message(request))
+                places.append(place)
+            except NetlinkError as error:  # the peer sent what this kernel's interface cannot express
+                errors[place] = error.errno or 22
+        for index, number in self._requests.inject(messages):
+            errors[places[index]] = number
+        self._engine.kernel_results((request, errors[place]) for place, request in enumerate(requests))
+
+    # --- reports -----------------------------------------------------------------------------------------------------
+
+    def _report(self, now: float) -> None:
+        self._engine.problem = self._link.problem
+        verdict = self._engine.verdict(now)
+        if verdict != self._verdict:
+            if verdict[0] != self._verdict.verdict:
+                LOG.info("%s", render.verdict_line(verdict._asdict()))
+            self._verdict = verdict
+        self._write_gate(now)
+        if now >= self._status_at:
+            self._status_at = now + STATUS_S
+            self._notifier.status(self._status_line())
+        if self._notifier.watchdog_interval_s is not None and now >= self._watchdog_at:
+            self._watchdog_at = now + self._notifier.watchdog_interval_s
+            self._notifier.watchdog()
+
+    def _write_gate(self, now: float) -> None:
+        gate = self._engine.verdict(now).gate
+        if not self._track.write(gate):
+            self._log.warning("track", now, "%s", self._track.problem)
+
+    def _status_line(self) -> str:
+        return f"{self._engine.role}, {render.verdict_line(self._verdict._asdict())}"
+
+    def status(self) -> dict[str, Any]:
+        """The object of ``ctsyncd status --json`` (schema 1)."""
+        now = time.monotonic()
+        verdict = self._engine.verdict(now)
+        return {
+            "schema": 1,
+            "version": __version__,
+            "node": self.config.node,
+            "verdict": verdict.verdict,
+            "reasons": list(verdict.reasons),
+            "role": self._engine.role,
+            "virtual_ips": [
+                {"interface": interface, "address": address, "held": packed in self._held}
+                for interface, address, packed in self._virtual_ips
+            ],
+            "replicate": self.config.replicate,
+            "mode": self.config.mode,
+            "peers": [{**self._engine.peer_status(now), "address": self.config.peer.address}],
+            "flows": {"external": len(self._engine.cache)},
+            "counters": self._counters(),
+            "last_transition": {
+                "to": self._engine.role,
+                "ago_s": round(now - self._engine.role_since, 3),
+                "at": round(time.time() - (now - self._engine.role_since), 3),
+            },
+        }
+
+    def _counters(self) -> dict[str, int]:
+        counters: dict[str, int] = {}
+        for source in (self._engine.counters, self._session.counters, self._link.counters):
+            counters.update(source)
+        counters["events_malformed"] = self._events.malformed
+        counters["fifo_garbage"] = self._fifo.garbage
+        return dict(sorted(counters.items()))
+
+    def _statistics(self, section: str) -> dict[str, Any]:
+        now = time.monotonic()
+        cache = {
+            "external": {"entries": len(self._engine.cache)},
+            "waiting to be sent": {"changes": len(self._engine.pending)},
+        }
+        network = {"session": dict(sorted(self._session.counters.items())), "socket": dict(self._link.counters)}
+        runtime = {
+            "uptime s": int(now - self.started),
+            "netlink buffer bytes": self._event_buffer,
+            **dict(sorted(self._engine.counters.items())),
+        }
+        sections: dict[str, dict[str, Any]] = {
+            "cache": cache,
+            "network": network,
+            "runtime": {"runtime": runtime},
+            "link": {
+                "link": {
+                    "interface": self.config.link.interface,
+                    "open": self._link.is_open,
+                    **self._engine.peer_status(now),
+                }
+            },
+            "queue": {
+                "queue": {"unacknowledged changes": self._engine.lag(now)[0], "pending": len(self._engine.pending)}
+            },
+            "process": {"process": {"pid": os.getpid()}},
+        }
+        return sections.get(section) or {**cache, **network, **sections["link"]}
+
+    # --- control socket ----------------------------------------------------------------------------------------------
+
+    def _command(self, request: dict[str, Any]) -> control.Response:
+        name = request.get("command")
+        handler = getattr(self, "_command_" + str(name).replace("-", "_"), None) if isinstance(name, str) else None
+        if handler is None:
+            raise ControlError(f"unknown command {name!r}: client and daemon are of different versions?", 2)
+        response: control.Response = handler(request)
+        return response
+
+    def _command_status(self, _request: dict[str, Any]) -> control.Response:
+        return self.status()
+
+    def _command_stats(self, request: dict[str, Any]) -> control.Response:
+        return self._statistics(str(request.get("section", "summary")))
+
+    def _command_internal(self, request: dict[str, Any]) -> control.Response:
+        return self._internal(_renderer(request))
+
+    def _command_external(self, request: dict[str, Any]) -> control.Response:
+        return self._external(_renderer(request))
+
+    def _internal(self, line: Any) -> Iterator[bytes]:
+        """The internal cache is the kernel's table, through the filters, less what belongs to the peer."""
+        wall = time.time_ns()
+        with netlink.TableDump() as walk:
+            while not walk.done:
+                lines = []
+                for flow in walk.read():
+                    if self._engine.is_announced(flow):
+                        age = None if flow.start is None else max(0, (wall - flow.start) // NANOSECONDS)
+                        lines.append(line(flow, age))
+                yield "".join(text + "\n" for text in lines).encode()
+
+    def _external(self, line: Any) -> Iterator[bytes]:
+        now = time.monotonic()
+        lines = []
+        for flow, since in self._engine.external_flows():
+            lines.append(line(flow, int(now - since)))
+            if len(lines) >= 100:
+                yield "".join(text + "\n" for text in lines).encode()
+                lines = []
+        yield "".join(text + "\n" for text in lines).encode()
+
+    def _command_commit(self, _request: dict[str, Any]) -> control.Response:
+        before = self._engine.refusals()
+        count = self._engine.commit()
+        return self._when_idle(lambda: self._commit_report(count, before))
+
+    def _commit_report(self, count: int, before: int) -> str:
+        failed = self._engine.refusals() - before
+        if failed:
+            raise ControlError(
+                f"{count - failed} of {count} flows committed; the kernel refused {failed}: see -s runtime"
+            )
+        return f"{count} flows committed"
+
+    def _command_flush(self, request: dict[str, Any]) -> control.Response:
+        which = request.get("which", "all")
+        if which not in ("all", "internal", "external"):
+            raise ControlError(f"flush: {which!r} is not one of all, internal, external", 2)
+        if which == "internal":
+            return _say("the internal cache is the kernel's table: nothing to flush (-F removes flows from the kernel)")
+        return _say(f"{self._engine.flush_external()} flows forgotten")
+
+    def _command_flush_kernel(self, _request: dict[str, Any]) -> control.Response:
+        self._engine.flush_kernel()
+        return self._when_idle(lambda: "the kernel's table is flushed")
+
+    def _command_resync(self, _request: dict[str, Any]) -> control.Response:
+        self._engine.resync()
+        return _say("the kernel's table is read again")
+
+    def _command_bulk(self, _request: dict[str, Any]) -> control.Response:
+        if not self._engine.active:
+            raise ControlError("this node is not active: only the active node has a table to send")
+        if not self._session.established:
+            raise ControlError(f"no session with {self.config.peer.node}")
+        self._engine.resync()
+        return _say("the whole table is sent")
+
+    def _command_request(self, _request: dict[str, Any]) -> control.Response:
+        if self._engine.active:
+            raise ControlError("this node is active: its own table is the one that counts")
+        if not self._session.established:
+            raise ControlError(f"no session with {self.config.peer.node}")
+        self._engine.request_bulk(time.monotonic())
+        return _say(f"{self.config.peer.node} is asked for its whole table")
+
+    def _command_purge(self, _request: dict[str, Any]) -> control.Response:
+        if self._engine.active:
+            raise ControlError("this node is active: its flows are in use")
+        self._engine.purge_later(time.monotonic())
+        return _say(f"in {engine.PURGE_AFTER_S:.0f} s flows that the peer does not have leave the kernel")
+
+    def _command_kill(self, _request: dict[str, Any]) -> control.Response:
+        self.stopping = True
+        return _say("stopping")
+
+    def _when_idle(self, report: Any) -> Iterator[bytes]:
+        """Nothing (the server asks again) until the engine's work for the kernel is done, then the report."""
+        while not self._engine.idle:
+            yield b""
+        yield str(report()).encode() + b"\n"
+
+
+def _say(text: str) -> control.Response:
+    return [text.encode() + b"\n"]
+
+
+def _renderer(request: dict[str, Any]) -> Any:
+    renderers = {"text": render.line, "json": render.json_line, "xml": lambda flow, _age: render.xml(flow)}
+    chosen = renderers.get(str(request.get("format", "text")))
+    if chosen is None:
+        raise ControlError(f"format {request.get('format')!r} is not one of text, json, xml", 2)
+    return chosen
+
+
+def _message(request: engine.Request) -> bytes:
+    flow: Flow = request.flow
+    if request.operation == engine.CREATE:
+        return ctnetlink.create(flow, timeout=request.timeout)
+    if request.operation == engine.UPDATE:
+        return ctnetlink.update(flow, timeout=request.timeout)
+    if request.operation == engine.TIMER:
+        bare = flow._replace(
+            state=None, tcp_wscale=None, tcp_flags=None, sctp_vtags=None, mark=None, labels=None, seqadj=None
+        )
+        return ctnetlink.update(bare, timeout=request.timeout, status=False)
+    return ctnetlink.delete(flow)
+
+
+def run(config: Config) -> int:
+    """Be the daemon until it is told to stop; returns the exit status.  Raises ConfigError, NetlinkError."""
+    directory = os.environ.get("CREDENTIALS_DIRECTORY")
+    secrets = {key_id: service.read_key(config, key_id, directory) for key_id in config.keys}
+    Daemon(config, secrets).run()
+    return 0

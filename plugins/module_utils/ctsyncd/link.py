@@ -1,0 +1,136 @@
+# Copyright: (c) 2026, The ctsync authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The sync link: one UDP socket, bound to its interface and address, that knows its one peer."""
+
+from __future__ import annotations
+
+import collections
+import errno
+import logging
+import socket
+
+LOG = logging.getLogger(__name__)
+
+SO_BINDTODEVICE = 25  # <asm-generic/socket.h>
+SO_RCVBUFFORCE = 33
+IP_FREEBIND = 15  # <linux/in.h>
+IPV6_FREEBIND = 78  # <linux/in6.h>
+SOCKET_BUFFER_BYTES = 8 << 20
+MAX_DATAGRAM_BYTES = 9216
+RETRY_S = 1.0
+MAX_QUEUE = 1024  # datagrams that wait for a full socket; the session sends again what is dropped here
+
+_NOT_OPEN = -1
+
+
+class Link:
+    """The socket, opened again by :meth:`tick` while it cannot be.
+
+    ``problem`` says what is wrong, or is empty.  Datagrams of others than the peer are dropped and counted.
+    """
+
+    def __init__(self, interface: str, address: str, port: int, peer: str) -> None:
+        self.interface = interface
+        self.problem = "the sync socket is not open yet"
+        self.counters: collections.Counter[str] = collections.Counter()
+        self.retry_at = 0.0
+        self._local = (address, port)
+        self._peer = (peer, port)
+        self._family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self._sock: socket.socket | None = None
+        self._queue: collections.deque[bytes] = collections.deque(maxlen=MAX_QUEUE)
+
+    def fileno(self) -> int:
+        return self._sock.fileno() if self._sock is not None else _NOT_OPEN
+
+    @property
+    def is_open(self) -> bool:
+        return self._sock is not None
+
+    def open(self, now: float) -> bool:
+        """Open the socket; False, with ``problem`` and ``retry_at`` set, where it cannot be."""
+        self.retry_at = now + RETRY_S
+        sock = socket.socket(self._family, socket.SOCK_DGRAM)
+        try:
+            sock.setblocking(False)
+            sock.setsockopt(socket.SOL_SOCKET, SO_BINDTODEVICE, self.interface.encode() + b"\0")
+            self._grow(sock)
+            if self._family == socket.AF_INET:
+                sock.setsockopt(socket.IPPROTO_IP, IP_FREEBIND, 1)
+            else:
+                sock.setsockopt(socket.IPPROTO_IPV6, IPV6_FREEBIND, 1)
+            sock.bind(self._local)
+        except OSError as error:
+            sock.close()
+            self.problem = f"sync link {self.interface}: {error.strerror}: check the interface and address of link"
+            return False
+        self._sock = sock
+        self.problem = ""
+        return True
+
+    @staticmethod
+    def _grow(sock: socket.socket) -> None:
+        for option in (SO_RCVBUFFORCE, socket.SO_RCVBUF):
+            try:
+                sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
+                return
+            except PermissionError:
+                continue
+
+    def receive(self, limit: int) -> list[bytes]:
+        """At most ``limit`` datagrams that the peer sent, without waiting."""
+        out: list[bytes] = []
+        if self._sock is None:
+            return out
+        for _ in range(limit):
+            try:
+                data, sender = self._sock.recvfrom(MAX_DATAGRAM_BYTES)
+            except BlockingIOError:
+                break
+            except OSError as error:  # an ICMP error about what was sent before, or the interface went away
+                self.counters["receive_errors"] += 1
+                if error.errno in (errno.ENODEV, errno.EBADF):
+                    self._lose(error)
+                    break
+                continue
+            if sender[:2] != self._peer:
+                self.counters["dropped_foreign_address"] += 1
+                continue
+            self.counters["bytes_received"] += len(data)
+            out.append(data)
+        return out
+
+    def send(self, datagrams: list[bytes]) -> None:
+        """Send; what a full socket does not take waits, bounded, for the next call."""
+        self._queue.extend(datagrams)
+        if self._sock is None:
+            self.counters["send_errors"] += len(self._queue)
+            self._queue.clear()
+            return
+        while self._queue:
+            try:
+                self._sock.sendto(self._queue[0], self._peer)
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as error:
+                self.counters["send_errors"] += 1
+                if error.errno in (errno.ENODEV, errno.EBADF):
+                    self._lose(error)
+                    return
+            self._queue.popleft()
+
+    @property
+    def waiting(self) -> bool:
+        """Datagrams wait for room in the socket."""
+        return bool(self._queue)
+
+    def _lose(self, error: OSError) -> None:
+        self.problem = f"sync link {self.interface}: {error.strerror}"
+        self.close()
+
+    def close(self) -> None:
+        self._queue.clear()
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None

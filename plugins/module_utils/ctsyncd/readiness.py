@@ -1,0 +1,108 @@
+# Copyright: (c) 2026, The ctsync authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The verdict: may this node take over, and what would be lost?  Pure: facts in, verdict out."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+READY = "READY"
+DEGRADED = "DEGRADED"
+NOT_READY = "NOT READY"
+
+EXIT_CODES = {READY: 0, DEGRADED: 1, NOT_READY: 2}
+
+ACTIVE = "active"
+BACKUP = "backup"
+TRANSITION = "transition"
+
+
+class Facts(NamedTuple):
+    """What the verdict depends on.  Ages in seconds."""
+
+    role: str
+    replicate: bool
+    peer: str
+    session: bool  # keys are agreed on with the peer
+    peer_alive: bool
+    peer_silent_s: float | None
+    peer_role: str
+    peer_replicates: bool
+    peer_complete: bool
+    complete: bool  # a bulk ended and everything it named is where it belongs
+    waiting: int  # replicas that wait for this node's kernel
+    refused: int  # replicas that this node's kernel refuses to hold
+    lag_s: float  # age of the oldest change that the peer has not acknowledged
+    lag_limit_s: float
+    problem: str  # what stops the daemon from working at all: no event socket, no sync socket
+
+
+class Verdict(NamedTuple):
+    """``gate``: the track file says "not ready", so keepalived lowers this node's priority."""
+
+    verdict: str
+    reasons: tuple[str, ...]
+    gate: bool
+
+
+def judge(facts: Facts) -> Verdict:
+    """Readiness gates only *becoming* active: on the active node the gate is always open (lowering its priority would
+    move the virtual IPs to a staler node)."""
+    if facts.role == ACTIVE:
+        return _judge_active(facts)
+    return _judge_standby(facts)
+
+
+def _judge_active(facts: Facts) -> Verdict:
+    reasons = []
+    if facts.problem:
+        reasons.append(facts.problem)
+    if not facts.replicate:
+        reasons.append("replication is off: a failure loses every session")
+    elif not facts.session:
+        reasons.append(f"no session with {facts.peer}: a failure loses every session")
+    elif not facts.peer_alive:
+        reasons.append(f"{facts.peer} is silent{_for(facts.peer_silent_s)}: changes are not replicated")
+    elif facts.peer_role == ACTIVE:
+        reasons.append(f"{facts.peer} is active too: split brain")
+    elif not facts.peer_replicates:
+        reasons.append(f"replication is off on {facts.peer}: a failure loses every session")
+    elif not facts.peer_complete:
+        reasons.append(f"{facts.peer} does not hold the complete table yet")
+    elif facts.lag_s > facts.lag_limit_s:
+        reasons.append(f"{facts.peer} lags {facts.lag_s:.1f} s behind")
+    return Verdict(DEGRADED if reasons else READY, tuple(reasons), False)
+
+
+def _judge_standby(facts: Facts) -> Verdict:
+    if facts.problem:
+        return Verdict(NOT_READY, (facts.problem,), True)
+    if not facts.replicate:
+        return Verdict(NOT_READY, ("replication is off",), True)
+    if not facts.complete:
+        return Verdict(NOT_READY, (_why_incomplete(facts),), True)
+    reasons = []
+    if not facts.peer_alive:
+        reasons.append(f"{facts.peer} is silent{_for(facts.peer_silent_s)}: the table is as old as that")
+    if facts.waiting:
+        reasons.append(f"{facts.waiting} flows wait for the kernel")
+    if facts.refused:
+        reasons.append(f"the kernel refuses {facts.refused} flows")
+    return Verdict(DEGRADED if reasons else READY, tuple(reasons), False)
+
+
+def _why_incomplete(facts: Facts) -> str:
+    if not facts.session:
+        return f"no session with {facts.peer}"
+    if not facts.peer_alive:
+        return f"{facts.peer} fell silent before its table was here"
+    if not facts.peer_replicates:
+        return f"replication is off on {facts.peer}"
+    if facts.peer_role != ACTIVE:
+        return f"{facts.peer} is not active: nobody has a table to give"
+    return f"the table of {facts.peer} is not complete here yet"
+
+
+def _for(seconds: float | None) -> str:
+    return "" if seconds is None else f" for {seconds:.1f} s"

@@ -1,0 +1,457 @@
+# Copyright: (c) 2026, The ctsync authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The session with one peer: handshake, sealing, replay window, reliable and ordered blocks (docs/protocol.md).
+
+Sans-I/O: fed with datagrams and the time, asked for datagrams and the next deadline.  Times are seconds of a monotonic
+clock that the caller owns.  What the peer does wrong never raises: it is dropped and counted by kind.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable
+from typing import NamedTuple
+
+from . import wire
+from .crypto import Aead, Crypto
+from .errors import WireError
+
+WINDOW_BLOCKS = 512  # blocks that a receiver buffers ahead; the credit that it gives
+REPLAY_WINDOW = 1024  # datagrams that may arrive late
+ACK_DELAY_S = 0.01
+RETRANSMIT_MIN_S = 0.1
+RETRANSMIT_MAX_S = 2.0
+REORDER_THRESHOLD = 3  # later blocks acknowledged before a missing one counts as lost (RFC 9002, 6.1.1)
+
+_MAX_PACKETS = 1 << 62  # per key; never reached, and refused rather than wrapped
+
+
+class SessionUp(NamedTuple):
+    """A fresh session: both sides proved to be alive and to hold the key.  Nothing of an older one is left."""
+
+    peer_version: str
+    capabilities: int
+
+
+class BlockReceived(NamedTuple):
+    """A block of records, in order, exactly once."""
+
+    records: bytes
+
+
+class StatusReceived(NamedTuple):
+    status: wire.Status
+
+
+class PeerLeft(NamedTuple):
+    """The peer said that it stops."""
+
+
+class _InFlight:
+    """A block that the peer has not acknowledged."""
+
+    __slots__ = ("first_sent", "frame", "interval", "records", "sent")
+
+    def __init__(self, frame: bytes, records: int, born: float, now: float) -> None:
+        self.frame = frame
+        self.records = records
+        self.first_sent = born
+        self.sent = now
+        self.interval = 0.0
+
+
+class _Keys:
+    """Directional keys of one pair of nonces, made when a key id is first used."""
+
+    def __init__(self, crypto: Crypto, secrets: dict[int, bytes], salt: bytes, sender: str, receiver: str) -> None:
+        self._crypto = crypto
+        self._secrets = secrets
+        self._salt = salt
+        self._names = sender.encode() + b"\0" + receiver.encode()
+        self._made: dict[int, Aead] = {}
+
+    def __call__(self, key_id: int) -> Aead:
+        """Raises WireError ``unknown_key``."""
+        made = self._made.get(key_id)
+        if made is None:
+            secret = self._secrets.get(key_id)
+            if secret is None:
+                raise WireError("unknown_key", str(key_id))
+            info = b"ctsync data" + bytes((wire.VERSION, key_id)) + self._names
+            made = self._made[key_id] = self._crypto.derive(secret, self._salt, info)
+        return made
+
+
+class _HelloSealer:
+    """Seals HELLOs under one fresh nonce: its key comes of the nonce, its packet numbers count up."""
+
+    def __init__(self, nonce: bytes, key_id: int, aead: Aead) -> None:
+        self.nonce = nonce
+        self._key_id = key_id
+        self._aead = aead
+        self._number = 0
+
+    def seal(self, hello: bytes) -> bytes:
+        header = wire.encode_header(wire.HELLO, self._key_id, self.nonce, self._number)
+        sealed = self._aead.seal(_nonce(self._number), hello, header)
+        self._number += 1
+        return header + sealed
+
+
+class _Established:
+    """Everything that lives and dies with one pair of nonces."""
+
+    def __init__(self, hello: _HelloSealer, peer_nonce: bytes, send: _Keys, receive: _Keys) -> None:
+        self.hello = hello
+        self.local_nonce = hello.nonce
+        self.peer_nonce = peer_nonce
+        self.confirmed = False  # the peer's first DATA proves that it has the session too
+        self.send_keys = send
+        self.receive_keys = receive
+        self.packet = 0
+        # replay protection (RFC 4303, 3.4.3)
+        self.highest = -1
+        self.seen = 0
+        # sending
+        self.next_block = 0
+        self.limit = WINDOW_BLOCKS
+        self.in_flight: dict[int, _InFlight] = {}
+        self.largest_acked = -1
+        self.srtt: float | None = None
+        # receiving
+        self.expected = 0
+        self.early: dict[int, bytes] = {}
+        self.ack_at: float | None = None
+
+
+class Session:
+    """The protocol engine towards one peer.
+
+    ``secrets`` maps key ids to pre-shared keys (any of them opens, ``send_key`` seals); ``random`` gives n fresh random
+    bytes; ``payload`` is the largest datagram in bytes (UDP payload).
+    """
+
+    def __init__(
+        self,
+        node: str,
+        peer: str,
+        *,
+        crypto: Crypto,
+        secrets: dict[int, bytes],
+        send_key: int,
+        random: Callable[[int], bytes],
+        version: str,
+        payload: int = 1400,
+        hello_interval_s: float = 0.2,
+        dead_after_s: float = 1.0,
+        now: float = 0.0,
+    ) -> None:
+        self.node = node
+        self.peer = peer
+        self.counters: collections.Counter[str] = collections.Counter()
+        self.last_seen: float | None = None
+        self._crypto = crypto
+        self._secrets = secrets
+        self._send_key = send_key
+        self._random = random
+        self._version = version
+        self._payload = payload
+        self._interval = hello_interval_s
+        self._dead_after = dead_after_s
+        self._hello = self._fresh_hello()  # of the next session; replaced as soon as a session uses it
+        self._established: _Established | None = None
+        self._hello_at = now
+        self._heartbeat_at = now
+        self._status = wire.Status(wire.ROLE_UNKNOWN, 0, 0)
+        self._status_due = False
+        self._out: list[bytes] = []
+        self._retransmit: collections.deque[int] = collections.deque()
+
+    # --- what the engine asks ----------------------------------------------------------------------------------------
+
+    @property
+    def established(self) -> bool:
+        return self._established is not None
+
+    def alive(self, now: float) -> bool:
+        """A session stands and the peer was heard of within ``dead_after_s``."""
+        return self.established and self.last_seen is not None and now - self.last_seen <= self._dead_after
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of records that one block may carry."""
+        return self._payload - wire.DATA_HEADER_BYTES - wire.TAG_BYTES - wire.BLOCK_HEADER_BYTES
+
+    def credit(self) -> int:
+        """Blocks that may be sent now without overrunning the peer's buffer."""
+        session = self._established
+        if session is None:
+            return 0
+        return session.limit - session.next_block
+
+    def lag(self) -> tuple[int, float | None]:
+        """Records sent and not acknowledged, and when the oldest of them came up (monotonic seconds)."""
+        session = self._established
+        if session is None or not session.in_flight:
+            return 0, None
+        flights = session.in_flight.values()
+        return sum(flight.records for flight in flights), min(flight.first_sent for flight in flights)
+
+    # --- what the engine does ----------------------------------------------------------------------------------------
+
+    def send_block(self, records: bytes, count: int, born: float, now: float) -> None:
+        """Send ``count`` records, the oldest of which came up at ``born``.  Ask :meth:`credit` first.
+
+        Raises ValueError without a session, without credit, or for a block over ``block_bytes``.
+        """
+        session = self._established
+        if session is None or self.credit() <= 0 or len(records) > self.block_bytes:
+            raise ValueError("no session, no credit or block too long")
+        number = session.next_block
+        session.next_block += 1
+        frame = wire.encode_block(number, records)
+        session.in_flight[number] = _InFlight(frame, count, born, now)
+        self.counters["records_sent"] += count
+        self._send(session, frame)
+
+    def set_status(self, status: wire.Status) -> None:
+        """What the next heartbeat says; a changed role or flag is told at once."""
+        if status[:2] != self._status[:2]:
+            self._status_due = True
+        self._status = status
+
+    def say_bye(self) -> None:
+        """Tell the peer that this node's daemon stops."""
+        if self._established is not None:
+            self._send(self._established, wire.tlv(wire.FRAME_BYE))
+
+    # --- input -------------------------------------------------------------------------------------------------------
+
+    def receive(self, datagram: bytes, now: float) -> list[NamedTuple]:
+        """Take a datagram; returns what it brought.  Never raises for what the datagram holds."""
+        try:
+            header = wire.decode_header(datagram)
+            if header.kind == wire.HELLO:
+                return self._receive_hello(header, datagram, now)
+            return self._receive_data(header, datagram, now)
+        except WireError as error:
+            self.counters["dropped_" + error.kind] += 1
+            return []
+
+    def _receive_hello(self, header: wire.Header, datagram: bytes, now: float) -> list[NamedTuple]:
+        secret = self._secrets.get(header.key_id)
+        if secret is None:
+            raise WireError("unknown_key", str(header.key_id))
+        aead = self._crypto.derive(secret, header.sender, self._hello_info(header.key_id, self.peer, self.node))
+        plaintext = aead.open(_nonce(header.number), datagram[header.size :], datagram[: header.size])
+        hello = wire.decode_hello(plaintext)
+        if hello.node != self.peer:
+            raise WireError("wrong_node", hello.node)
+        self.counters["hellos_received"] += 1
+        session = self._established
+        if session is not None and session.peer_nonce == header.sender:
+            if hello.echo != session.local_nonce:  # it has not heard our half yet
+                self._send_hello(session.hello, session.peer_nonce, now)
+            return []
+        if hello.echo != self._hello.nonce:  # alive or replayed: answer with our nonce, only a live peer can echo it
+            self._send_hello(self._hello, header.sender, now)
+            return []
+        return self._establish(header.sender, hello, now)
+
+    def _establish(self, peer_nonce: bytes, hello: wire.Hello, now: float) -> list[NamedTuple]:
+        sealer, self._hello = self._hello, self._fresh_hello()
+        self._established = _Established(
+            sealer,
+            peer_nonce,
+            _Keys(self._crypto, self._secrets, sealer.nonce + peer_nonce, self.node, self.peer),
+            _Keys(self._crypto, self._secrets, peer_nonce + sealer.nonce, self.peer, self.node),
+        )
+        self._retransmit.clear()
+        self.last_seen = now
+        self._heartbeat_at = now
+        self._status_due = True
+        self.counters["sessions"] += 1
+        # the last word of the handshake: the peer may still wait for its own nonce to come back
+        self._send_hello(sealer, peer_nonce, now)
+        return [SessionUp(hello.version, hello.capabilities)]
+
+    def _receive_data(self, header: wire.Header, datagram: bytes, now: float) -> list[NamedTuple]:
+        session = self._established
+        if session is None or header.sender != session.peer_nonce[:8]:
+            raise WireError("unknown_session")
+        number = header.number
+        age = session.highest - number
+        if age >= REPLAY_WINDOW or (age >= 0 and session.seen >> age & 1):
+            raise WireError("replayed")
+        aead = session.receive_keys(header.key_id)
+        plaintext = aead.open(_nonce(number), datagram[header.size :], datagram[: header.size])
+        if age < 0:
+            session.seen = (session.seen << min(-age, REPLAY_WINDOW) | 1) & ((1 << REPLAY_WINDOW) - 1)
+            session.highest = number
+        else:
+            session.seen |= 1 << age
+        self.last_seen = now
+        session.confirmed = True
+        self.counters["datagrams_received"] += 1
+        events: list[NamedTuple] = []
+        for kind, payload in wire.iter_tlv(plaintext):
+            if kind == wire.FRAME_BLOCK:
+                events.extend(self._receive_block(session, payload, now))
+            elif kind == wire.FRAME_ACK:
+                self._receive_ack(session, wire.decode_ack(payload), now)
+            elif kind == wire.FRAME_STATUS:
+                events.append(StatusReceived(wire.decode_status(payload)))
+            elif kind == wire.FRAME_BYE:
+                events.append(PeerLeft())
+            else:
+                self.counters["skipped_unknown_frame"] += 1
+        return events
+
+    def _receive_block(self, session: _Established, payload: bytes, now: float) -> list[NamedTuple]:
+        number, records = wire.decode_block(payload)
+        if number >= session.expected + WINDOW_BLOCKS:
+            raise WireError("over_credit")
+        if number < session.expected or number in session.early:
+            self.counters["blocks_duplicate"] += 1
+            session.ack_at = now
+            return []
+        self.counters["blocks_received"] += 1
+        if number != session.expected:
+            self.counters["blocks_early"] += 1
+            session.early[number] = records
+            session.ack_at = now  # tell of the hole at once
+            return []
+        events: list[NamedTuple] = [BlockReceived(records)]
+        session.expected += 1
+        while session.expected in session.early:
+            events.append(BlockReceived(session.early.pop(session.expected)))
+            session.expected += 1
+        if session.ack_at is None:
+            session.ack_at = now + ACK_DELAY_S
+        return events
+
+    def _receive_ack(self, session: _Established, ack: wire.Ack, now: float) -> None:
+        if ack.expected > session.next_block or (ack.ranges and ack.ranges[-1][1] > session.next_block):
+            raise WireError("malformed", "acknowledges what was never sent")
+        session.limit = max(session.limit, ack.limit)
+        acked = [number for number in session.in_flight if number < ack.expected]
+        for first, end in ack.ranges:
+            acked.extend(number for number in range(first, end) if number in session.in_flight)
+        if not acked:
+            return
+        for number in acked:
+            flight = session.in_flight.pop(number)
+            if flight.interval == 0.0:  # never retransmitted: an honest sample (Karn)
+                sample = now - flight.sent
+                session.srtt = sample if session.srtt is None else 0.875 * session.srtt + 0.125 * sample
+        session.largest_acked = max(session.largest_acked, *acked)
+        for number, flight in session.in_flight.items():
+            if number + REORDER_THRESHOLD <= session.largest_acked and flight.interval == 0.0:
+                flight.interval = self._first_timeout(session)
+                self._retransmit.append(number)
+
+    # --- output ------------------------------------------------------------------------------------------------------
+
+    def poll(self, now: float) -> list[bytes]:
+        """Datagrams to send now: answers, retransmissions, acknowledgements, heartbeats."""
+        session = self._established
+        if session is None:
+            if now >= self._hello_at:
+                self._send_hello(self._hello, wire.NO_NONCE, now)
+        else:
+            self._poll_established(session, now)
+        out, self._out = self._out, []
+        self.counters["datagrams_sent"] += len(out)
+        self.counters["bytes_sent"] += sum(map(len, out))
+        return out
+
+    def _poll_established(self, session: _Established, now: float) -> None:
+        if not session.confirmed and now >= self._hello_at:
+            self._send_hello(session.hello, session.peer_nonce, now)
+        self._poll_retransmissions(session, now)
+        frames = b""
+        if session.ack_at is not None and now >= session.ack_at:
+            frames += wire.encode_ack(self._ack(session))
+            session.ack_at = None
+        if self._status_due or now >= self._heartbeat_at:
+            if not frames:
+                frames = wire.encode_ack(self._ack(session))  # heals a lost acknowledgement
+                session.ack_at = None
+            frames += wire.encode_status(self._status)
+            self._status_due = False
+            self._heartbeat_at = now + self._interval
+        if frames:
+            self._send(session, frames)
+
+    def _poll_retransmissions(self, session: _Established, now: float) -> None:
+        while self._retransmit:
+            flight = session.in_flight.get(self._retransmit.popleft())
+            if flight is not None:
+                self._resend(session, flight, now)
+        # A silent peer gets one probe per timeout, not the whole window again and again.
+        probing = not self.alive(now)
+        for flight in session.in_flight.values():
+            interval = flight.interval or self._first_timeout(session)
+            if now >= flight.sent + interval:
+                flight.interval = min(interval * 2, RETRANSMIT_MAX_S)
+                self._resend(session, flight, now)
+                if probing:
+                    break
+
+    def _resend(self, session: _Established, flight: _InFlight, now: float) -> None:
+        flight.sent = now
+        self.counters["blocks_retransmitted"] += 1
+        self._send(session, flight.frame)
+
+    def _first_timeout(self, session: _Established) -> float:
+        return max(RETRANSMIT_MIN_S, 3 * (session.srtt or 0.0))
+
+    def next_deadline(self) -> float:
+        """When :meth:`poll` wants to be called next (monotonic seconds)."""
+        session = self._established
+        if session is None:
+            return self._hello_at
+        deadline = self._heartbeat_at if session.confirmed else min(self._heartbeat_at, self._hello_at)
+        if session.ack_at is not None:
+            deadline = min(deadline, session.ack_at)
+        first = self._first_timeout(session)
+        for flight in session.in_flight.values():
+            deadline = min(deadline, flight.sent + (flight.interval or first))
+        return deadline
+
+    def _ack(self, session: _Established) -> wire.Ack:
+        ranges: list[tuple[int, int]] = []
+        for number in sorted(session.early):
+            if ranges and ranges[-1][1] == number:
+                ranges[-1] = (ranges[-1][0], number + 1)
+            elif len(ranges) < wire.MAX_ACK_RANGES:
+                ranges.append((number, number + 1))
+            else:
+                break
+        return wire.Ack(session.expected, session.expected + WINDOW_BLOCKS, tuple(ranges))
+
+    def _send(self, session: _Established, frames: bytes) -> None:
+        header = wire.encode_header(wire.DATA, self._send_key, session.local_nonce, session.packet)
+        sealed = session.send_keys(self._send_key).seal(_nonce(session.packet), frames, header)
+        session.packet += 1
+        if session.packet > _MAX_PACKETS:  # fresh keys long before a nonce could repeat
+            self._established = None
+        self._out.append(header + sealed)
+
+    def _send_hello(self, sealer: _HelloSealer, echo: bytes, now: float) -> None:
+        self._hello_at = now + self._interval
+        self._out.append(sealer.seal(wire.encode_hello(wire.Hello(echo, self.node, 0, self._version))))
+
+    def _fresh_hello(self) -> _HelloSealer:
+        nonce = self._random(wire.NONCE_BYTES)
+        info = self._hello_info(self._send_key, self.node, self.peer)
+        return _HelloSealer(nonce, self._send_key, self._crypto.derive(self._secrets[self._send_key], nonce, info))
+
+    @staticmethod
+    def _hello_info(key_id: int, sender: str, receiver: str) -> bytes:
+        return b"ctsync hello" + bytes((wire.VERSION, key_id)) + sender.encode() + b"\0" + receiver.encode()
+
+
+def _nonce(number: int) -> bytes:
+    return number.to_bytes(12, "big")

@@ -1,0 +1,138 @@
+# Copyright: (c) 2026, The ctsync authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The daemon's tables: changes that wait to be sent, and the external cache (the peer's flows).
+
+There is no internal cache: the kernel's table is it.  Records are compact bytes (``wire.encode_flow``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+
+class Pending:
+    """Changes that wait for credit, in order, the last state of a flow only.
+
+    Bulk marks travel in the same order as the flows.  ``born`` is when the oldest change that still waits came up.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.oldest: float | None = None
+        self._records: dict[bytes, tuple[bytes, float]] = {}
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    @property
+    def full(self) -> bool:
+        return len(self._records) >= self.limit
+
+    def put(self, key: bytes, record: bytes, now: float) -> None:
+        """Add or replace the change of ``key``.  It moves to the end: what was queued before it stays before it."""
+        replaced = self._records.pop(key, None)
+        self._records[key] = (record, replaced[1] if replaced else now)
+        if self.oldest is None:
+            self.oldest = now
+
+    def take(self, size: int) -> tuple[list[bytes], float]:
+        """Remove the first records that fit into ``size`` bytes; returns them and when the oldest came up.
+
+        A record that does not fit by itself is returned alone; the caller decides.
+        """
+        out: list[bytes] = []
+        born = None
+        for key in list(self._first(size)):
+            record, since = self._records.pop(key)
+            born = since if born is None else min(born, since)
+            out.append(record)
+        self.oldest = next(iter(self._records.values()))[1] if self._records else None
+        return out, born if born is not None else 0.0
+
+    def _first(self, size: int) -> Iterator[bytes]:
+        used = 0
+        for key, (record, _since) in self._records.items():
+            used += len(record)
+            if used > size and used != len(record):
+                return
+            yield key
+
+    def clear(self) -> None:
+        self._records.clear()
+        self.oldest = None
+
+
+class Replica:
+    """An entry of the external cache.
+
+    ``record``: the last state the peer sent; ``since``: when its replication began (monotonic seconds);
+    ``injected``: the kernel holds it (hot standby).
+    """
+
+    __slots__ = ("injected", "record", "since")
+
+    def __init__(self, record: bytes, since: float) -> None:
+        self.record = record
+        self.since = since
+        self.injected = False
+
+
+class ExternalCache:
+    """The flows of the peer, by flow key, with what the running bulk has named so far."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._replicas: dict[bytes, Replica] = {}
+        self._named: set[bytes] | None = None
+
+    def __len__(self) -> int:
+        return len(self._replicas)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._replicas
+
+    def get(self, key: bytes) -> Replica | None:
+        return self._replicas.get(key)
+
+    def keys(self) -> list[bytes]:
+        return list(self._replicas)
+
+    def items(self) -> list[tuple[bytes, Replica]]:
+        """A snapshot: the table may change while a caller walks through it."""
+        return list(self._replicas.items())
+
+    def put(self, key: bytes, record: bytes, now: float) -> Replica | None:
+        """Store the newest record of a flow; None where the table is full."""
+        replica = self._replicas.get(key)
+        if replica is None:
+            if len(self._replicas) >= self.limit:
+                return None
+            replica = self._replicas[key] = Replica(record, now)
+        else:
+            replica.record = record
+        if self._named is not None:
+            self._named.add(key)
+        return replica
+
+    def pop(self, key: bytes) -> Replica | None:
+        if self._named is not None:
+            self._named.discard(key)
+        return self._replicas.pop(key, None)
+
+    def clear(self) -> None:
+        self._replicas.clear()
+        self._named = None
+
+    def begin_bulk(self) -> None:
+        """From now on note which flows the peer names."""
+        self._named = set()
+
+    def end_bulk(self) -> list[bytes]:
+        """Keys that the bulk did not name: stale.  The caller removes them."""
+        named, self._named = self._named, None
+        return [] if named is None else [key for key in self._replicas if key not in named]
+
+    @property
+    def bulk_running(self) -> bool:
+        return self._named is not None
