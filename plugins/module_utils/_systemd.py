@@ -8,6 +8,8 @@ Private to this collection.  systemctl(1); unit states as ``systemctl show`` pri
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 from typing import Any, NamedTuple
@@ -27,6 +29,7 @@ class State(NamedTuple):
     need_reload: bool
     main_pid: int
     text: str
+    masked: bool = False
 
 
 class SystemdError(Exception):
@@ -62,6 +65,7 @@ class Service:
             need_reload=found.get("NeedDaemonReload") == "yes",
             main_pid=int(found.get("MainPID") or 0),
             text=f"{active} ({sub})",
+            masked=found.get("LoadState") == "masked",
         )
 
     def daemon_reload(self) -> None:
@@ -70,6 +74,10 @@ class Service:
     def restart(self) -> None:
         """Start or restart, and wait until the service says that it is ready."""
         self._run("restart", self._name)
+
+    def reload(self) -> None:
+        """Let the running service read its configuration again; the unit says how."""
+        self._run("reload", self._name)
 
     def stop(self) -> None:
         self._run("stop", self._name)
@@ -83,14 +91,22 @@ class Service:
     def reset_failed(self) -> None:
         self._run("reset-failed", self._name, check=False)
 
-    def journal(self, lines: int = 20) -> str:
-        """The last ``lines`` of the service's journal, without time and host; empty where there is no journal."""
+    def journal(self, since: int, lines: int = 30) -> list[str]:
+        """The last ``lines`` of the service's journal from ``since`` (Unix time) on, its own lines with their name.
+
+        Empty where there is no journal.
+        """
         journalctl = self._module.get_bin_path("journalctl")
         if not journalctl:
-            return ""
-        command = [journalctl, "--unit", self._name, "--lines", str(lines), "--no-pager", "--output", "cat", "--quiet"]
-        rc, out, _ = self._module.run_command(command, environ_update=_ENVIRONMENT)
-        return out.strip() if rc == 0 else ""
+            return []
+        command = [journalctl, "--unit", self._name, "--since", f"@{since}", "--lines", str(lines), "--no-pager"]
+        rc, out, _ = self._module.run_command([*command, "--output", "json"], environ_update=_ENVIRONMENT)
+        found = []
+        for line in out.splitlines() if rc == 0 else ():
+            with contextlib.suppress(ValueError):
+                entry = json.loads(line)
+                found.append(f"{entry.get('SYSLOG_IDENTIFIER', '')}: {entry.get('MESSAGE', '')}")
+        return found
 
     def _run(self, *arguments: str, check: bool = True) -> tuple[int, str, str]:
         command = [self._systemctl, *arguments]

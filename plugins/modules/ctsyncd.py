@@ -260,6 +260,7 @@ import os
 import pwd
 import stat
 import tempfile
+import time
 from typing import TYPE_CHECKING, Any, Callable, NoReturn, Optional
 
 from ansible.module_utils.basic import AnsibleModule
@@ -388,6 +389,7 @@ class Installation:
         self.account = Account()
         self.work = Work()
         self.earlier: dict[str, _files.Snapshot] = {}
+        self.began = int(time.time())
 
     # --- state: present ---
 
@@ -501,7 +503,7 @@ class Installation:
         program = f"{layout.LIBRARY}/{app.file_name}"
 
         self._plan_directory(layout.LIBRARY, 0o755)
-        self._plan_file(program, app.data, 0o644, show=f"digest: {app.digest}\n")
+        self._plan_file(program, app.data, 0o755, show=f"digest: {app.digest}\n")
         self._plan_account()
         self._plan_file(layout.TMPFILES, layout.render_tmpfiles().encode(), 0o644)
         self._plan_shared()
@@ -688,7 +690,7 @@ class Installation:
 
     def _roll_back(self, state: _systemd.State, error: Exception) -> NoReturn:
         """Put the former installation back and run it, if there was one that ran."""
-        journal = self.service.journal()
+        journal = self.service.journal(self.began)
         details: dict[str, Any] = dict(error.details) if isinstance(error, _systemd.SystemdError) else {}
         rolled_back = False
         if state.active and self.work.steps:
@@ -707,11 +709,12 @@ class Installation:
             if rolled_back
             else "correct the cause and run again; systemd goes on trying to start it"
         )
-        last = journal.splitlines()[-1] if journal else ""
+        said = [line for line in journal if line.startswith("ctsyncd: ")] or journal
+        cause = f"{str(error).splitlines()[0]}{' ' + said[-1] if said else ''}"
         self.module.fail_json(
-            msg=f"ctsyncd did not start: {error}{': ' + last if last else ''}: {remedy}",
+            msg=f"ctsyncd was not installed: {cause}: {remedy}",
             rolled_back=rolled_back,
-            journal=journal.splitlines(),
+            journal=journal,
             changes=self.work.names,
             **details,
         )
@@ -771,7 +774,9 @@ class Installation:
 
     def _exit(self, action: str, **result: Any) -> NoReturn:
         changed = bool(self.work.steps) or action != "none"
-        self.module.exit_json(changed=changed, action=action, changes=self.work.names, diff=self.work.diff, **result)
+        if self.module._diff:
+            result["diff"] = self.work.diff
+        self.module.exit_json(changed=changed, action=action, changes=self.work.names, **result)
 
 
 _KIND_NAMES = {stat.S_IFDIR: "directory", stat.S_IFREG: "regular file", stat.S_IFIFO: "FIFO"}
