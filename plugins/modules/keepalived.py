@@ -1,0 +1,681 @@
+#!/usr/bin/python
+# Copyright: (c) 2026, The ctsync authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: keepalived
+short_description: Configure keepalived for one sync group of virtual IPs
+version_added: 0.1.0
+description:
+  - Renders C(keepalived.conf) for VRRP instances that move together, tied to C(ctsyncd) by a notify FIFO and by a track
+    file that lowers the priority of a node which is not ready to take over.
+  - The candidate is tested by keepalived itself before it replaces the live file. A running keepalived is reloaded,
+    never restarted, so that the virtual IPs stay where they are.
+  - When keepalived does not run on with the new configuration, the former one is put back.
+  - The file is replaced as a whole. A configuration of others is kept beside it and restored by O(state=absent).
+options:
+  advert_interval:
+    description:
+      - Time between two VRRP advertisements in seconds, a multiple of 0.01. It must be the same on all nodes.
+      - A dead node is noticed after three intervals and a part of a fourth.
+    type: float
+    default: 0.1
+  backup:
+    description: Whether to keep a copy with a time stamp of each version that is replaced.
+    type: bool
+    default: false
+  enabled:
+    description: Whether keepalived is started at boot.
+    type: bool
+    default: true
+  garp:
+    description: How the network is told who holds a virtual IP (gratuitous ARP, unsolicited neighbour advertisements).
+    type: dict
+    default: {}
+    suboptions:
+      lower_prio_delay:
+        description: Delay of the second round after an advertisement of lower priority, in seconds, at least 1.
+        type: int
+        default: 1
+      lower_prio_repeat:
+        description: Packets per round after an advertisement of lower priority.
+        type: int
+        default: 5
+      master_delay:
+        description: Delay of the second round after becoming active, in seconds. V(0) switches the round off.
+        type: int
+        default: 1
+      master_repeat:
+        description: Packets per round after becoming active.
+        type: int
+        default: 5
+      refresh:
+        description:
+          - Time between two reminders while active, in seconds. V(0) switches them off.
+          - After two active nodes find each other again, hosts may believe the wrong one until the next reminder.
+        type: int
+        default: 2
+  group:
+    description: Name of the sync group.
+    type: str
+    default: ha_firewall
+  instances:
+    description: The VRRP instances, which fail over together. Required with O(state=present).
+    type: list
+    elements: dict
+    suboptions:
+      advert_interval:
+        description: As O(advert_interval), for this instance only.
+        type: float
+      interface:
+        description: Interface that carries the virtual IPs and the advertisements.
+        type: str
+        required: true
+      name:
+        description: Name of the instance. The default is C(VI_) and the interface, with C(_6) behind it for IPv6.
+        type: str
+      priority:
+        description: As O(priority). All instances of a group must have the same.
+        type: int
+      router_id:
+        description: Virtual router id, 1 to 255, the same on all nodes and unique on the network.
+        type: int
+        required: true
+      unicast_peers:
+        description: Addresses of the other nodes on this interface. Without peers the instance uses multicast.
+        type: list
+        elements: str
+        default: []
+      unicast_src_ip:
+        description: This node's own address on the interface. Required with peers.
+        type: str
+      virtual_ips:
+        description: Addresses with prefix length, all of one family.
+        type: list
+        elements: str
+        required: true
+  manage_service:
+    description:
+      - Whether the module manages the systemd service C(keepalived), its drop-in file, start, stop and reload.
+      - With V(false) it only tests and writes O(path).
+    type: bool
+    default: true
+  node:
+    description: Name of this node in keepalived's configuration. The default is the host name.
+    type: str
+  nopreempt:
+    description:
+      - Whether an active node stays active when a node of higher priority comes (back).
+      - With V(false) the virtual IPs move once more, as soon as that node is ready.
+    type: bool
+    default: true
+  notify_fifo:
+    description: FIFO that keepalived writes its transitions to. An empty string switches it off.
+    type: str
+    default: /run/ctsync/notify.fifo
+  path:
+    description: The configuration file. Any other than the default needs O(manage_service=false).
+    type: path
+    default: /etc/keepalived/keepalived.conf
+  preempt_delay:
+    description: With O(nopreempt=false), how long a node of higher priority waits, in seconds.
+    type: float
+    default: 0
+  priority:
+    description:
+      - VRRP priority of this node, 1 to 254, different on each node. The highest wins an election.
+      - Must be greater than the amount of O(track_weight).
+    type: int
+  realtime_priority:
+    description:
+      - Real-time priority of keepalived's VRRP process, 1 to 99. V(0) leaves it with the normal scheduler.
+      - Helps against false failovers on busy machines with short intervals. Not available in most containers.
+    type: int
+    default: 0
+  running:
+    description: Whether keepalived runs. With V(false) a running one is stopped, which gives the virtual IPs away.
+    type: bool
+    default: true
+  startup_delay:
+    description:
+      - How long a keepalived that was just started stays passive and deaf, in seconds.
+      - Prevents two active nodes where switch ports need long to forward after the link comes up. It also delays a
+        take-over within that time.
+    type: float
+    default: 0
+  state:
+    description:
+      - V(present) configures keepalived and starts it.
+      - V(absent) stops it and restores the configuration and the service state that this module found.
+    type: str
+    choices: [absent, present]
+    default: present
+  track_file:
+    description:
+      - File with V(1) while this node must not be preferred, V(0) when it is ready. An empty string switches it off.
+      - keepalived makes a missing file with V(1), and never changes an existing one.
+    type: str
+    default: /run/ctsync/not-ready
+  track_weight:
+    description:
+      - What a node that is not ready adds to its priority, -253 to -1.
+      - Its amount must be greater than the difference between the priorities of any two nodes.
+    type: int
+    default: -60
+notes:
+  - Virtual IPs in advertisements must agree between nodes. While one node has a new list and the other the old one,
+    they do not accept each other's advertisements. Change it on all nodes close together, in a maintenance window.
+  - keepalived 2.2.7 and newer also checks that unicast advertisements come from a peer with TTL 255, that is, from a
+    sender on the same link. VRRPv3 has no authentication.
+requirements:
+  - keepalived 2.1.5 or newer
+  - systemd, with O(manage_service=true)
+seealso:
+  - module: ctsync.ha_firewall.ctsyncd
+  - module: ctsync.ha_firewall.ha_facts
+extends_documentation_fragment:
+  - ctsync.ha_firewall.attributes
+author:
+  - The ctsync authors
+"""
+
+EXAMPLES = r"""
+- name: Two virtual IPs that move together
+  ctsync.ha_firewall.keepalived:
+    node: fw1
+    priority: 150
+    instances:
+      - interface: eth1
+        router_id: 51
+        virtual_ips: [192.168.0.100/24]
+        unicast_src_ip: 192.168.0.1
+        unicast_peers: [192.168.0.2]
+      - interface: eth0
+        router_id: 52
+        virtual_ips: [192.168.1.100/24]
+        unicast_src_ip: 192.168.1.1
+        unicast_peers: [192.168.1.2]
+
+- name: Multicast, one advertisement a second, and the better node takes the virtual IPs back
+  ctsync.ha_firewall.keepalived:
+    priority: 100
+    advert_interval: 1
+    nopreempt: false
+    preempt_delay: 30
+    instances:
+      - {interface: eth1, router_id: 51, virtual_ips: [192.168.0.100/24]}
+      - {interface: eth0, router_id: 52, virtual_ips: [192.168.1.100/24]}
+
+- name: Give keepalived back as it was
+  ctsync.ha_firewall.keepalived:
+    state: absent
+"""
+
+RETURN = r"""
+action:
+  description: What was done to the service, or would be done in check mode.
+  returned: always
+  type: str
+  choices: [none, started, reloaded, restarted, stopped]
+  sample: reloaded
+backup_file:
+  description: Copy of the version that was replaced.
+  returned: when one was made
+  type: str
+  sample: /etc/keepalived/keepalived.conf.before-ctsync
+changes:
+  description: What was changed, or would be in check mode, in the order of the work.
+  returned: always
+  type: list
+  elements: str
+  sample: [/etc/keepalived/keepalived.conf]
+instances:
+  description: Names of the VRRP instances.
+  returned: when O(state=present)
+  type: list
+  elements: str
+  sample: [VI_eth1, VI_eth0]
+path:
+  description: The configuration file.
+  returned: always
+  type: str
+  sample: /etc/keepalived/keepalived.conf
+problems:
+  description: What is wrong with the options, one entry for each problem.
+  returned: when options are wrong
+  type: list
+  elements: str
+  sample: ["instances[0].router_id: 0 is out of range: choose 1 to 255"]
+rolled_back:
+  description: Whether the former configuration was put back after a failure.
+  returned: on failure, when something had been changed
+  type: bool
+  sample: true
+validation:
+  description: What keepalived says of the candidate.
+  returned: when the candidate was tested
+  type: dict
+  contains:
+    meaning:
+      description: Meaning of the exit code, empty for success.
+      type: str
+      returned: success
+      sample: ""
+    output:
+      description: keepalived's own words.
+      type: str
+      returned: success
+      sample: ""
+    rc:
+      description: Exit code of the configuration test.
+      type: int
+      returned: success
+      sample: 0
+version:
+  description: Version of keepalived.
+  returned: when keepalived is installed and O(state=present)
+  type: str
+  sample: 2.2.7
+"""
+
+import os
+import platform
+import stat
+import tempfile
+import time
+from typing import Any, Callable, NoReturn, Optional
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils import _files, _systemd
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils import _keepalived as layout
+
+UNIT = "keepalived.service"
+SUFFIX = ".before-ctsync"
+PENDING = "/run/keepalived.ctsync-pending"  # the file is newer than the running keepalived, even after a crash of ours
+SETTLE_S = 0.5  # a keepalived that cannot go on after a reload is gone by then
+OLDEST = (2, 1, 5)
+
+
+def argument_spec() -> dict[str, Any]:
+    return {
+        "advert_interval": {"type": "float", "default": 0.1},
+        "backup": {"type": "bool", "default": False},
+        "enabled": {"type": "bool", "default": True},
+        "garp": {
+            "type": "dict",
+            "default": {},
+            "apply_defaults": True,
+            "options": {
+                "lower_prio_delay": {"type": "int", "default": 1},
+                "lower_prio_repeat": {"type": "int", "default": 5},
+                "master_delay": {"type": "int", "default": 1},
+                "master_repeat": {"type": "int", "default": 5},
+                "refresh": {"type": "int", "default": 2},
+            },
+        },
+        "group": {"type": "str", "default": "ha_firewall"},
+        "instances": {
+            "type": "list",
+            "elements": "dict",
+            "options": {
+                "advert_interval": {"type": "float"},
+                "interface": {"type": "str", "required": True},
+                "name": {"type": "str"},
+                "priority": {"type": "int"},
+                "router_id": {"type": "int", "required": True},
+                "unicast_peers": {"type": "list", "elements": "str", "default": []},
+                "unicast_src_ip": {"type": "str"},
+                "virtual_ips": {"type": "list", "elements": "str", "required": True},
+            },
+        },
+        "manage_service": {"type": "bool", "default": True},
+        "node": {"type": "str"},
+        "nopreempt": {"type": "bool", "default": True},
+        "notify_fifo": {"type": "str", "default": layout.NOTIFY_FIFO},
+        "path": {"type": "path", "default": layout.CONFIG_PATH},
+        "preempt_delay": {"type": "float", "default": 0},
+        "priority": {"type": "int"},
+        "realtime_priority": {"type": "int", "default": 0},
+        "running": {"type": "bool", "default": True},
+        "startup_delay": {"type": "float", "default": 0},
+        "state": {"type": "str", "choices": ["absent", "present"], "default": "present"},
+        "track_file": {"type": "str", "default": layout.TRACK_FILE},
+        "track_weight": {"type": "int", "default": layout.DEFAULT_WEIGHT},
+    }
+
+
+class Work:
+    """Steps to do, in order, each with its name and its diff."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[str, Callable[[], None]]] = []
+        self.diff: list[dict[str, str]] = []
+
+    def add(self, name: str, before: str, after: str, do: Callable[[], None]) -> None:
+        self.steps.append((name, do))
+        self.diff.append({"before_header": name, "after_header": name, "before": before, "after": after})
+
+
+class Keepalived:
+    """keepalived on this host: look, plan, do, or undo."""
+
+    def __init__(self, module: AnsibleModule) -> None:
+        self.module = module
+        self.params = module.params
+        self.path: str = module.params["path"]
+        self.saved = self.path + SUFFIX
+        self.work = Work()
+        self.result: dict[str, Any] = {"path": self.path, "action": "none"}
+        self.earlier: dict[str, _files.Snapshot] = {}
+        self.service: Optional[_systemd.Service] = None
+        self.unit = _systemd.State(False, False, False, False, 0, "unknown")
+        if module.params["manage_service"]:
+            self._look_at_service()
+
+    def _look_at_service(self) -> None:
+        if self.path != layout.CONFIG_PATH:
+            self.module.fail_json(
+                msg=f"path: the service reads {layout.CONFIG_PATH}, not {self.path}: leave path out or set"
+                " manage_service to false"
+            )
+        if not _systemd.booted():
+            self.module.fail_json(
+                msg="manage_service: systemd is not the running init of this host: set manage_service to false and"
+                " start keepalived yourself"
+            )
+        self.service = _systemd.Service(self.module, UNIT)
+        self.unit = self.service.state()
+        if self.unit.masked and self.params["state"] == "present" and self.params["running"]:
+            self.module.fail_json(msg=f"{UNIT} is masked: run systemctl unmask {UNIT}, or set running to false")
+
+    # --- state: present ---
+
+    def present(self) -> None:
+        config = self._config()
+        self.result["instances"] = [instance.name for instance in config.instances]
+        program = self.module.get_bin_path("keepalived", opt_dirs=["/usr/sbin", "/sbin"])
+        version = self._version(program)
+        found = self._look(self.path)
+        text = _decode(found)
+        foreign = found.exists and not layout.is_ours(text)
+        before = layout.parse_before(text) if not foreign else None
+        if before is None and self.service is not None:
+            before = layout.Before(active=self.unit.active, enabled=self.unit.enabled)
+        wanted = layout.render_config(config, version or layout.SINCE_HARDENING, before)
+        if program:
+            self._validate(program, wanted)
+        self._plan_config(found, text, wanted, foreign)
+        if self.service is not None:
+            self._plan_service(self.service)
+        self._finish()
+
+    def _config(self) -> layout.Config:
+        params = dict(self.params)
+        params["node"] = params["node"] or platform.node().split(".", maxsplit=1)[0]
+        try:
+            return layout.build_config(params)
+        except layout.ConfigProblem as problem:
+            self.module.fail_json(msg=f"{problem}. Nothing was changed.", problems=problem.problems)
+
+    def _version(self, program: Optional[str]) -> tuple[int, ...]:
+        if not program:
+            if not self.module.check_mode:
+                self.module.fail_json(
+                    msg="keepalived is not installed: install the package keepalived first (the role"
+                    " ctsync.ha_firewall.keepalived does). Nothing was changed."
+                )
+            self.module.warn("keepalived is not installed yet: its configuration was not tested")
+            return ()
+        _, out, err = self._run([program, "--version"])
+        version = layout.parse_version(out + err)
+        if version:
+            self.result["version"] = ".".join(map(str, version))
+        if version and version < OLDEST:
+            self.module.fail_json(
+                msg=f"keepalived {self.result['version']} is too old: this module needs 2.1.5. Nothing was changed."
+            )
+        return version
+
+    def _validate(self, program: str, text: str) -> None:
+        descriptor, candidate = tempfile.mkstemp(prefix="keepalived-", suffix=".conf", dir=self.module.tmpdir)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+                stream.write(text)
+            # not into the journal: nothing of it is live
+            command = [program, "--no-syslog", "--config-test", "--use-file", candidate]
+            rc, out, err = self._run(command)
+        finally:
+            os.unlink(candidate)
+        said = layout.clean_test_output(out + err, candidate, self.path)
+        meaning = layout.explain_exit(rc) if rc else ""
+        self.result["validation"] = {"rc": rc, "output": said, "meaning": meaning}
+        if rc:
+            self.module.fail_json(
+                msg=f"keepalived's test of the new configuration ended with {rc} ({meaning}): {said or 'no output'}."
+                " Nothing was changed.",
+                candidate=text,
+                **self.result,
+            )
+
+    def _plan_config(self, found: _files.Snapshot, text: str, wanted: str, foreign: bool) -> None:
+        file = _files.Wanted(self.path, wanted.encode(), 0o644)
+        if file.matches(found):
+            return
+        folder = os.path.dirname(self.path)
+        if not os.path.isdir(folder):
+            self.work.add(folder, "", "directory\n", lambda: os.makedirs(folder, 0o755))
+        if foreign and not os.path.lexists(self.saved):
+            kept = found.content or b""
+            self.work.add(self.saved, "", text, lambda: self._write(self.saved, kept, found.mode))
+            self.result["backup_file"] = self.saved
+        elif found.exists and text != wanted and (self.params["backup"] or foreign):
+            self.work.steps.append(("", self._backup))
+        self.work.add(
+            self.path,
+            _view(text, found),
+            _view(wanted, _files.Snapshot(file.content, stat.S_IFREG, file.mode)),
+            lambda: self._write(self.path, file.content, file.mode),
+        )
+
+    def _backup(self) -> None:
+        self.result["backup_file"] = self.module.backup_local(self.path)
+
+    def _plan_service(self, service: _systemd.Service) -> None:
+        dropin = _files.Wanted(layout.DROPIN_PATH, layout.render_dropin(self.path).encode(), 0o644)
+        found = self._look(dropin.path)
+        changed = bool(self.work.steps)
+        reload_units = self.unit.need_reload
+        if not dropin.matches(found):
+            reload_units = True
+            self.work.add(dropin.path, _decode(found), dropin.content.decode(), lambda: self._write_dropin(dropin))
+        if reload_units:
+            self.work.steps.append(("", service.daemon_reload))
+        if self.params["enabled"] != self.unit.enabled and not self.unit.masked:
+            self._plan_state("enabled", "disabled", self.params["enabled"], service.enable, service.disable)
+        if self.params["running"]:
+            if not self.unit.active:
+                self._plan_action("started", service.restart)
+            elif changed or os.path.exists(PENDING):
+                self._plan_action("reloaded", self._reload)
+        elif self.unit.active:
+            self._plan_action("stopped", service.stop)
+
+    def _plan_state(
+        self, yes: str, no: str, wanted: bool, make_yes: Callable[[], None], make_no: Callable[[], None]
+    ) -> None:
+        before, after = (no, yes) if wanted else (yes, no)
+        self.work.add(f"{UNIT} at boot", before + "\n", after + "\n", make_yes if wanted else make_no)
+
+    def _plan_action(self, action: str, do: Callable[[], None]) -> None:
+        self.result["action"] = action
+        self.work.add(UNIT, self.unit.text + "\n", action + "\n", do)
+
+    def _reload(self) -> None:
+        """Reload, and see that the same keepalived is still there."""
+        if self.service is None:
+            return
+        self.service.reload()
+        time.sleep(SETTLE_S)
+        now = self.service.state()
+        if not now.active or now.main_pid != self.unit.main_pid:
+            raise _systemd.SystemdError(f"{UNIT} did not survive the reload: it is {now.text}")
+
+    # --- state: absent ---
+
+    def absent(self) -> None:
+        found = self._look(self.path)
+        text = _decode(found)
+        ours = found.exists and layout.is_ours(text)
+        before = layout.parse_before(text) if ours else None
+        kept = self._look(self.saved)
+        service = self.service
+        if service is not None and ours and self.unit.active:
+            self._plan_action("stopped", service.stop)
+        if ours:
+            restored = _files.Snapshot() if not kept.exists else kept
+            self.work.add(self.path, _view(text, found), _view(_decode(kept), kept), lambda: self._restore(restored))
+            if kept.exists:
+                self.work.add(self.saved, _decode(kept), "", lambda: self._remove(self.saved))
+        if service is not None:
+            dropin = self._look(layout.DROPIN_PATH)
+            if dropin.exists and layout.is_ours(_decode(dropin)):
+                self.work.add(layout.DROPIN_PATH, _decode(dropin), "", self._remove_dropin)
+                self.work.steps.append(("", service.daemon_reload))
+            if before is not None and before.enabled != self.unit.enabled:
+                self._plan_state("enabled", "disabled", before.enabled, service.enable, service.disable)
+            if before is not None and before.active and kept.exists:
+                self._plan_action("restarted", service.restart)
+        self._finish()
+
+    def _restore(self, kept: _files.Snapshot) -> None:
+        self._remember(self.path)
+        _files.restore(self.path, kept, self._label(self.path))
+
+    # --- files ---
+
+    def _look(self, path: str) -> _files.Snapshot:
+        try:
+            found = _files.look(path)
+        except OSError as error:
+            self.module.fail_json(msg=f"{path} cannot be read: {error.strerror}. Nothing was changed.")
+        if found.exists and found.kind != stat.S_IFREG:
+            self.module.fail_json(
+                msg=f"{path} is not a regular file: move it away, or set path to the file that it stands for."
+                " Nothing was changed."
+            )
+        return found
+
+    def _label(self, path: str) -> Callable[[str], None]:
+        """Give a new file the security context that belongs to ``path``."""
+
+        def label(temporary: str) -> None:
+            if self.module.selinux_enabled():
+                self.module.set_context_if_different(temporary, self.module.selinux_default_context(path), False)
+
+        return label
+
+    def _remember(self, path: str) -> None:
+        self.earlier.setdefault(path, _files.look(path))
+
+    def _write(self, path: str, content: bytes, mode: int) -> None:
+        self._remember(path)
+        if self.service is not None and path == self.path:
+            _files.write(PENDING, b"", 0o644)
+        _files.write(path, content, mode, label=self._label(path))
+
+    def _write_dropin(self, dropin: _files.Wanted) -> None:
+        os.makedirs(os.path.dirname(dropin.path), 0o755, exist_ok=True)
+        self._write(dropin.path, dropin.content, dropin.mode)
+
+    def _remove(self, path: str) -> None:
+        self._remember(path)
+        _files.remove(path)
+
+    def _remove_dropin(self) -> None:
+        self._remove(layout.DROPIN_PATH)
+        _files.remove_empty_directory(os.path.dirname(layout.DROPIN_PATH))
+
+    # --- doing ---
+
+    def _finish(self) -> None:
+        self.result["changes"] = list(dict.fromkeys(name for name, _ in self.work.steps if name))
+        self.result["changed"] = bool(self.result["changes"])
+        self.result["diff"] = self.work.diff
+        if self.module.check_mode:
+            self.module.exit_json(**self.result)
+        try:
+            for _, step in self.work.steps:
+                step()
+        except (OSError, _systemd.SystemdError) as error:
+            self._undo(error)
+        if self.service is not None:
+            _files.remove(PENDING)
+        self.module.exit_json(**self.result)
+
+    def _undo(self, error: Exception) -> NoReturn:
+        """Put back what was there, and let keepalived run as it did."""
+        details = getattr(error, "details", {})
+        journal = self.service.journal() if self.service is not None else ""
+        failures = []
+        for path, earlier in reversed(list(self.earlier.items())):
+            try:
+                if earlier.exists:
+                    os.makedirs(os.path.dirname(path), 0o755, exist_ok=True)
+                _files.restore(path, earlier, self._label(path))
+            except OSError as problem:
+                failures.append(f"{path}: {problem.strerror}")
+        if self.service is not None:
+            try:
+                self._undo_service(self.service)
+            except _systemd.SystemdError as problem:
+                failures.append(str(problem))
+        if not failures:
+            _files.remove(PENDING)
+        outcome = "The former state was put back." if not failures else "Putting it back failed: " + "; ".join(failures)
+        self.result["changed"] = bool(failures)
+        self.result.pop("diff", None)
+        self.module.fail_json(
+            msg=f"{error}. {outcome}", rolled_back=not failures, journal=journal, **details, **self.result
+        )
+
+    def _undo_service(self, service: _systemd.Service) -> None:
+        service.daemon_reload()
+        now = service.state()
+        if now.enabled != self.unit.enabled:
+            (service.enable if self.unit.enabled else service.disable)()
+        if self.unit.active and now.active and now.main_pid == self.unit.main_pid:
+            service.reload()
+        elif self.unit.active:
+            service.restart()
+        elif now.text != self.unit.text:
+            service.stop()
+            service.reset_failed()
+
+    def _run(self, command: list[str]) -> tuple[int, str, str]:
+        return self.module.run_command(command, environ_update={"LC_ALL": "C"})
+
+
+def _decode(found: _files.Snapshot) -> str:
+    return (found.content or b"").decode("utf-8", "replace")
+
+
+def _view(text: str, found: _files.Snapshot) -> str:
+    """A file for the diff, with its mode when that is unusual."""
+    return text if not found.exists or found.mode == 0o644 else f"# mode {found.mode:04o}\n{text}"
+
+
+def main() -> None:
+    module = AnsibleModule(argument_spec=argument_spec(), supports_check_mode=True)
+    if module.params["state"] == "present" and not module.params["instances"]:
+        module.fail_json(msg="instances: is missing or empty: name at least one VRRP instance. Nothing was changed.")
+    work = Keepalived(module)
+    if module.params["state"] == "present":
+        work.present()
+    work.absent()
+
+
+if __name__ == "__main__":
+    main()
