@@ -1,0 +1,37 @@
+# Copyright: (c) 2026, The ctsync authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Fixtures of the tests on the real kernel."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import Iterator
+
+import pytest
+from integration import netns
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests in namespaces need root and the tools that make them."""
+    missing = [tool for tool in ("ip", "conntrack", "iptables-restore", "ip6tables-restore") if not shutil.which(tool)]
+    reason = "needs root" if os.geteuid() else f"needs {', '.join(missing)}" if missing else ""
+    if reason:
+        for item in items:
+            if item.get_closest_marker("netns"):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def net() -> Iterator[netns.Net]:
+    """An empty set of namespaces."""
+    with netns.net() as made:
+        yield made
+
+
+@pytest.fixture
+def pair() -> Iterator[netns.Pair]:
+    """a -- (fw1 | fw2) -- b; see :class:`netns.Pair`."""
+    with netns.pair() as made:
+        yield made
