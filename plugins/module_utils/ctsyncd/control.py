@@ -8,13 +8,14 @@ server answers with zero or more lines (text, XML or JSON, as asked for), then o
 ``{"ok": true, "exit": 0}`` or ``{"ok": false, "error": "...", "exit": 1}``, and closes.  No trailer means that the
 response is incomplete.
 
-Handler: ``handler(request) -> dict | Iterable[bytes]``, called once the request line is complete.
+Handler: ``handler(request) -> dict | Iterable[bytes | None]``, called once the request line is complete.
 
 * A dict is sent as one JSON line.
 * An iterable gives the response in pieces, best of 4 to 64 KiB that end at a line's end; it is asked for the next piece
   only when the client has taken the last one, so a dump of any size costs one piece of memory.  ``b""`` means "nothing
-  yet": the server asks again ``WAIT_S`` later and serves everything else meanwhile.  A generator is closed when its
-  client goes away.
+  yet, I wait": the server asks again ``WAIT_S`` later.  ``None`` means "nothing to say, but I am working" (a part of
+  the table without a match, say): it asks again as soon as the other sockets had their turn.  A generator is closed
+  when its client goes away.
 * :class:`ControlError`, at the call or from the iterable, becomes the trailer's error and exit status.  Any other
   exception is logged and becomes ``internal error``.
 
@@ -34,7 +35,7 @@ import socket
 import stat
 import struct
 import time
-from typing import Any, Callable, Iterable, Iterator, Union
+from typing import Any, Callable, Iterable, Iterator, Optional, Union
 
 from .errors import CtsyncError
 
@@ -49,7 +50,7 @@ PIECE_BYTES = 65_536  # pieces are gathered up to this size
 TURN_BYTES = 262_144  # of one client per turn of the loop
 TURN_S = 0.005  # of one client per turn of the loop
 
-Response = Union["dict[str, Any]", Iterable[bytes]]
+Response = Union["dict[str, Any]", Iterable[Optional[bytes]]]
 Handler = Callable[["dict[str, Any]"], Response]
 
 
@@ -76,11 +77,12 @@ class _Client:
         self.sock = sock
         self.deadline = deadline
         self.request = bytearray()
-        self.pieces: Iterator[bytes] | None = None
-        self.source: Iterable[bytes] | None = None
+        self.pieces: Iterator[bytes | None] | None = None
+        self.source: Iterable[bytes | None] | None = None
         self.out = memoryview(b"")
         self.last = b"\n"  # the last byte of the response so far
         self.ended = False  # the trailer is in ``out``
+        self.wait_s = 0.0  # how long the handler may be left alone
         self.wake_at: float | None = None  # the handler had nothing yet
         self.events = 0  # what the selector watches
 
@@ -308,7 +310,7 @@ class ControlServer:
         self.counters["refused"] += 1
         self._answer(client, (), now, trailer(reason, 1))
 
-    def _answer(self, client: _Client, response: Iterable[bytes], now: float, end: bytes | None = None) -> None:
+    def _answer(self, client: _Client, response: Iterable[bytes | None], now: float, end: bytes | None = None) -> None:
         client.source = response
         client.pieces = iter(response)
         client.deadline = now + STALL_S
@@ -328,7 +330,7 @@ class ControlServer:
                     return
                 client.out = memoryview(self._gather(client, turn_ends))
                 if not client.out:
-                    client.wake_at = now + WAIT_S
+                    client.wake_at = now + client.wait_s
                     self._watch(client, 0)
                     return
             try:
@@ -353,13 +355,16 @@ class ControlServer:
         size = 0
         if client.pieces is None:
             return b""
+        client.wait_s = 0.0
         try:
             while size < PIECE_BYTES:
                 piece = next(client.pieces)
-                if not piece:
+                if piece:
+                    pieces.append(piece)
+                    size += len(piece)
+                elif piece is not None:
+                    client.wait_s = WAIT_S
                     break
-                pieces.append(piece)
-                size += len(piece)
                 if time.monotonic() >= turn_ends:
                     break
             end = None

@@ -11,11 +11,14 @@ keepalived goes deaf when that directory is removed and made anew.  Formats: kee
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import selectors
 import stat
 from typing import Any, NamedTuple
+
+LOG = logging.getLogger(__name__)
 
 RETRY_S = 1.0  # between two attempts to open, and between two looks at whether the file was replaced
 READ_BYTES = 65_536  # a whole pipe
@@ -103,10 +106,10 @@ class FifoReader:
                 status = os.stat(self.path, follow_symlinks=False)
             except OSError as error:
                 # our end still works; a writer cannot find it any more
-                self.problem = f"notify FIFO {self.path}: {error.strerror}: {TMPFILES_REMEDY}"
+                self._report(f"{error.strerror}: {TMPFILES_REMEDY}, then restart keepalived")
                 return True
             if (status.st_dev, status.st_ino) == self._identity:
-                self.problem = None
+                self._report(None)
                 return True
         return self._reopen()
 
@@ -177,7 +180,7 @@ class FifoReader:
             self.reopened += 1
         self.fd = fd
         self._identity = identity
-        self.problem = None
+        self._report(None)
         if self._selector is not None:
             self._selector.register(fd, selectors.EVENT_READ, self._data)
         return True
@@ -185,7 +188,16 @@ class FifoReader:
     def _fail(self, what: str) -> None:
         self.close()
         self._forget_line()
-        self.problem = f"notify FIFO {self.path}: {what}"
+        self._report(what)
+
+    def _report(self, what: str | None) -> None:
+        """Log a problem when it comes and when it goes, not at every attempt."""
+        problem = None if what is None else f"notify FIFO {self.path}: {what}"
+        if problem is not None and problem != self.problem:
+            LOG.warning("%s", problem)
+        elif problem is None and self.problem is not None:
+            LOG.info("notify FIFO %s: in use again", self.path)
+        self.problem = problem
 
     def _unregister(self) -> None:
         if self._selector is not None and self.fd >= 0:

@@ -235,6 +235,38 @@ def test_a_handler_may_have_nothing_yet(serve: Callable[..., Loop]) -> None:
     waiting.close()
 
 
+def test_a_handler_that_works_in_silence_is_not_made_to_wait(serve: Callable[..., Loop]) -> None:
+    """A million flows of which none is printed: asked on and on, yet others are served in between."""
+    steps = 0
+    served = False
+
+    def handler(request: dict[str, Any]) -> control.Response:
+        nonlocal served
+        if request["command"] == "status":
+            served = True
+            return {}
+
+        def pieces() -> Iterator[bytes | None]:
+            nonlocal steps
+            while not served:
+                steps += 1
+                yield None
+            yield b"one\n"
+
+        return pieces()
+
+    loop = serve(handler)
+    dump = connect(loop.server.path)
+    dump.sendall(b'{"command": "internal"}\n')
+    loop.until(lambda: steps > 0)
+    deadline = loop.server.next_deadline()
+    assert deadline is not None and deadline <= loop.now(), "it wants the next turn at once"
+    assert loop.ask({"command": "status"}) == ["{}"]
+    assert read_all(loop, dump) == b'one\n{"ok": true, "exit": 0}\n'
+    assert steps > loop.turns, "several steps per turn"
+    dump.close()
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [

@@ -128,7 +128,9 @@ def test_an_endless_line_is_bounded(fifo: str) -> None:
     reader.close()
 
 
-def test_a_missing_fifo_is_reported_and_tried_again(tmp_path: pathlib.Path, selector: selectors.BaseSelector) -> None:
+def test_a_missing_fifo_is_reported_and_tried_again(
+    tmp_path: pathlib.Path, selector: selectors.BaseSelector, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "notify.fifo"
     reader = FifoReader(str(path))
     reader.register(selector)
@@ -136,8 +138,11 @@ def test_a_missing_fifo_is_reported_and_tried_again(tmp_path: pathlib.Path, sele
     assert str(path) in str(reader.problem)
     assert "systemd-tmpfiles --create" in str(reader.problem)
     assert reader.read() == []
+    assert not reader.tick(reader.retry_at)
+    assert len(caplog.records) == 1, "logged once, not at every attempt"
     path.write_text('GROUP "pair" MASTER 0\n')
-    assert not reader.tick(10.5), "too early"
+    assert not reader.tick(reader.retry_at - 0.5), "too early"
+    assert "No such file" in str(reader.problem)
     assert not reader.tick(reader.retry_at)
     assert "not a FIFO" in str(reader.problem)
     path.unlink()
