@@ -21,20 +21,13 @@ description:
     kernel. The wanted rules are loaded into an empty network namespace that exists only for this moment, and what
     iptables-save prints there is compared with what it prints for the machine.
   - A rule that iptables does not accept is reported before anything is changed.
+extends_documentation_fragment:
+  - ctsync.ha_firewall.attributes
 attributes:
-  check_mode:
-    support: full
-    description: Reports what would be changed, and tests the rules with the kernel, without changing anything.
-  diff_mode:
-    support: full
-    description: Shows the chains concerned before and after, as iptables-save prints them, and the files.
   idempotent:
-    support: full
-    description: A second run with the same options changes nothing and keeps the counters.
+    details: A run that changes nothing also keeps the counters of all rules.
   platform:
-    support: full
-    platforms: linux
-    description: Needs iptables 1.6.2 or newer (nf_tables or legacy), unshare of util-linux, and systemd for O(persist).
+    details: Needs iptables 1.6.2 or newer (nf_tables or legacy), unshare of util-linux, and systemd for O(persist).
 options:
   backend:
     description:
