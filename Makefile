@@ -1,0 +1,119 @@
+# Copyright: (c) 2026, The ctsync authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+#
+# Everything a person runs from a checkout. The playbooks do the work; this makes the tools that they run with.
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+BIN := .venv/bin
+REPORT := reports/failover-test
+NODE ?= fw1
+# More for ansible-playbook: make site ARGS='--check --diff'
+ARGS ?=
+
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Said here, too, because Ansible ignores the file in a checkout that everybody may write to.
+export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
+LAB := -i inventories/lab/hosts.yml
+
+.PHONY: help
+help: ## Show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  %-16s %s\n", $$1, $$2 }'
+
+# --- see it ---------------------------------------------------------------------------------------------------------
+
+.PHONY: demo
+demo: root venv ## Everything: lab, both firewalls, failover test, verdict (first time some minutes)
+	@echo "== 1/2  Lab and firewalls (site.yml)"
+	ansible-playbook $(LAB) site.yml
+	@echo "== 2/2  Failover test, with its negative control (failover-test.yml; some minutes)"
+	@rm -f $(REPORT)/report.json
+	@rc=0; ansible-playbook $(LAB) failover-test.yml || rc=$$?; python3 tools/verdict.py $(REPORT) || rc=1; exit $$rc
+
+.PHONY: site
+site: root venv ## Bring up the lab and deploy the pair (ARGS='--check --diff' to look first)
+	ansible-playbook $(LAB) site.yml $(ARGS)
+
+.PHONY: failover-test
+failover-test: root venv ## Run the failover test on the lab
+	@rc=0; ansible-playbook $(LAB) failover-test.yml $(ARGS) || rc=$$?; python3 tools/verdict.py $(REPORT) || rc=1; exit $$rc
+
+.PHONY: lab-up
+lab-up: root venv ## Bring up the lab's four nodes, nothing more
+	ansible-playbook $(LAB) playbooks/lab.yml $(ARGS)
+
+.PHONY: lab-shell
+lab-shell: ## A shell on a node: make lab-shell NODE=fw2
+	docker exec -it "$${CTSYNC_LAB_PREFIX:-ctsync-}$(NODE)" bash
+
+.PHONY: lab-stop
+lab-stop: root venv ## Remove the nodes; images and caches stay, so that lab-up takes seconds
+	ansible-playbook $(LAB) playbooks/lab_down.yml -e lab_state=stopped
+
+.PHONY: lab-down
+lab-down: root venv ## Remove every trace: nodes, wires, images, caches, keys, an engine that the lab started
+	ansible-playbook $(LAB) playbooks/lab_down.yml
+
+# --- test it --------------------------------------------------------------------------------------------------------
+
+.PHONY: test
+test: lint unit integration molecule ## All that a change has to pass
+
+.PHONY: test-all
+test-all: test sanity artifact ## The same, ansible-test's sanity tests, and the built collection
+
+.PHONY: lint
+lint: venv ## Style and types
+	ruff check plugins tests tools molecule roles
+	ruff format --check plugins tests tools molecule roles
+	mypy plugins/module_utils/ctsyncd
+	yamllint --strict .
+	antsibull-changelog lint
+	ansible-lint --offline
+
+.PHONY: unit
+unit: venv ## Unit tests
+	pytest -q tests/unit
+
+.PHONY: integration
+integration: root venv ## Integration tests in network namespaces (root)
+	sh tools/need.sh ip:iproute2 iptables:iptables nsenter:util-linux
+	pytest -q tests/integration
+
+.PHONY: molecule
+molecule: root venv ## The molecule scenario: deploy, deploy again, verify, fail over, verify (a lab of its own)
+	molecule test
+
+.PHONY: artifact
+artifact: venv ## Build the collection, install it elsewhere, check that its playbooks parse
+	sh tools/artifact.sh
+
+.PHONY: sanity
+sanity: venv ## ansible-test's sanity tests on the built collection
+	sh tools/artifact.sh sanity
+
+# --- build it -------------------------------------------------------------------------------------------------------
+
+.PHONY: ctsyncd
+ctsyncd: ## Write the daemon as one file, dist/ctsyncd, for people without Ansible
+	python3 tools/build_ctsyncd.py dist/ctsyncd
+
+.PHONY: venv
+venv: ## The tools, pinned, in .venv and .vendor
+	@sh tools/venv.sh
+
+.PHONY: clean
+clean: ## Remove reports, builds and tool caches; the lab and the tools stay
+	rm -rf dist reports .ansible .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis tests/output ctsync-ha_firewall-*.tar.gz
+	find plugins tests tools molecule roles -name __pycache__ -type d -exec rm -rf {} +
+
+.PHONY: distclean
+distclean: clean ## The same, and the tools
+	rm -rf .venv .vendor
+
+.PHONY: root
+root:
+	@[ "$$(id -u)" = 0 ] || { echo "This makes network namespaces and containers: run it as root." >&2; exit 1; }

@@ -1,0 +1,26 @@
+#!/bin/sh
+# Copyright: (c) 2026, The ctsync authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+#
+# need.sh PROGRAM:PACKAGE ... - make sure of programs: installs Debian's packages for those that are missing, saying so.
+# A word without a colon is a package to install in any case.
+set -eu
+PATH=$PATH:/usr/sbin:/sbin
+missing=
+for need in "$@"; do
+    case $need in
+        *:*) command -v "${need%%:*}" >/dev/null 2>&1 || missing="$missing ${need#*:}" ;;
+        *) missing="$missing $need" ;;
+    esac
+done
+[ -n "$missing" ] || exit 0
+if ! command -v apt-get >/dev/null 2>&1 || [ "$(id -u)" != 0 ]; then
+    echo "Please install:$missing  (as root on a Debian system this is done for you)" >&2
+    exit 1
+fi
+echo "Installing Debian packages:$missing"
+export DEBIAN_FRONTEND=noninteractive
+apt-get -qq update
+# shellcheck disable=SC2086 # a list of words
+apt-get -qq -y --no-install-recommends install $missing >/dev/null
