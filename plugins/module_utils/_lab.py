@@ -267,7 +267,8 @@ def files_archive(files: Iterable[tuple[str, str, str, str]]) -> bytes:
 # --- the wiring -----------------------------------------------------------------------------------------------------
 
 
-class Link(NamedTuple):
+@dataclass(frozen=True)
+class Link:
     """An interface as the kernel shows it: its index, the name of its bridge (or ""), whether it is up."""
 
     index: int
@@ -452,11 +453,12 @@ class Switch:
             peer={"ifname": interface, "net_ns_fd": inside, "address": mac_address(self.prefix, node.name, interface)},
         )
 
-    def cut(self, names: Iterable[str]) -> list[str]:
+    def cut(self, names: Iterable[str]) -> tuple[list[str], float]:
         """Take every port of the nodes off its bridge in one write to the kernel; the carrier stays.
 
         A power cut, seen from the segments: nothing more comes from the node, and nothing tells anyone. (With the
-        carrier gone, or one port at a time, keepalived would say goodbye over another port.) Returns the ports' names.
+        carrier gone, or one port at a time, keepalived would say goodbye over another port.) Returns the ports'
+        names and the moment (seconds since 1970) at which the kernel had done it.
         """
         from pyroute2 import IPBatch  # noqa: PLC0415
 
@@ -467,10 +469,12 @@ class Switch:
                 batch.link("set", index=link.index, master=0)
             if ports:
                 kernel.sendto(batch.batch, (0, 0))
+            moment = time.time()
+        with self.open() as kernel:  # another socket: the first one has the batch's answers in its queue
             left = [name for name, link in links_of(kernel).items() if name in ports and link.master]
         if left:
             raise LabError(f"still on their bridge after the cut: {', '.join(left)}")
-        return sorted(ports)
+        return sorted(ports), moment
 
     def unplug(self, ports: Iterable[str]) -> None:
         """Remove ports, and with each the interface at its other end."""
@@ -688,7 +692,8 @@ def release_file(index: str) -> str:
     """The ``Release`` file of the flat repository with this ``Packages`` file: apt asks for nothing else then."""
     data = index.encode()
     return (
-        f"Date: {formatdate(usegmt=True)}\nOrigin: ctsync lab\nLabel: ctsync lab\nDescription: what the lab's firewalls may install\n"
+        f"Date: {formatdate(usegmt=True)}\n"
+        "Origin: ctsync lab\nLabel: ctsync lab\nDescription: what the lab's firewalls may install\n"
         f"SHA256:\n {hashlib.sha256(data).hexdigest()} {len(data)} Packages\n"
     )
 

@@ -226,6 +226,9 @@ def absent(module: AnsibleModule) -> dict:
     names = []
     for name in (module.params["name"], module.params["base_name"]):
         names += docker.do("images", "--format", "{{.Repository}}:{{.Tag}}", name).split()
+    users = docker.do("ps", "--all", "--filter", f"label={_lab.LABEL_LAB}", "--format", "{{.Names}}").split()
+    if names and users:
+        raise _lab.LabError(f"the images are in use by nodes of another lab, remove that first: {', '.join(users)}")
     if names and not module.check_mode:
         docker.do("image", "rm", *names)
     return {"changed": bool(names)}

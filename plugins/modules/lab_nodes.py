@@ -172,7 +172,6 @@ cut_ports:
 """
 
 import os
-import time
 import traceback
 
 from ansible.module_utils.basic import AnsibleModule, missing_required_lib
@@ -289,11 +288,13 @@ class Lab:
             self.note(name, "power cut")
         self.extra["cut_ports"] = []
         if running and not self.check:
+            ports: list[str] = []
             if self.switch.exists():
-                self.extra["cut_ports"] = self.switch.cut(running)
-            self.extra["cut_at"] = time.time()
+                ports, self.extra["cut_at"] = self.switch.cut(running)
             self.docker.do("kill", *(self.prefix + name for name in running))
-            self.switch.unplug(self.extra["cut_ports"])
+            if ports:
+                self.switch.unplug(ports)
+            self.extra["cut_ports"] = ports
 
     def absent(self) -> None:
         """Nodes are gone; without names, the whole lab is."""
