@@ -60,8 +60,7 @@ def line(flow: Flow, age_s: int | None = None) -> str:
         text += " [OFFLOAD]"
     elif status & IPS_ASSURED:
         text += " [ASSURED]"
-    if flow.mark is not None:
-        text += f" mark={flow.mark}"
+    text += f" mark={flow.mark or 0}"  # an event without a mark means mark 0
     if flow.zone:
         text += f" zone={flow.zone}"
     if flow.helper:

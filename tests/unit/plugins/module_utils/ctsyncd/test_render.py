@@ -62,14 +62,14 @@ PING = Flow(
             SSH._replace(mark=None, state=c.TCP_TIME_WAIT),
             None,
             "tcp      6 TIME_WAIT src=192.168.0.3 dst=192.168.1.3 sport=51356 dport=22 "
-            "src=192.168.1.3 dst=192.168.1.100 sport=22 dport=51356 [ASSURED]",
-            id="unknown age and mark",
+            "src=192.168.1.3 dst=192.168.1.100 sport=22 dport=51356 [ASSURED] mark=0",
+            id="unknown age, no mark",
         ),
         pytest.param(
             PING,
             4,
             "icmp     1 src=10.1.0.2 dst=10.2.0.2 type=8 code=0 id=16641 "
-            "src=10.2.0.2 dst=10.2.0.11 type=0 code=0 id=16641 [active since 4s]",
+            "src=10.2.0.2 dst=10.2.0.11 type=0 code=0 id=16641 mark=0 [active since 4s]",
             id="icmp",
         ),
         pytest.param(
@@ -83,7 +83,7 @@ PING = Flow(
             ),
             3,
             "icmpv6   58 src=fd00:1::2 dst=fd00:2::2 type=128 code=0 id=119 "
-            "src=fd00:2::2 dst=fd00:1::2 type=129 code=0 id=119 [active since 3s]",
+            "src=fd00:2::2 dst=fd00:1::2 type=129 code=0 id=119 mark=0 [active since 3s]",
             id="icmpv6",
         ),
         pytest.param(
@@ -113,7 +113,7 @@ PING = Flow(
             SSH._replace(proto=c.IPPROTO_SCTP, state=c.SCTP_ESTABLISHED, mark=None, status=SEEN),
             None,
             "sctp     132 ESTABLISHED src=192.168.0.3 dst=192.168.1.3 sport=51356 dport=22 "
-            "src=192.168.1.3 dst=192.168.1.100 sport=22 dport=51356",
+            "src=192.168.1.3 dst=192.168.1.100 sport=22 dport=51356 mark=0",
             id="sctp",
         ),
         pytest.param(
@@ -128,7 +128,7 @@ PING = Flow(
             SSH._replace(state=77, mark=None, helper="a b\n"),
             None,
             "tcp      6 STATE_77 src=192.168.0.3 dst=192.168.1.3 sport=51356 dport=22 "
-            "src=192.168.1.3 dst=192.168.1.100 sport=22 dport=51356 [ASSURED] helper=a?b?",
+            "src=192.168.1.3 dst=192.168.1.100 sport=22 dport=51356 [ASSURED] mark=0 helper=a?b?",
             id="a state and a helper that do not exist stay on one line",
         ),
     ],
