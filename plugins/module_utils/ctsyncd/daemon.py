@@ -96,9 +96,9 @@ class Daemon:
     def run(self) -> None:
         """Serve until a signal or ``-k`` ends it."""
         now = time.monotonic()
+        self._control.open()  # first: a second daemon stops here and touches nothing
         self._read_addresses(now)
         self._write_gate(now)
-        self._control.open()
         self._control.register(self._selector)
         self._fifo.register(self._selector)
         self._fifo.open(now)
@@ -335,6 +335,7 @@ class Daemon:
 
     def _report(self, now: float) -> None:
         self._engine.problem = self._link.problem
+        self._engine.impaired = tuple(filter(None, (self._fifo.problem, self._track.problem)))
         verdict = self._engine.verdict(now)
         if verdict != self._verdict:
             if verdict[0] != self._verdict.verdict:
@@ -374,7 +375,7 @@ class Daemon:
             "replicate": self.config.replicate,
             "mode": self.config.mode,
             "peers": [{**self._engine.peer_status(now), "address": self.config.peer.address}],
-            "flows": {"external": len(self._engine.cache)},
+            "flows": {"kernel": _kernel_count(), "external": len(self._engine.cache)},
             "counters": self._counters(),
             "last_transition": {
                 "to": self._engine.role,
@@ -443,7 +444,7 @@ class Daemon:
     def _command_external(self, request: dict[str, Any]) -> control.Response:
         return self._external(_renderer(request))
 
-    def _internal(self, line: Any) -> Iterator[bytes]:
+    def _internal(self, line: Any) -> Iterator[bytes | None]:
         """The internal cache is the kernel's table, through the filters, less what belongs to the peer."""
         wall = time.time_ns()
         with netlink.TableDump() as walk:
@@ -453,7 +454,7 @@ class Daemon:
                     if self._engine.is_announced(flow):
                         age = None if flow.start is None else max(0, (wall - flow.start) // NANOSECONDS)
                         lines.append(line(flow, age))
-                yield "".join(text + "\n" for text in lines).encode()
+                yield "".join(text + "\n" for text in lines).encode() or None
 
     def _external(self, line: Any) -> Iterator[bytes]:
         now = time.monotonic()
@@ -525,6 +526,15 @@ class Daemon:
         while not self._engine.idle:
             yield b""
         yield str(report()).encode() + b"\n"
+
+
+def _kernel_count() -> int | None:
+    """Entries of this namespace's conntrack table; None where the kernel does not tell."""
+    try:
+        with open("/proc/sys/net/netfilter/nf_conntrack_count", encoding="ascii") as stream:
+            return int(stream.read())
+    except (OSError, ValueError):
+        return None
 
 
 def _say(text: str) -> control.Response:

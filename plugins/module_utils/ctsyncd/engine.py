@@ -108,7 +108,8 @@ class Engine:
         self.cache = ExternalCache(settings.table_limit)
         self.pending = Pending(settings.table_limit)
         self.dump: Dump | None = None
-        self.problem = ""
+        self.problem = ""  # what stops replication: the node cannot become ready
+        self.impaired: tuple[str, ...] = ()  # what an operator should mend, but does not stop it
         self.complete = False
         self._side = ""  # ACTIVE or BACKUP: the last role that was not a transition
         self._own: frozenset[bytes] = frozenset()
@@ -723,6 +724,7 @@ class Engine:
                 lag_s=self.lag(now)[1],
                 lag_limit_s=LAG_LIMIT_S,
                 problem=self.problem,
+                impaired=self.impaired,
             )
         )
 

@@ -35,7 +35,8 @@ class Facts(NamedTuple):
     refused: int  # replicas that this node's kernel refuses to hold
     lag_s: float  # age of the oldest change that the peer has not acknowledged
     lag_limit_s: float
-    problem: str  # what stops the daemon from working at all: no event socket, no sync socket
+    problem: str  # what stops replication: no sync socket
+    impaired: tuple[str, ...]  # what an operator should mend but does not stop replication
 
 
 class Verdict(NamedTuple):
@@ -72,6 +73,7 @@ def _judge_active(facts: Facts) -> Verdict:
         reasons.append(f"{facts.peer} does not hold the complete table yet")
     elif facts.lag_s > facts.lag_limit_s:
         reasons.append(f"{facts.peer} lags {facts.lag_s:.1f} s behind")
+    reasons.extend(facts.impaired)
     return Verdict(DEGRADED if reasons else READY, tuple(reasons), False)
 
 
@@ -89,6 +91,7 @@ def _judge_standby(facts: Facts) -> Verdict:
         reasons.append(f"{facts.waiting} flows wait for the kernel")
     if facts.refused:
         reasons.append(f"the kernel refuses {facts.refused} flows")
+    reasons.extend(facts.impaired)
     return Verdict(DEGRADED if reasons else READY, tuple(reasons), False)
 
 
