@@ -99,7 +99,7 @@ sanity: venv ## ansible-test's sanity tests on the built collection
 
 .PHONY: ctsyncd
 ctsyncd: ## Write the daemon as one file, dist/ctsyncd, for people without Ansible
-	python3 tools/build_ctsyncd.py dist/ctsyncd
+	python3 tools/build_zipapp.py dist/ctsyncd
 
 .PHONY: venv
 venv: ## The tools, pinned, in .venv and .vendor

@@ -80,12 +80,30 @@ def missing_files(sources: dict[str, bytes]) -> list[str]:
         for node in ast.walk(ast.parse(source, path)):
             if not isinstance(node, ast.ImportFrom) or not node.level:
                 continue
-            base = folder[: len(folder) - node.level + 1]
-            if node.module:
-                target = "/".join(base + node.module.split("."))
-                if f"{target}.py" not in sources and f"{target}/__init__.py" not in sources:
-                    missing.add(f"{target}.py")
+            base = "/".join([*folder[: len(folder) - node.level + 1], *(node.module or "").split(".")]).rstrip("/")
+            if f"{base}.py" in sources:
+                continue
+            if f"{base}/__init__.py" not in sources:
+                missing.add(f"{base}.py")
+                continue
+            names = {alias.name for alias in node.names} - _names(sources[f"{base}/__init__.py"])
+            missing.update(f"{base}/{name}.py" for name in names if not _has_module(sources, f"{base}/{name}"))
     return sorted(missing)
+
+
+def _has_module(sources: dict[str, bytes], path: str) -> bool:
+    return f"{path}.py" in sources or f"{path}/__init__.py" in sources
+
+
+def _names(source: bytes) -> set[str]:
+    """What a package's ``__init__.py`` defines by itself."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+    return found
 
 
 def shebang(interpreter: str) -> bytes:
@@ -95,7 +113,7 @@ def shebang(interpreter: str) -> bytes:
     distributions put python3-cryptography where only ``site`` finds it.
     """
     line = f"#!{interpreter} -I\n".encode()
-    if not interpreter.startswith("/") or len(interpreter.split()) != 1:
+    if not interpreter.startswith("/") or interpreter.split() != [interpreter]:
         raise ValueError(f"{interpreter!r} is not an absolute path without spaces")
     if len(line) > _SHEBANG_BYTES:
         raise ValueError(f"{interpreter!r} is too long for the first line of a script ({_SHEBANG_BYTES} bytes)")

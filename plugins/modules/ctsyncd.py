@@ -711,6 +711,8 @@ class Installation:
         )
         said = [line for line in journal if line.startswith("ctsyncd: ")] or journal
         cause = f"{str(error).splitlines()[0]}{' ' + said[-1] if said else ''}"
+        if "/run/credentials/" in cause and "Permission denied" in cause:
+            remedy = "in a container, run in it before the boot: mount --make-rshared / (LoadCredential= needs it)"
         self.module.fail_json(
             msg=f"ctsyncd was not installed: {cause}: {remedy}",
             rolled_back=rolled_back,
