@@ -1,0 +1,524 @@
+# Copyright: (c) 2026, The ctsync authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The kernel's sockets and the codec on the real kernel: real connections, conntrack(8) as the judge."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import re
+import select
+import socket
+import struct
+import sys
+from typing import Any, Callable, Iterator
+
+import pytest
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import constants as k
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import ctnetlink, netlink
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.ctnetlink import Event, Kind
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import Flow, SeqAdj, Tuple
+from integration.netns import CONNTRACK_SYSCTLS, Namespace, Net, Pair, wait_for
+
+pytestmark = pytest.mark.netns
+
+SNATTED = 0x19E  # SEEN_REPLY ASSURED CONFIRMED SRC_NAT SRC_NAT_DONE DST_NAT_DONE
+
+
+def table(space: Namespace) -> list[Flow]:
+    """All conntrack entries of a namespace, as the codec reads them."""
+    with space.inside():
+        return [flow for part in netlink.dump_flows() for flow in part]
+
+
+def tcp_to(space: Namespace, port: int) -> list[Flow]:
+    return [
+        flow for flow in table(space) if flow.proto == k.IPPROTO_TCP and flow.orig.l4[2:] == struct.pack("!H", port)
+    ]
+
+
+def inject(space: Namespace, messages: list[bytes]) -> list[tuple[int, int]]:
+    with space.inside(), netlink.RequestSocket() as requests:
+        return requests.inject(messages)
+
+
+def firewall(net: Net) -> Namespace:
+    """A namespace that tracks and translates (NAT works only where a NAT chain exists)."""
+    space = net.namespace("fw")
+    space.sysctl(CONNTRACK_SYSCTLS)
+    for tool in ("iptables", "ip6tables"):
+        space.run(tool, "-A", "FORWARD", "-m", "state", "--state", "ESTABLISHED")
+        space.run(tool, "-t", "nat", "-A", "POSTROUTING", "-o", "nowhere", "-j", "MASQUERADE")
+    return space
+
+
+def flow_number(number: int, **changes: Any) -> Flow:
+    """One of many different plain TCP flows."""
+    orig = Tuple(struct.pack("!I", 0x0A000000 + number), b"\xc0\xa8\1\3", b"\x30\x39\0\x16")
+    reply = Tuple(orig.dst, orig.src, b"\0\x16\x30\x39")
+    return Flow(k.AF_INET, k.IPPROTO_TCP, 0, orig, reply, 0x0E, 600, k.TCP_ESTABLISHED)._replace(**changes)
+
+
+class Traffic:
+    """Connections of every kind through the active firewall of a pair; its sockets stay open."""
+
+    def __init__(self, pair: Pair) -> None:
+        self.stack = contextlib.ExitStack()
+        keep = self.stack.enter_context
+        v4 = keep(pair.b.listen("192.168.1.3", 5001))
+        v6 = keep(pair.b.listen("fd00:c0de:1::3", 5001))
+        web4 = keep(pair.a.listen("192.168.0.3", 80))
+        web6 = keep(pair.a.listen("fd00:c0de::3", 80))
+        for client, host, port, server in (
+            (pair.a, "192.168.1.3", 5001, v4),  # SNAT
+            (pair.a, "fd00:c0de:1::3", 5001, v6),
+            (pair.a, "192.168.1.200", 5001, v4),  # DNAT and SNAT
+            (pair.a, "fd00:c0de:1::200", 5001, v6),
+            (pair.b, "192.168.1.100", 8080, web4),  # DNAT
+            (pair.b, "fd00:c0de:1::100", 8080, web6),
+        ):
+            keep(client.connect(host, port))
+            keep(server.accept()[0])
+        for host, family in (("192.168.1.3", socket.AF_INET), ("fd00:c0de:1::3", socket.AF_INET6)):
+            with pair.b.inside():
+                server = keep(socket.socket(family, socket.SOCK_DGRAM))
+                server.bind((host, 5353))
+            with pair.a.inside():
+                client = keep(socket.socket(family, socket.SOCK_DGRAM))
+            server.settimeout(30)
+            client.settimeout(30)
+            client.sendto(b"question", (host, 5353))
+            server.sendto(b"answer", server.recvfrom(100)[1])
+            client.recv(100)
+        pair.a.ping("192.168.1.3", 77)
+        pair.a.ping("fd00:c0de:1::3", 78)
+        with pair.fw1.inside():  # GRE has keys, ESP has nothing
+            for proto in (k.IPPROTO_GRE, 50):
+                with socket.socket(socket.AF_INET, socket.SOCK_RAW, proto) as raw:
+                    raw.sendto(b"\x20\0\x08\0\x12\x34\x56\x78" + bytes(20), ("192.168.1.3", 0))
+
+
+@pytest.fixture
+def traffic(pair: Pair) -> Iterator[Pair]:
+    """A pair whose fw1 is active and forwards connections of every kind."""
+    pair.activate(pair.fw1)
+    made = Traffic(pair)
+    with made.stack:
+        yield pair
+
+
+def of_conntrack(text: str) -> dict[int, dict[str, Any]]:
+    """``conntrack -L -o extended,id`` by id, timeout left out."""
+    entries = {}
+    for line in text.splitlines():
+        words = line.split()
+        pairs = [word.split("=") for word in words if "=" in word]
+        first: dict[str, str] = {}
+        second: dict[str, str] = {}
+        rest: dict[str, str] = {}
+        for name, value in pairs:
+            if name in {"src", "dst", "sport", "dport", "id", "type", "code", "srckey", "dstkey"}:
+                side = first if name not in first else second if name not in second else rest
+                side[name] = value
+            else:
+                rest[name] = value
+        if "type" not in first:  # only ICMP has an id of its own in each direction
+            rest["id"] = first.pop("id")
+        entries[int(rest["id"])] = {
+            "family": int(words[1]),
+            "proto": int(words[3]),
+            "state": next((word for word in words[5:6] if word.isupper()), None),
+            "assured": "[ASSURED]" in words,
+            "replied": "[UNREPLIED]" not in words,
+            "mark": int(rest["mark"]),
+            "orig": first,
+            "reply": second,
+        }
+    return entries
+
+
+def as_conntrack(flow: Flow) -> dict[str, Any]:
+    """A flow as :func:`of_conntrack` has it."""
+    family = socket.AF_INET if flow.family == k.AF_INET else socket.AF_INET6
+
+    def side(direction: Tuple) -> dict[str, str]:
+        out = {"src": socket.inet_ntop(family, direction.src), "dst": socket.inet_ntop(family, direction.dst)}
+        if flow.proto in k.ICMP_PROTOCOLS:
+            ident, kind, code = struct.unpack("!HBB", direction.l4)
+            out.update(type=str(kind), code=str(code), id=str(ident))
+        elif flow.proto == k.IPPROTO_GRE:
+            keys = struct.unpack("!HH", direction.l4)
+            out.update(srckey=hex(keys[0]), dstkey=hex(keys[1]))
+        elif direction.l4:
+            sport, dport = struct.unpack("!HH", direction.l4)
+            out.update(sport=str(sport), dport=str(dport))
+        return out
+
+    return {
+        "family": flow.family,
+        "proto": flow.proto,
+        "state": k.TCP_STATE_NAMES[flow.state or 0] if flow.proto == k.IPPROTO_TCP else None,
+        "assured": flow.assured,
+        "replied": flow.replied,
+        "mark": flow.mark,
+        "orig": side(flow.orig),
+        "reply": side(flow.reply),
+    }
+
+
+def test_real_flows_read_as_conntrack_reads_them(traffic: Pair) -> None:
+    got = {flow.ident: as_conntrack(flow) for flow in table(traffic.fw1)}
+    want = of_conntrack(traffic.fw1.conntrack("-L", "-o", "extended,id"))
+    assert got == want
+    assert {(entry["family"], entry["proto"]) for entry in got.values()} >= {
+        (k.AF_INET, 1), (k.AF_INET, 6), (k.AF_INET, 17), (k.AF_INET, 47), (k.AF_INET, 50),
+        (k.AF_INET6, 6), (k.AF_INET6, 17), (k.AF_INET6, 58),
+    }  # fmt: skip
+    assert len([entry for entry in got.values() if entry["proto"] == k.IPPROTO_TCP]) == 6
+    for flow in table(traffic.fw1):
+        assert flow.start is not None and flow.timeout
+
+
+def lasting(flow: Flow) -> Flow:
+    """What of a flow must be the same on another machine."""
+    done = ~0x180 if not flow.status & 0x30 else ~0  # NAT_DONE without NAT is set by the first packet only
+    flags = flow.tcp_flags and tuple(one & 0x03 for one in flow.tcp_flags)
+    return flow._replace(status=flow.status & done, timeout=None, ident=None, start=None, tcp_flags=flags)
+
+
+def test_a_copied_table_is_the_same_table(traffic: Pair) -> None:
+    """Dump on fw1, create on fw2: tuples, NAT bits, states, window scale; then update and delete all of it."""
+    flows = table(traffic.fw1)
+    natted = [flow for flow in flows if flow.snat or flow.dnat]
+    assert {(flow.family, flow.snat, flow.dnat) for flow in natted} == {
+        (family, snat, dnat) for family in (k.AF_INET, k.AF_INET6) for snat, dnat in ((1, 0), (0, 1), (1, 1))
+    }
+    ours = {flow.key for flow in flows}
+    assert inject(traffic.fw2, [ctnetlink.create(flow, timeout=5000) for flow in flows]) == []
+    copies = {flow.key: flow for flow in table(traffic.fw2) if flow.key in ours}
+    assert {key: lasting(flow) for key, flow in copies.items()} == {flow.key: lasting(flow) for flow in flows}
+    for flow in copies.values():
+        assert flow.timeout is not None and 4900 < flow.timeout <= 5000
+        if flow.proto == k.IPPROTO_TCP and flow.snat and not flow.dnat:
+            assert flow.status == SNATTED
+            assert flow.tcp_flags is not None
+            assert [one & k.TCP_FLAG_BE_LIBERAL for one in flow.tcp_flags] == [k.TCP_FLAG_BE_LIBERAL] * 2
+
+    changed = [flow._replace(mark=7, status=flow.status | 0x0E) for flow in flows]
+    assert inject(traffic.fw2, [ctnetlink.update(flow, timeout=90) for flow in changed]) == []
+    for flow in table(traffic.fw2):
+        if flow.key in ours:
+            assert (flow.mark, flow.status & 0x0E) == (7, 0x0E)
+            assert flow.timeout is not None and flow.timeout <= 90
+            assert flow.status & 0x30 == copies[flow.key].status & 0x30
+
+    stale = [ctnetlink.delete(flow, ident=(flow.ident or 0) ^ 1) for flow in copies.values()]
+    assert inject(traffic.fw2, stale) == [(index, errno.ENOENT) for index in range(len(stale))]
+    by_key = [ctnetlink.delete(ctnetlink.flow_of_key(key), ident=flow.ident) for key, flow in copies.items()]
+    assert inject(traffic.fw2, by_key) == []
+    assert not ours & {flow.key for flow in table(traffic.fw2)}
+
+
+def test_everything_else_that_an_entry_can_have(net: Net) -> None:
+    space = firewall(net)
+    control = flow_number(1, helper="ftp")
+    data = flow_number(
+        2,
+        status=0x0F | k.IPS_SEQ_ADJUST,
+        master=control.orig,
+        master_proto=k.IPPROTO_TCP,
+        seqadj=(SeqAdj(0xF0000001, -4, 6), SeqAdj(9, 0, -1)),
+        mark=0xDEADBEEF,
+    )
+    scaled = flow_number(3, tcp_wscale=(7, 14), tcp_flags=(0x23, 0x13))
+    half = flow_number(4, tcp_wscale=(7, 0), tcp_flags=(0x03, 0x02))
+    zoned = flow_number(3, zone=9)
+    orig = Tuple(b"\x0a\0\0\1", b"\x0a\0\0\2", b"\x26\xab\x0b\x59")
+    sctp = Flow(2, 132, 0, orig, ctnetlink.mirror(132, orig), 0x0E, 99, k.SCTP_ESTABLISHED, sctp_vtags=(0xFEEDF00D, 7))
+    made = [control, data, scaled, half, zoned, sctp]
+    assert inject(space, [ctnetlink.create(flow, liberal=False) for flow in made]) == []
+    with space.inside(), netlink.RequestSocket() as requests:
+        found = [requests.lookup(flow) for flow in made]
+        assert requests.lookup(flow_number(99)) is None
+    for want, got in zip(made, found):
+        assert got is not None
+        assert got.key == want.key and got.state == want.state
+    got_control, got_data, got_scaled, got_half, got_zoned, got_sctp = found
+    assert got_control and got_control.helper == "ftp"
+    assert got_data and (got_data.master, got_data.master_proto) == (control.orig, k.IPPROTO_TCP)
+    assert (got_data.seqadj, got_data.mark) == (data.seqadj, 0xDEADBEEF)
+    assert got_data.status & (k.IPS_EXPECTED | k.IPS_SEQ_ADJUST) == k.IPS_EXPECTED | k.IPS_SEQ_ADJUST
+    assert got_scaled and (got_scaled.tcp_wscale, got_scaled.tcp_flags) == ((7, 14), (3, 3))
+    assert got_half and (got_half.tcp_wscale, got_half.tcp_flags) == ((0, 0), (3, 2))
+    assert got_zoned and got_zoned.ident != got_scaled.ident
+    assert got_sctp and got_sctp.sctp_vtags == (0xFEEDF00D, 7)
+    # the retries that the engine has, and the refusals that they answer
+    orphan = flow_number(5, master=flow_number(6).orig, master_proto=6, status=0x0F)
+    unknown = flow_number(7, helper="no-such-helper")
+    assert inject(space, [ctnetlink.create(orphan), ctnetlink.create(unknown)]) == [
+        (0, errno.ENOENT),
+        (1, errno.EOPNOTSUPP),
+    ]
+    retries = [ctnetlink.create(orphan, master=False), ctnetlink.create(unknown, helper=False)]
+    assert inject(space, retries) == []
+    assert inject(space, [ctnetlink.update(data), ctnetlink.update(orphan)]) == [(1, errno.EBUSY)]
+    assert inject(space, [ctnetlink.update(orphan, expected=False)]) == []
+    assert inject(space, [ctnetlink.update(data._replace(status=0x0B))]) == [(0, errno.EBUSY)]  # cannot clear ASSURED
+    assert inject(space, [ctnetlink.update(data._replace(status=0x0B), status=False)]) == []
+
+
+def drops(space: Namespace, tool: str) -> int:
+    """Packets that a firewall of a pair judged INVALID in FORWARD or dropped because they came to a VIP itself."""
+    text = space.run(tool, "-vnxL").stdout
+    return sum(int(line.split()[0]) for line in text.splitlines() if re.search(r"state INVALID|\bDROP  ", line))
+
+
+@pytest.mark.parametrize("host", ["192.168.1.3", "fd00:c0de:1::3"])
+@pytest.mark.parametrize("copied", [True, False], ids=["copied", "not-copied"])
+def test_a_stream_goes_on_through_the_other_firewall(pair: Pair, host: str, copied: bool) -> None:
+    """The same connection, the same SNAT address and port at the server; without the copied entry nothing passes."""
+    pair.activate(pair.fw1)
+    with pair.b.listen(host, 5001) as listener, pair.a.connect(host, 5001) as client:
+        server, peer = listener.accept()
+        with server:
+            server.settimeout(30)
+            client.sendall(b"before")
+            assert server.recv(100) == b"before"
+            assert peer[0] in {"192.168.1.100", "fd00:c0de:1::100"}
+            flows = tcp_to(pair.fw1, 5001)
+            assert [flow.status for flow in flows] == [SNATTED]
+            if copied:
+                assert inject(pair.fw2, [ctnetlink.create(flow) for flow in flows]) == []
+            pair.unplug(pair.fw1)
+            pair.activate(pair.fw2)
+            client.sendall(b"after")
+            if not copied:
+                tool = "ip6tables" if ":" in host else "iptables"
+                wait_for(lambda: drops(pair.fw2, tool) >= 3, "three dropped packets")
+                assert not select.select([server], [], [], 0)[0]
+                assert tcp_to(pair.fw2, 5001) == []
+                return
+            assert server.recv(100) == b"after"
+            server.sendall(b"and back")
+            assert client.recv(100) == b"and back"
+            assert server.getpeername() == peer
+            assert [lasting(flow) for flow in tcp_to(pair.fw2, 5001)] == [lasting(flow) for flow in flows]
+
+
+def test_a_stream_goes_on_although_acknowledgements_were_lost(pair: Pair) -> None:
+    """The first packet through the other firewall repeats old data, and the answer acknowledges newer data.
+
+    Window tracking begins with that first packet, so without BE_LIBERAL the answer is INVALID, every time.
+    """
+    pair.activate(pair.fw1)
+    with pair.b.listen("192.168.1.3", 5001) as listener, pair.a.connect("192.168.1.3", 5001) as client:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        server, _peer = listener.accept()
+        with server:
+            server.settimeout(30)
+            flows = tcp_to(pair.fw1, 5001)
+            pair.fw1.run("iptables", "-t", "raw", "-A", "PREROUTING", "-i", "eth0", "-j", "DROP")
+            received = 0
+            for _ in range(5):
+                client.sendall(bytes(1000))
+                received += len(server.recv(1000))
+            while received < 5000:
+                received += len(server.recv(5000))
+            wait_for(lambda: retransmissions(client) >= 2, "the client to repeat from the start")
+            assert inject(pair.fw2, [ctnetlink.create(flow) for flow in flows]) == []
+            pair.unplug(pair.fw1)
+            pair.activate(pair.fw2)
+            client.sendall(b"after")
+            assert server.recv(100) == b"after"
+            server.sendall(b"and back")
+            assert client.recv(100) == b"and back"
+
+
+def retransmissions(connection: socket.socket) -> int:
+    """tcpi_retransmits of struct tcp_info (<linux/tcp.h>): timeouts in a row without an acknowledgement."""
+    return connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 8)[2]
+
+
+def collect(events: netlink.EventSocket, enough: Callable[[list[Event]], bool], what: str) -> list[Event]:
+    """Events until they are ``enough``."""
+    got: list[Event] = []
+
+    def more() -> bool:
+        got.extend(events.read())
+        return enough(got)
+
+    wait_for(more, what)
+    return got
+
+
+def test_own_requests_are_not_reported_and_foreign_ones_are(net: Net) -> None:
+    space = firewall(net)
+    with contextlib.ExitStack() as stack:
+        with space.inside():
+            ours = stack.enter_context(netlink.RequestSocket())
+            other = stack.enter_context(netlink.RequestSocket())
+            events = stack.enter_context(netlink.EventSocket(ignore_portids=[ours.portid]))
+            witness = stack.enter_context(netlink.EventSocket())
+        flows = [flow_number(number) for number in range(3)]
+        assert ours.inject([ctnetlink.create(flow) for flow in flows]) == []
+        assert ours.inject([ctnetlink.update(flows[0]), ctnetlink.delete(flows[0])]) == []
+        seen = witness.read()
+        assert [event.kind for event in seen] == [Kind.NEW] * 3 + [Kind.UPDATE, Kind.DESTROY]
+        assert {event.portid for event in seen} == {ours.portid}
+        assert events.read() == []
+        assert other.inject([ctnetlink.update(flows[1]._replace(mark=5))]) == []
+        space.conntrack("-D", "-s", "10.0.0.2")
+        updated, destroyed = events.read()
+        assert (updated.kind, updated.portid, updated.flow and updated.flow.mark) == (Kind.UPDATE, other.portid, 5)
+        assert (destroyed.kind, destroyed.flow and destroyed.flow.key) == (Kind.DESTROY, flows[2].key)
+        assert destroyed.portid not in {0, ours.portid, other.portid}
+        # the filter can be exchanged while the socket is in use
+        events.set_filter(ignore_portids=[other.portid])
+        assert other.inject([ctnetlink.delete(flows[1])]) == []
+        assert ours.inject([ctnetlink.create(flows[2])]) == []
+        assert [event.portid for event in events.read()] == [ours.portid]
+
+
+def test_only_the_wanted_tcp_states_are_reported(pair: Pair) -> None:
+    """A whole real connection; UDP and the end of every flow pass the filter."""
+    pair.activate(pair.fw1)
+    wanted = {k.TCP_ESTABLISHED, k.TCP_TIME_WAIT, k.TCP_CLOSE}
+    with contextlib.ExitStack() as stack:
+        with pair.fw1.inside():
+            events = stack.enter_context(netlink.EventSocket(tcp_states=wanted))
+            witness = stack.enter_context(netlink.EventSocket())
+        listener = stack.enter_context(pair.b.listen("192.168.1.3", 5001))
+        with pair.a.connect("192.168.1.3", 5001), listener.accept()[0]:
+            pass
+        with pair.a.inside(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+            client.sendto(b"question", ("192.168.1.3", 5353))
+
+        def tcp(events: list[Event]) -> list[tuple[Kind, int | None]]:
+            return [(e.kind, e.flow.state) for e in events if e.flow and e.flow.proto == k.IPPROTO_TCP]
+
+        everything = collect(witness, lambda got: (Kind.UPDATE, k.TCP_TIME_WAIT) in tcp(got), "TIME_WAIT")
+        pair.fw1.conntrack("-D", "-p", "tcp")
+        everything += collect(witness, lambda got: any(one[0] == Kind.DESTROY for one in tcp(got)), "the end")
+        filtered = events.read()
+        assert {state for _kind, state in tcp(everything)} >= {
+            k.TCP_SYN_SENT,
+            k.TCP_SYN_RECV,
+            k.TCP_LAST_ACK,
+            *wanted - {8},
+        }
+        assert tcp(filtered) == [one for one in tcp(everything) if one[0] == Kind.DESTROY or one[1] in {*wanted, None}]
+        assert all(event.portid == 0 for event in filtered if event.kind != Kind.DESTROY)
+        assert [e.kind for e in filtered if e.flow and e.flow.proto == k.IPPROTO_UDP] == [Kind.NEW]
+
+
+def test_an_overrun_is_reported_once_and_events_go_on(net: Net) -> None:
+    space = firewall(net)
+    with contextlib.ExitStack() as stack:
+        with space.inside():
+            other = stack.enter_context(netlink.RequestSocket())
+            events = stack.enter_context(netlink.EventSocket(receive_buffer=32 << 10))
+        assert other.inject([ctnetlink.create(flow_number(number)) for number in range(500)]) == []
+        got = events.read()
+        kinds = [event.kind for event in got]
+        assert kinds.count(Kind.OVERRUN) == 1 == events.overruns
+        assert 0 < kinds.count(Kind.NEW) < 500
+        assert other.inject([ctnetlink.delete(flow_number(3))]) == []
+        assert [event.kind for event in events.read()] == [Kind.DESTROY]
+        assert events.overruns == 1
+        # read() keeps to its limit
+        assert other.inject([ctnetlink.delete(flow_number(number)) for number in range(10, 20)]) == []
+        assert [len(events.read(limit=4)) for _ in range(4)] == [4, 4, 2, 0]
+
+
+def test_errors_of_a_big_batch_find_their_requests(net: Net) -> None:
+    """Several system calls' worth of requests; every seventh is refused, each kind with its own errno."""
+    space = firewall(net)
+    messages = []
+    want = []
+    for number in range(1000):
+        if number % 7 == 3:
+            messages.append(ctnetlink.create(flow_number(number - 1)))
+            want.append((number, errno.EEXIST))
+        elif number % 7 == 5:
+            messages.append(ctnetlink.delete(flow_number(100000 + number)))
+            want.append((number, errno.ENOENT))
+        else:
+            messages.append(ctnetlink.create(flow_number(number)))
+    with space.inside(), netlink.RequestSocket() as requests:
+        for _ in range(2):  # and the sequence numbers may wrap
+            assert requests.inject(messages) == want
+            assert requests.inject([ctnetlink.delete(flow) for flow in table(space)]) == []
+            requests._seq = 0xFFFFFFFF - 500
+        assert requests.inject([]) == []
+
+
+def test_without_the_capability_it_is_said(net: Net) -> None:
+    """CAP_NET_ADMIN is checked when the socket sends; drop it in a child process."""
+    space = firewall(net)
+    source = (
+        "import sys; sys.path[:0] = sys.argv[1:]\n"
+        "from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import ctnetlink, errors, netlink\n"
+        "requests = netlink.RequestSocket()\n"
+        "key = bytes.fromhex('02060000c0a80003c0a8010330390016')\n"
+        "try: requests.inject([ctnetlink.delete(ctnetlink.flow_of_key(key))] * 2)\n"
+        "except errors.NetlinkError as error: print(error.errno)\n"
+    )
+    done = space.run(
+        "setpriv", "--reuid", "65534", "--clear-groups", sys.executable, "-c", source, *sys.path, check=False
+    )
+    assert done.stdout == f"{errno.EPERM}\n", done.stderr
+
+
+def test_a_dump_comes_in_slices_and_ends(net: Net) -> None:
+    space = firewall(net)
+    want = {flow_number(number).key for number in range(1500)}
+    assert inject(space, [ctnetlink.create(flow_number(number)) for number in range(1500)]) == []
+    with space.inside():
+        walk = netlink.TableDump()
+    with walk:
+        poll = select.poll()
+        poll.register(walk, select.POLLIN)
+        parts = []
+        while not walk.done:
+            assert poll.poll(30000)
+            parts.append(walk.read())
+        assert not walk.interrupted and not walk.malformed
+        assert walk.read() == []
+    assert {flow.key for part in parts for flow in part} == want
+    assert len(parts) > 5 and max(len(part) for part in parts) < 300
+    with space.inside():
+        walk = netlink.TableDump(family=k.AF_INET6)
+    with walk:
+        assert walk.read(10) == [] and walk.done
+
+
+def test_addresses_and_their_changes(net: Net) -> None:
+    space = net.namespace("host")
+    with space.inside(), netlink.AddressMonitor() as monitor:
+        space.ip("link", "add", "eth9", "up", "type", "bridge")
+        monitor.drain()
+        assert not monitor.drain()
+        before = netlink.local_addresses()
+        space.ip("address", "add", "192.168.0.100/24", "dev", "eth9")
+        space.ip("address", "add", "10.0.0.1", "peer", "10.0.0.2/32", "dev", "eth9")
+        space.ip("address", "add", "fd00:c0de::100/64", "dev", "eth9", "nodad")
+        assert select.select([monitor], [], [], 30)[0]
+        assert monitor.drain()
+        got = {
+            (entry.ifname, entry.family, socket.inet_ntop(entry.family, entry.address), entry.prefix_len)
+            for entry in netlink.interface_addresses()
+        }
+        assert got >= {
+            ("lo", k.AF_INET, "127.0.0.1", 8),
+            ("lo", k.AF_INET6, "::1", 128),
+            ("eth9", k.AF_INET, "192.168.0.100", 24),
+            ("eth9", k.AF_INET, "10.0.0.1", 32),
+            ("eth9", k.AF_INET6, "fd00:c0de::100", 64),
+        }
+        assert netlink.local_addresses() - before >= {b"\xc0\xa8\0\x64", b"\x0a\0\0\1"}
+        monitor.drain()
+        space.ip("address", "del", "192.168.0.100/24", "dev", "eth9")
+        assert select.select([monitor], [], [], 30)[0]
+        assert monitor.drain()
+        assert b"\xc0\xa8\0\x64" not in netlink.local_addresses()
