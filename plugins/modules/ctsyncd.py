@@ -236,7 +236,7 @@ digest:
   returned: when O(state=present)
   type: str
   sample: 9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08
-path:
+program:
   description: The installed file that C(/usr/sbin/ctsyncd) leads to.
   returned: when O(state=present)
   type: str
@@ -409,7 +409,7 @@ class Installation:
         result = {
             "version": app.version,
             "digest": app.digest,
-            "path": f"{layout.LIBRARY}/{app.file_name}",
+            "program": f"{layout.LIBRARY}/{app.file_name}",
             "config": json.loads(config),
         }
         if not self.module.check_mode:
