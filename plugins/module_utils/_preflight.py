@@ -1,0 +1,558 @@
+# Copyright: (c) 2026, The ctsync authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What can be wrong with a pair before anything is done to it: inventory, addresses, hosts. Pure functions.
+
+This module is private to the collection. It runs on the controller (filters) and never shows a key.
+Every problem is one sentence: host, option, what is wrong, what to do.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import ipaddress
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+
+from . import _keepalived, _ruleset
+
+MINIMUM_PYTHON = (3, 9)
+MINIMUM_KEY_BYTES = 32
+NODES = 2  # what this version of the daemon replicates between
+
+Interface = Union[ipaddress.IPv4Interface, ipaddress.IPv6Interface]
+
+# option of a node -> the inventory's variable, for messages and for hosts that take no part in this run
+VARIABLES: Dict[str, str] = {
+    "virtual_ips": "ha_firewall_virtual_ips",
+    "priority": "ha_firewall_priority",
+    "sync_interface": "ha_firewall_sync_interface",
+    "sync_address": "ha_firewall_sync_address",
+    "sync_port": "ha_firewall_sync_port",
+    "key": "ha_firewall_key",
+    "key_id": "ha_firewall_key_id",
+    "rules": "ruleset_rules",
+    "rules6": "ruleset_rules6",
+}
+DEFAULTS: Dict[str, Any] = {"sync_port": 3781, "key_id": 1, "rules": [], "rules6": [], "virtual_ips": [], "key": ""}
+
+
+class VirtualIp(NamedTuple):
+    """One entry of the list of virtual IPs that has no fault of its own."""
+
+    interface: str
+    address: Interface
+    router_id: int
+
+
+def summarize_key(key: Any) -> Dict[str, Any]:
+    """What may be said of a key: ``given``, ``valid`` (base64), ``bytes``, and a ``fingerprint`` of long keys.
+
+    The fingerprint is half of a SHA-256; a key shorter than 32 bytes has none, because it could be guessed from one.
+    """
+    text = "" if key is None else str(key).strip()
+    if not text:
+        return {"given": False, "valid": False, "bytes": 0, "fingerprint": ""}
+    try:
+        raw = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        return {"given": True, "valid": False, "bytes": 0, "fingerprint": ""}
+    strong = len(raw) >= MINIMUM_KEY_BYTES
+    fingerprint = hashlib.sha256(b"ctsync preflight\0" + raw).hexdigest()[:32] if strong else ""
+    return {"given": True, "valid": True, "bytes": len(raw), "fingerprint": fingerprint}
+
+
+def facts_key(interface: str) -> str:
+    """The key that Ansible's facts have for an interface."""
+    return interface.replace("-", "_")
+
+
+def interface_addresses(facts: Mapping[str, Any]) -> Dict[str, List[Interface]]:
+    """Interfaces and their addresses with prefix length, out of ``ansible_facts`` (subset network); in their order."""
+    found: Dict[str, List[Interface]] = {}
+    for name in facts.get("interfaces") or ():
+        entry = facts.get(facts_key(str(name))) or {}
+        ipv4 = entry.get("ipv4") or {}
+        rows = [*(ipv4 if isinstance(ipv4, (list, tuple)) else [ipv4]), *(entry.get("ipv4_secondaries") or ())]
+        rows += list(entry.get("ipv6") or ())
+        addresses = []
+        for row in rows:
+            parsed = _fact_address(row)
+            if parsed is not None:
+                addresses.append(parsed)
+        found[str(name)] = addresses
+    return found
+
+
+def _fact_address(row: Mapping[str, Any]) -> Optional[Interface]:
+    """An address of the facts; older releases give a netmask and no prefix."""
+    address = row.get("address")
+    if not address:
+        return None
+    length = row.get("prefix") or row.get("netmask") or (128 if ":" in str(address) else 32)
+    try:
+        return ipaddress.ip_interface(f"{address}/{length}")
+    except ValueError:
+        return None
+
+
+def as_int(value: Any) -> Optional[int]:
+    """An integer, also if it is written as text (INI inventories); ``None`` for everything else."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int):
+        return value
+    text = str(value).strip()
+    return int(text) if text.lstrip("-").isdigit() and text.count("-") <= 1 else None
+
+
+def own_address(
+    interface: str, vip: Interface, addresses: Mapping[str, Sequence[Interface]], vips: Sequence[Any]
+) -> str:
+    """The node's own address in the virtual IP's network on that interface; empty when there is none.
+
+    A node that holds virtual IPs shows them among its addresses: ``vips`` are left out.
+    """
+    virtual = {str(address) for address in vips}
+    for own in addresses.get(interface, ()):
+        if own.version == vip.version and str(own.ip) not in virtual and own.ip in vip.network:
+            return str(own.ip)
+    return ""
+
+
+class _Group:
+    """Collects the problems of one group of nodes."""
+
+    def __init__(
+        self, nodes: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Mapping[str, Any]], track_weight: int
+    ) -> None:
+        self.nodes = {host: {**DEFAULTS, **node} for host, node in nodes.items()}
+        self.facts = facts
+        self.track_weight = track_weight
+        self.addresses = {host: interface_addresses(known) for host, known in facts.items() if known.get("interfaces")}
+        self.problems: List[str] = []
+        self.vips: Dict[str, List[VirtualIp]] = {}
+
+    def add(self, host: str, option: str, text: str) -> None:
+        line = f"{host}: {VARIABLES.get(option, option)}: {text}"
+        if line not in self.problems:
+            self.problems.append(line)
+
+    def check(self) -> List[str]:
+        if len(self.nodes) != NODES:
+            names = ", ".join(self.nodes) or "no host"
+            self.problems.append(
+                f"the group of firewalls has {len(self.nodes)} hosts ({names}), and this version replicates between"
+                f" exactly {NODES}: list both nodes of one pair in it"
+            )
+        for host in self.nodes:
+            self.vips[host] = self._virtual_ips(host)
+        self._same_virtual_ips()
+        for host in self.nodes:
+            self._vip_interfaces(host)
+            self._priority(host)
+            self._sync(host)
+            self._key(host)
+            self._rules(host)
+            self._host(host)
+        self._priorities()
+        self._sync_group()
+        self._keys()
+        self._duplicate_addresses()
+        return self.problems
+
+    # --- virtual IPs ---
+
+    def _virtual_ips(self, host: str) -> List[VirtualIp]:
+        listed = self.nodes[host]["virtual_ips"]
+        if not listed:
+            self.add(
+                host, "virtual_ips", "is missing or empty: list each virtual IP with interface, address and router_id"
+            )
+            return []
+        if not isinstance(listed, (list, tuple)):
+            self.add(host, "virtual_ips", "is not a list: list each virtual IP with interface, address and router_id")
+            return []
+        good: List[VirtualIp] = []
+        routers: Dict[Tuple[int, int], str] = {}
+        seen: Dict[str, int] = {}
+        for number, entry in enumerate(listed):
+            vip = self._virtual_ip(host, number, entry)
+            if vip is None:
+                continue
+            plain = str(vip.address.ip)
+            if plain in seen:
+                self.add(
+                    host, "virtual_ips", f"entry {number + 1} repeats {plain} of entry {seen[plain] + 1}: remove one"
+                )
+                continue
+            seen[plain] = number
+            key = (vip.router_id, vip.address.version)
+            if routers.setdefault(key, vip.interface) != vip.interface:
+                self.add(
+                    host,
+                    "virtual_ips",
+                    f"entry {number + 1} ({plain}) has router_id {vip.router_id} of {routers[key]} again: give each"
+                    " interface a router_id of its own",
+                )
+            good.append(vip)
+        return good
+
+    def _virtual_ip(self, host: str, number: int, entry: Any) -> Optional[VirtualIp]:
+        where = f"entry {number + 1}"
+        if not isinstance(entry, Mapping):
+            self.add(host, "virtual_ips", f"{where} is not a mapping: write interface, address and router_id")
+            return None
+        missing = [key for key in ("interface", "address", "router_id") if entry.get(key) in (None, "")]
+        if missing:
+            self.add(host, "virtual_ips", f"{where} has no {' and no '.join(missing)}: add it")
+            return None
+        text = str(entry["address"])
+        problem = ""
+        try:
+            address = ipaddress.ip_interface(text)
+        except ValueError:
+            self.add(
+                host, "virtual_ips", f"{where}: {text!r} is not an address with prefix length, such as 192.168.0.100/24"
+            )
+            return None
+        length = address.network.prefixlen
+        if "/" not in text:
+            problem = f"{text} has no prefix length: write the one of the network, such as {text}/24"
+        elif length < address.max_prefixlen - 1 and address.ip == address.network.network_address:
+            problem = f"{text} is the address of the network itself: choose a host's"
+        elif address.version == 4 and length < 31 and address.ip == address.network.broadcast_address:
+            problem = f"{text} is the broadcast address of the network: choose a host's"
+        elif address.ip.is_multicast or address.ip.is_loopback or address.ip.is_unspecified:
+            problem = f"{text} cannot be given to an interface: choose a unicast address"
+        if problem:
+            self.add(host, "virtual_ips", f"{where}: {problem}")
+            return None
+        router = as_int(entry["router_id"])
+        if router is None or not 1 <= router <= 255:
+            self.add(
+                host, "virtual_ips", f"{where}: router_id {entry['router_id']!r} is not 1 to 255: choose one of these"
+            )
+            return None
+        return VirtualIp(str(entry["interface"]), address, router)
+
+    def _same_virtual_ips(self) -> None:
+        """Interfaces may be named differently on each node; addresses and router ids may not differ."""
+        hosts = list(self.nodes)
+        if len(hosts) < 2 or any(not self.vips[host] for host in hosts):
+            return
+        first = {(str(vip.address), vip.router_id) for vip in self.vips[hosts[0]]}
+        for host in hosts[1:]:
+            if {(str(vip.address), vip.router_id) for vip in self.vips[host]} != first:
+                self.add(
+                    host,
+                    "virtual_ips",
+                    f"differs from {hosts[0]}'s in addresses or router ids: set it once for the whole group",
+                )
+
+    def _vip_interfaces(self, host: str) -> None:
+        addresses = self.addresses.get(host)
+        if addresses is None:
+            return
+        virtual = [vip.address.ip for vip in self.vips[host]]
+        for vip in self.vips[host]:
+            if vip.interface not in addresses:
+                self.add(host, "virtual_ips", self._no_interface(vip.interface, addresses, f"of {vip.address.ip} "))
+            elif not own_address(vip.interface, vip.address, addresses, virtual):
+                listed = ", ".join(str(own) for own in addresses[vip.interface] if own.ip not in virtual) or "none"
+                self.add(
+                    host,
+                    "virtual_ips",
+                    f"{vip.address} is on {vip.interface}, where this node has no address of its own in"
+                    f" {vip.address.network} (it has: {listed}): give it one, or correct the entry",
+                )
+
+    @staticmethod
+    def _no_interface(name: str, addresses: Mapping[str, Any], of: str = "") -> str:
+        known = ", ".join(sorted(known for known in addresses if known != "lo")) or "none"
+        return f"interface {name} {of}does not exist on this node: correct the name (it has: {known})"
+
+    # --- priority ---
+
+    def _priority(self, host: str) -> None:
+        value = self.nodes[host].get("priority")
+        lowest = 1 - self.track_weight
+        if value in (None, ""):
+            self.add(host, "priority", f"is missing: choose {lowest} to 254, different on each node")
+            return
+        number = as_int(value)
+        if number is None or not lowest <= number <= 254:
+            self.add(
+                host,
+                "priority",
+                f"{value!r} is not {lowest} to 254: choose one of these ({-self.track_weight} is taken off a node"
+                " that is not ready)",
+            )
+
+    def _priorities(self) -> None:
+        known: Dict[int, str] = {}
+        for host, node in self.nodes.items():
+            number = as_int(node.get("priority")) if node.get("priority") is not None else None
+            if number is None:
+                continue
+            if number in known:
+                self.add(
+                    host,
+                    "priority",
+                    f"{number} is also the priority of {known[number]}: give each node a different one",
+                )
+            known.setdefault(number, host)
+        in_range = [number for number in known if 1 - self.track_weight <= number <= 254]
+        if len(in_range) > 1 and max(in_range) - min(in_range) >= -self.track_weight:
+            high, low = max(in_range), min(in_range)
+            self.add(
+                known[high],
+                "priority",
+                f"{high} is {high - low} above {known[low]}'s {low}: keep the difference below {-self.track_weight}, or"
+                f" {known[high]} would win against a better informed {known[low]} even when it is not ready",
+            )
+
+    # --- sync link ---
+
+    def _sync(self, host: str) -> None:
+        node, addresses = self.nodes[host], self.addresses.get(host)
+        name = str(node.get("sync_interface") or "")
+        if not name:
+            self.add(host, "sync_interface", "is missing: name the interface of the link between the firewalls")
+        elif addresses is not None and name not in addresses:
+            self.add(host, "sync_interface", self._no_interface(name, addresses))
+        port = as_int(node.get("sync_port"))
+        if port is None or not 1 <= port <= 65535:
+            self.add(host, "sync_port", f"{node.get('sync_port')!r} is not a UDP port: choose 1 to 65535")
+        text = str(node.get("sync_address") or "")
+        if not text:
+            self.add(host, "sync_address", "is missing: name this node's own address on the sync interface")
+            return
+        try:
+            address = ipaddress.ip_address(text)
+        except ValueError:
+            self.add(host, "sync_address", f"{text!r} is not an IP address (write it without a prefix length)")
+            return
+        if addresses is None or name not in addresses:
+            return
+        if address not in [own.ip for own in addresses[name]]:
+            listed = ", ".join(str(own) for own in addresses[name]) or "none"
+            self.add(
+                host, "sync_address", f"{text} is not configured on {name} (it has: {listed}): configure or correct it"
+            )
+
+    def _sync_group(self) -> None:
+        ports = {as_int(node.get("sync_port")) for node in self.nodes.values()}
+        if len(ports) > 1:
+            self.problems.append(
+                f"{VARIABLES['sync_port']}: differs between the nodes"
+                f" ({', '.join(str(node.get('sync_port')) for node in self.nodes.values())}): set it once for the group"
+            )
+        known: Dict[str, str] = {}
+        networks: Dict[str, Any] = {}
+        for host, node in self.nodes.items():
+            text = str(node.get("sync_address") or "")
+            if not text:
+                continue
+            if text in known:
+                self.add(
+                    host, "sync_address", f"{text} is also the sync address of {known[text]}: each node has its own"
+                )
+            known.setdefault(text, host)
+            for own in self.addresses.get(host, {}).get(str(node.get("sync_interface")), ()):
+                if str(own.ip) == text:
+                    networks[host] = own.network
+        if len(set(networks.values())) > 1:
+            shown = ", ".join(f"{host}: {network}" for host, network in networks.items())
+            self.problems.append(
+                f"{VARIABLES['sync_address']}: the sync addresses are not in one network ({shown}): connect the sync"
+                " interfaces directly or by a switch, with addresses of one network"
+            )
+
+    # --- key ---
+
+    def _key(self, host: str) -> None:
+        node = self.nodes[host]
+        key = self._key_summary(host)
+        remedy = "make one with: openssl rand -base64 32"
+        if not key["given"]:
+            self.add(host, "key", f"is missing: {remedy}, and keep it in Ansible Vault")
+        elif not key["valid"]:
+            self.add(host, "key", f"is not base64: {remedy}")
+        elif key["bytes"] < MINIMUM_KEY_BYTES:
+            self.add(host, "key", f"is too short: {key['bytes']} bytes, and {MINIMUM_KEY_BYTES} are needed: {remedy}")
+        number = as_int(node.get("key_id"))
+        if number is None or not 1 <= number <= 255:
+            self.add(host, "key_id", f"{node.get('key_id')!r} is not 1 to 255: choose one of these")
+
+    def _key_summary(self, host: str) -> Mapping[str, Any]:
+        key = self.nodes[host].get("key")
+        return key if isinstance(key, Mapping) else summarize_key(key)
+
+    def _keys(self) -> None:
+        hosts = list(self.nodes)
+        prints = {host: self._key_summary(host)["fingerprint"] for host in hosts}
+        known = [host for host in hosts if prints[host]]
+        for host in known[1:]:
+            if prints[host] != prints[known[0]]:
+                self.add(host, "key", f"is not the key of {known[0]}: set it once for the whole group")
+        ids = {host: as_int(self.nodes[host].get("key_id")) for host in hosts}
+        for host in hosts[1:]:
+            if ids[host] != ids[hosts[0]]:
+                self.add(
+                    host, "key_id", f"{ids[host]} differs from {hosts[0]}'s {ids[hosts[0]]}: set it once for the group"
+                )
+
+    # --- rules and host ---
+
+    def _rules(self, host: str) -> None:
+        node = self.nodes[host]
+        for option, family in (("rules", "ipv4"), ("rules6", "ipv6")):
+            rules = node.get(option) or []
+            if not isinstance(rules, (list, tuple)) or any(not isinstance(rule, str) for rule in rules):
+                self.add(host, option, "is not a list of rules: write each as one text, the arguments of iptables")
+                continue
+            for problem in _ruleset.lint_rules(list(rules), family, VARIABLES[option]):
+                line = f"{host}: {problem}"
+                if line not in self.problems:
+                    self.problems.append(line)
+        if node.get("rules_error"):
+            self.problems.append(f"{host}: {VARIABLES['rules']}: {node['rules_error']}")
+
+    def _host(self, host: str) -> None:
+        facts = self.facts.get(host) or {}
+        version = ((facts.get("python") or {}).get("version")) or {}
+        if version and (version.get("major", 0), version.get("minor", 0)) < MINIMUM_PYTHON:
+            self.add(
+                host,
+                "ansible_python_interpreter",
+                f"is Python {version.get('major')}.{version.get('minor')}, and the daemon needs 3.9: install a newer"
+                " one and name it here",
+            )
+        if facts.get("service_mgr") not in (None, "systemd"):
+            self.add(
+                host, "systemd", f"is not the running init ({facts['service_mgr']} is): this collection needs systemd"
+            )
+        probe = self.nodes[host].get("host") or {}
+        if probe and not probe.get("conntrack", True):
+            self.add(
+                host,
+                "kernel",
+                "has no connection tracking (/proc/sys/net/netfilter/nf_conntrack_max is missing and the module"
+                " nf_conntrack_netlink cannot be loaded): install the kernel's netfilter modules",
+            )
+        daemon = probe.get("conntrackd") or {}
+        if daemon.get("pids") or daemon.get("active"):
+            pids = f" (process {', '.join(map(str, daemon['pids']))})" if daemon.get("pids") else ""
+            self.add(
+                host,
+                "conntrackd",
+                f"is active{pids}; two daemons must not write into one table: systemctl disable --now conntrackd",
+            )
+        elif daemon.get("enabled"):
+            self.add(
+                host,
+                "conntrackd",
+                "is not active, but would start at the next boot; two daemons must not write into one table:"
+                " systemctl disable --now conntrackd",
+            )
+
+    def _duplicate_addresses(self) -> None:
+        """An address that two nodes show, or a virtual IP that is a node's fixed address, is an address conflict."""
+        virtual = {str(vip.address.ip) for vips in self.vips.values() for vip in vips}
+        holders: Dict[str, Tuple[str, str]] = {}
+        for host, interfaces in self.addresses.items():
+            for name, addresses in interfaces.items():
+                for own in addresses:
+                    plain = str(own.ip)
+                    if own.ip.is_loopback or own.ip.is_link_local or plain in virtual:
+                        continue
+                    other, where = holders.setdefault(plain, (host, name))
+                    if other != host and host in self.nodes and other in self.nodes:
+                        if self._is_shared_bridge(name, where):
+                            continue
+                        self.problems.append(
+                            f"{host}: {name}: has the address {plain} of {other}'s {where}: give each node its own"
+                        )
+        for host, node in self.nodes.items():
+            if str(node.get("sync_address") or "") in virtual:
+                self.add(host, "sync_address", f"{node['sync_address']} is a virtual IP: name the node's own address")
+
+    @staticmethod
+    def _is_shared_bridge(*names: str) -> bool:
+        """Container engines give their host bridges the same address on every machine; these never meet."""
+        return all(name.startswith(("docker", "br-", "virbr", "podman", "cni", "lxcbr", "lxdbr")) for name in names)
+
+
+def group_problems(
+    nodes: Mapping[str, Mapping[str, Any]],
+    facts: Optional[Mapping[str, Mapping[str, Any]]] = None,
+    track_weight: int = _keepalived.DEFAULT_WEIGHT,
+) -> List[str]:
+    """Everything that is wrong with a pair of firewalls, one sentence each; empty when all is well.
+
+    ``nodes``: host name to options (keys of :data:`VARIABLES`; ``key`` may be a key or :func:`summarize_key`'s result;
+    ``host`` is the probe of ha_facts' subset ``host``; ``rules_error`` what the ruleset module said).
+    ``facts``: host name to ``ansible_facts``; what needs facts is not checked for a host without.
+    """
+    return _Group(nodes, facts or {}, track_weight).check()
+
+
+def vrrp_instances(
+    virtual_ips: Sequence[Mapping[str, Any]], facts: Mapping[str, Mapping[str, Any]], node: str, unicast: bool = True
+) -> List[Dict[str, Any]]:
+    """The ``instances`` of the keepalived module for one node of the group.
+
+    One instance for each interface, router id and family, in the order of the list. ``facts`` are the
+    ``ansible_facts`` of all nodes, ``node`` included. Raises ValueError naming host and remedy when a node has no own
+    address in the virtual IP's network; then there is nobody to send the advertisements to.
+    """
+    parsed = [(entry, ipaddress.ip_interface(str(entry["address"]))) for entry in virtual_ips]
+    virtual = [address.ip for _, address in parsed]
+    addresses = {host: interface_addresses(known) for host, known in facts.items()}
+    instances: Dict[Tuple[str, int, int], Dict[str, Any]] = {}
+    names: List[str] = []
+    for entry, address in parsed:
+        interface, router = str(entry["interface"]), int(entry["router_id"])
+        key = (interface, router, address.version)
+        if key in instances:
+            instances[key]["virtual_ips"].append(str(address))
+            continue
+        name = _keepalived.default_instance_name(interface, address.version)
+        if name in names:
+            name = f"{name}_{router}"
+        names.append(name)
+        instance: Dict[str, Any] = {
+            "name": name,
+            "interface": interface,
+            "router_id": router,
+            "virtual_ips": [str(address)],
+        }
+        if unicast:
+            found = {host: _address_in(known, interface, address, virtual) for host, known in addresses.items()}
+            found[node] = own_address(interface, address, addresses.get(node, {}), virtual)
+            missing = [host for host, own in found.items() if not own]
+            if missing:
+                raise ValueError(
+                    f"{', '.join(missing)}: no own address in {address.network} of the virtual IP {address.ip}:"
+                    " configure one, gather facts of all nodes, or set keepalived_unicast to false"
+                )
+            instance["unicast_src_ip"] = found[node]
+            instance["unicast_peers"] = [own for host, own in found.items() if host != node]
+        instances[key] = instance
+    return list(instances.values())
+
+
+def _address_in(
+    addresses: Mapping[str, Sequence[Interface]], interface: str, vip: Interface, virtual: Sequence[Any]
+) -> str:
+    """The own address on that interface; a peer may name the interface differently, so then anywhere in the network."""
+    found = own_address(interface, vip, addresses, virtual)
+    if found:
+        return found
+    for name in addresses:
+        found = own_address(name, vip, addresses, virtual)
+        if found:
+            return found
+    return ""
