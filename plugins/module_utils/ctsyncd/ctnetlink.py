@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import enum
 import struct
-from typing import Any, Iterator, NamedTuple, Union
+from typing import Iterator, NamedTuple, Optional, Union
 
 from .constants import (
     AF_INET,
@@ -256,18 +256,23 @@ def parse_errno(payload: bytes, required: bool = False) -> int:
     return -int(_INT.unpack_from(payload)[0])
 
 
-def attributes(data: Buffer, start: int = 0) -> Iterator[tuple[int, bytes]]:
-    """Type (without flags) and value of every attribute in ``data`` from ``start`` on; NetlinkError if malformed."""
+def attributes(data: bytes, start: int = 0) -> dict[int, bytes]:
+    """Type (without flags) to value of the attributes in ``data`` from ``start`` on; NetlinkError if malformed.
+
+    Of attributes with the same type the last one counts, as in the kernel's nla_parse.
+    """
+    found: dict[int, bytes] = {}
     total = len(data)
     at = start
     while at < total:
-        if total - at < _ATTR.size:
+        if total - at < 4:
             raise NetlinkError(f"{total - at} stray bytes behind the attributes")
         length, kind = _ATTR.unpack_from(data, at)
-        if length < _ATTR.size or length > total - at:
+        if length < 4 or length > total - at:
             raise NetlinkError(f"attribute {kind & NLA_TYPE_MASK} of {length} bytes in {total - at}")
-        yield kind & NLA_TYPE_MASK, bytes(data[at + _ATTR.size : at + length])
+        found[kind & NLA_TYPE_MASK] = data[at + 4 : at + length]
         at += (length + 3) & ~3
+    return found
 
 
 def _fixed(value: bytes, size: int, name: str) -> bytes:
@@ -288,7 +293,7 @@ def _u32(value: bytes, name: str) -> int:
     return int(_U32.unpack(_fixed(value, 4, name))[0])
 
 
-def decode_flow(payload: Buffer) -> Flow:
+def decode_flow(payload: bytes) -> Flow:
     """The flow in the payload (struct nfgenmsg and attributes) of a conntrack message.
 
     Raises NetlinkError if it is malformed or lacks one of the two tuples.
@@ -298,57 +303,85 @@ def decode_flow(payload: Buffer) -> Flow:
     family = payload[0]
     if family not in _ADDRESS_LEN:
         raise NetlinkError(f"address family {family} is neither IPv4 nor IPv6")
-    found = dict(attributes(payload, _NFGEN.size))
-    if CTA_TUPLE_ORIG not in found or CTA_TUPLE_REPLY not in found:
+    found = attributes(payload, _NFGEN.size)
+    value = found.get
+    orig_value, reply_value = value(CTA_TUPLE_ORIG), value(CTA_TUPLE_REPLY)
+    if orig_value is None or reply_value is None:
         raise NetlinkError("conntrack entry without its two tuples")
-    proto, orig, zone = _decode_tuple(found[CTA_TUPLE_ORIG], family)
-    reply = _decode_tuple(found[CTA_TUPLE_REPLY], family)[1]
-    if CTA_ZONE in found:
-        zone = _u16(found[CTA_ZONE], "CTA_ZONE")
-    flow = Flow(
+    proto, orig, zone = _decode_tuple(orig_value, family)
+    reply = _decode_tuple(reply_value, family)[1]
+    status = timeout = mark = ident = start = master = seqadj = helper = None
+    state: int | None = None
+    wscale = flags = vtags = None
+    master_proto = 0
+    if (part := value(CTA_ZONE)) is not None:
+        zone = _u16(part, "CTA_ZONE")
+    if (part := value(CTA_STATUS)) is not None:
+        status = _u32(part, "CTA_STATUS")
+    if (part := value(CTA_TIMEOUT)) is not None:
+        timeout = _u32(part, "CTA_TIMEOUT")
+    if (part := value(CTA_PROTOINFO)) is not None:
+        state, wscale, flags, vtags = _decode_protoinfo(part)
+    if (part := value(CTA_MARK)) is not None:
+        mark = _u32(part, "CTA_MARK")
+    if (part := value(CTA_ID)) is not None:
+        ident = _u32(part, "CTA_ID")
+    if (part := value(CTA_HELP)) is not None and (part := attributes(part).get(CTA_HELP_NAME)) is not None:
+        helper = part.split(b"\0", 1)[0].decode("latin-1")
+    if (part := value(CTA_TUPLE_MASTER)) is not None:
+        master_proto, master, _zone = _decode_tuple(part, family)
+    if (part := value(CTA_SEQ_ADJ_ORIG)) is not None and (other := value(CTA_SEQ_ADJ_REPLY)) is not None:
+        seqadj = (_decode_seqadj(part), _decode_seqadj(other))
+    if (part := value(CTA_TIMESTAMP)) is not None and (part := attributes(part).get(CTA_TIMESTAMP_START)) is not None:
+        start = int(_U64.unpack(_fixed(part, 8, "CTA_TIMESTAMP_START"))[0])
+    return Flow(
         family,
         proto,
         zone,
         orig,
         reply,
-        _u32(found[CTA_STATUS], "CTA_STATUS") if CTA_STATUS in found else 0,
-        _u32(found[CTA_TIMEOUT], "CTA_TIMEOUT") if CTA_TIMEOUT in found else None,
-        mark=_u32(found[CTA_MARK], "CTA_MARK") if CTA_MARK in found else None,
-        ident=_u32(found[CTA_ID], "CTA_ID") if CTA_ID in found else None,
+        status or 0,
+        timeout,
+        state,
+        wscale,
+        flags,
+        vtags,
+        mark,
+        value(CTA_LABELS),
+        helper,
+        master,
+        master_proto,
+        seqadj,
+        start,
+        ident,
     )
-    more: dict[str, Any] = {}
-    if CTA_PROTOINFO in found:
-        more.update(_decode_protoinfo(found[CTA_PROTOINFO]))
-    if CTA_LABELS in found:
-        more["labels"] = found[CTA_LABELS]
-    if CTA_HELP in found:
-        name = dict(attributes(found[CTA_HELP])).get(CTA_HELP_NAME)
-        if name is not None:
-            more["helper"] = name.split(b"\0", 1)[0].decode("latin-1")
-    if CTA_TUPLE_MASTER in found:
-        more["master_proto"], more["master"], _zone = _decode_tuple(found[CTA_TUPLE_MASTER], family)
-    if CTA_SEQ_ADJ_ORIG in found and CTA_SEQ_ADJ_REPLY in found:
-        more["seqadj"] = (_decode_seqadj(found[CTA_SEQ_ADJ_ORIG]), _decode_seqadj(found[CTA_SEQ_ADJ_REPLY]))
-    if CTA_TIMESTAMP in found:
-        start = dict(attributes(found[CTA_TIMESTAMP])).get(CTA_TIMESTAMP_START)
-        if start is not None:
-            more["start"] = int(_U64.unpack(_fixed(start, 8, "CTA_TIMESTAMP_START"))[0])
-    return flow._replace(**more) if more else flow
 
 
 def _decode_tuple(value: bytes, family: int) -> tuple[int, Tuple, int]:
-    """Protocol, tuple and zone (0 if the tuple names none)."""
-    parts = dict(attributes(value))
+    """Protocol, tuple and zone (0 if the tuple names none).
+
+    The kernel's usual layout, addresses and ports, is compared as a whole; everything else is walked.
+    """
+    layout, marks = _PORT_TUPLES[family]
+    if len(value) == layout.size:
+        mark0, src, mark1, dst, mark2, proto, mark3, sport, mark4, dport = layout.unpack(value)
+        if (mark0, mark1, mark2, mark3, mark4) == marks and proto not in _L4_LAYOUTS:
+            return proto, Tuple(src, dst, sport + dport), 0
+    return _walk_tuple(value, family)
+
+
+def _walk_tuple(value: bytes, family: int) -> tuple[int, Tuple, int]:
+    parts = attributes(value)
     if CTA_TUPLE_IP not in parts or CTA_TUPLE_PROTO not in parts:
         raise NetlinkError("tuple without addresses or protocol")
-    addresses = dict(attributes(parts[CTA_TUPLE_IP]))
+    addresses = attributes(parts[CTA_TUPLE_IP])
     want = _ADDRESS_LEN[family]
     kinds = (CTA_IP_V4_SRC, CTA_IP_V4_DST) if family == AF_INET else (CTA_IP_V6_SRC, CTA_IP_V6_DST)
     if kinds[0] not in addresses or kinds[1] not in addresses:
         raise NetlinkError("tuple without source or destination of its address family")
     src = _fixed(addresses[kinds[0]], want, "source address")
     dst = _fixed(addresses[kinds[1]], want, "destination address")
-    keys = dict(attributes(parts[CTA_TUPLE_PROTO]))
+    keys = attributes(parts[CTA_TUPLE_PROTO])
     if CTA_PROTO_NUM not in keys:
         raise NetlinkError("tuple without a protocol number")
     proto = _u8(keys[CTA_PROTO_NUM], "CTA_PROTO_NUM")
@@ -370,36 +403,61 @@ _L4_LAYOUTS = {
     IPPROTO_ICMPV6: ((CTA_PROTO_ICMPV6_ID, 2), (CTA_PROTO_ICMPV6_TYPE, 1), (CTA_PROTO_ICMPV6_CODE, 1)),
 }
 
+# A tuple of addresses and ports: its bytes, and the attribute headers (five groups) between its values
+_PORT_TUPLES = {
+    family: (
+        struct.Struct(f"=8s{size}s4s{size}s8sB3x4s2s2x4s2s2x"),
+        (
+            _ATTR.pack(12 + 2 * size, CTA_TUPLE_IP | NLA_F_NESTED) + _ATTR.pack(4 + size, src),
+            _ATTR.pack(4 + size, dst),
+            _ATTR.pack(28, CTA_TUPLE_PROTO | NLA_F_NESTED) + _ATTR.pack(5, CTA_PROTO_NUM),
+            _ATTR.pack(6, CTA_PROTO_SRC_PORT),
+            _ATTR.pack(6, CTA_PROTO_DST_PORT),
+        ),
+    )
+    for family, size, src, dst in (
+        (AF_INET, 4, CTA_IP_V4_SRC, CTA_IP_V4_DST),
+        (AF_INET6, 16, CTA_IP_V6_SRC, CTA_IP_V6_DST),
+    )
+}
 
-def _decode_protoinfo(value: bytes) -> dict[str, Any]:
-    more: dict[str, Any] = {}
-    parts = dict(attributes(value))
+
+_Two = Optional[tuple[int, int]]
+
+
+def _decode_protoinfo(value: bytes) -> tuple[int | None, _Two, _Two, _Two]:
+    """State, TCP window scales, TCP flags, SCTP verification tags."""
+    state: int | None = None
+    scales: _Two = None
+    flags: _Two = None
+    tags: _Two = None
+    parts = attributes(value)
     if CTA_PROTOINFO_TCP in parts:
-        tcp = dict(attributes(parts[CTA_PROTOINFO_TCP]))
-        if CTA_PROTOINFO_TCP_STATE in tcp:
-            more["state"] = _u8(tcp[CTA_PROTOINFO_TCP_STATE], "TCP state")
-        scales = [tcp.get(CTA_PROTOINFO_TCP_WSCALE_ORIGINAL), tcp.get(CTA_PROTOINFO_TCP_WSCALE_REPLY)]
-        if scales[0] is not None and scales[1] is not None:
-            more["tcp_wscale"] = (_u8(scales[0], "window scale"), _u8(scales[1], "window scale"))
-        flags = [tcp.get(CTA_PROTOINFO_TCP_FLAGS_ORIGINAL), tcp.get(CTA_PROTOINFO_TCP_FLAGS_REPLY)]
-        if flags[0] is not None and flags[1] is not None:
-            more["tcp_flags"] = (_fixed(flags[0], 2, "TCP flags")[0], _fixed(flags[1], 2, "TCP flags")[0])
+        tcp = attributes(parts[CTA_PROTOINFO_TCP])
+        if (part := tcp.get(CTA_PROTOINFO_TCP_STATE)) is not None:
+            state = _u8(part, "TCP state")
+        part, other = tcp.get(CTA_PROTOINFO_TCP_WSCALE_ORIGINAL), tcp.get(CTA_PROTOINFO_TCP_WSCALE_REPLY)
+        if part is not None and other is not None:
+            scales = (_u8(part, "window scale"), _u8(other, "window scale"))
+        part, other = tcp.get(CTA_PROTOINFO_TCP_FLAGS_ORIGINAL), tcp.get(CTA_PROTOINFO_TCP_FLAGS_REPLY)
+        if part is not None and other is not None:
+            flags = (_fixed(part, 2, "TCP flags")[0], _fixed(other, 2, "TCP flags")[0])
     elif CTA_PROTOINFO_SCTP in parts:
-        sctp = dict(attributes(parts[CTA_PROTOINFO_SCTP]))
-        if CTA_PROTOINFO_SCTP_STATE in sctp:
-            more["state"] = _u8(sctp[CTA_PROTOINFO_SCTP_STATE], "SCTP state")
-        tags = [sctp.get(CTA_PROTOINFO_SCTP_VTAG_ORIGINAL), sctp.get(CTA_PROTOINFO_SCTP_VTAG_REPLY)]
-        if tags[0] is not None and tags[1] is not None:
-            more["sctp_vtags"] = (_u32(tags[0], "SCTP tag"), _u32(tags[1], "SCTP tag"))
+        sctp = attributes(parts[CTA_PROTOINFO_SCTP])
+        if (part := sctp.get(CTA_PROTOINFO_SCTP_STATE)) is not None:
+            state = _u8(part, "SCTP state")
+        part, other = sctp.get(CTA_PROTOINFO_SCTP_VTAG_ORIGINAL), sctp.get(CTA_PROTOINFO_SCTP_VTAG_REPLY)
+        if part is not None and other is not None:
+            tags = (_u32(part, "SCTP tag"), _u32(other, "SCTP tag"))
     elif CTA_PROTOINFO_DCCP in parts:
-        dccp = dict(attributes(parts[CTA_PROTOINFO_DCCP]))
-        if CTA_PROTOINFO_DCCP_STATE in dccp:
-            more["state"] = _u8(dccp[CTA_PROTOINFO_DCCP_STATE], "DCCP state")
-    return more
+        part = attributes(parts[CTA_PROTOINFO_DCCP]).get(CTA_PROTOINFO_DCCP_STATE)
+        if part is not None:
+            state = _u8(part, "DCCP state")
+    return state, scales, flags, tags
 
 
 def _decode_seqadj(value: bytes) -> SeqAdj:
-    parts = dict(attributes(value))
+    parts = attributes(value)
     try:
         position = parts[CTA_SEQADJ_CORRECTION_POS]
         before = parts[CTA_SEQADJ_OFFSET_BEFORE]
@@ -456,11 +514,17 @@ def _tuple(kind: int, family: int, proto: int, direction: Tuple) -> bytes:
         raise NetlinkError(f"address family {family} is neither IPv4 nor IPv6")
     if len(direction.src) != want or len(direction.dst) != want or len(direction.l4) not in (0, 4):
         raise NetlinkError(f"tuple {direction} does not fit address family {family}, protocol {proto}")
+    if direction.l4 and proto not in _L4_LAYOUTS:
+        layout, marks = _PORT_TUPLES[family]
+        src, dst, l4 = direction
+        return _ATTR.pack(4 + layout.size, kind | NLA_F_NESTED) + layout.pack(
+            *(marks[0], src, marks[1], dst, marks[2], proto, marks[3], l4[:2], marks[4], l4[2:])
+        )
     kinds = (CTA_IP_V4_SRC, CTA_IP_V4_DST) if family == AF_INET else (CTA_IP_V6_SRC, CTA_IP_V6_DST)
     keys = [attribute(CTA_PROTO_NUM, bytes((proto,)))]
     if direction.l4:
         at = 0
-        for key, size in _L4_LAYOUTS.get(proto, _PORTS):
+        for key, size in _L4_LAYOUTS.get(proto, ()):
             keys.append(attribute(key, direction.l4[at : at + size]))
             at += size
     return _nested(

@@ -71,7 +71,8 @@ DEFAULT_EVENT_BUFFER = 64 << 20
 """Bytes.  A queued event takes 1280 of them, so this is about 100,000 events (it is only used when they queue)."""
 
 _ANSWER_BUFFER = 4 << 20
-_READ_SIZE = 128 << 10  # the kernel fills at most 32 KiB of it in a dump
+_READ_SIZE = 64 << 10  # the kernel fills at most 32 KiB of it in a dump
+_EVENT_SIZE = 4 << 10  # one event with everything in it has less than 1 KiB
 _SLICE_BYTES = 64 << 10  # of requests per system call; well below the default send buffer (208 KiB)
 _ROUTE_TIMEOUT = 5  # seconds
 
@@ -157,10 +158,10 @@ class _Socket:
         """Bytes that the kernel really gave (it doubles what was asked for)."""
         return self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
 
-    def _receive(self, flags: int = 0) -> bytes | None:
+    def _receive(self, flags: int = 0, size: int = _READ_SIZE) -> bytes | None:
         """The next datagram from the kernel, b"" for one from anybody else, None if there is none."""
         try:
-            data, sender = self._sock.recvfrom(_READ_SIZE, flags)
+            data, sender = self._sock.recvfrom(size, flags)
         except BlockingIOError:
             return None
         return data if sender[0] == 0 else b""
@@ -211,7 +212,7 @@ class EventSocket(_Socket):
         events: list[Event] = []
         while len(events) < limit:
             try:
-                data = self._receive(socket.MSG_DONTWAIT)
+                data = self._receive(socket.MSG_DONTWAIT, _EVENT_SIZE)
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
                     raise
@@ -413,13 +414,13 @@ def interface_addresses() -> list[InterfaceAddress]:
     for payload in _route_dump(RTM_GETLINK, RTM_NEWLINK, _IFINFOMSG.pack(0, 0, 0, 0, 0)):
         if len(payload) < _IFINFOMSG.size:
             raise NetlinkError(f"ifinfomsg of {len(payload)} bytes")
-        name = dict(ctnetlink.attributes(payload, _IFINFOMSG.size)).get(IFLA_IFNAME, b"")
+        name = ctnetlink.attributes(payload, _IFINFOMSG.size).get(IFLA_IFNAME, b"")
         names[_IFINFOMSG.unpack_from(payload)[2]] = os.fsdecode(name.rstrip(b"\0"))
     for payload in _route_dump(RTM_GETADDR, RTM_NEWADDR, _IFADDRMSG.pack(0, 0, 0, 0, 0)):
         if len(payload) < _IFADDRMSG.size:
             raise NetlinkError(f"ifaddrmsg of {len(payload)} bytes")
         family, prefix_len, flags, _scope, ifindex = _IFADDRMSG.unpack_from(payload)
-        found = dict(ctnetlink.attributes(payload, _IFADDRMSG.size))
+        found = ctnetlink.attributes(payload, _IFADDRMSG.size)
         address = found.get(IFA_LOCAL) or found.get(IFA_ADDRESS)
         if len(found.get(IFA_FLAGS, b"")) == 4:
             flags = struct.unpack("=I", found[IFA_FLAGS])[0]

@@ -461,3 +461,18 @@ def test_every_flow_survives_the_round_trip(flow: Flow) -> None:
         got = got._replace(state=None, tcp_flags=None)  # an assured flow without a state is said to be established
     assert got == flow
     assert ctnetlink.flow_of_key(flow.key).orig == flow.orig
+
+
+@given(flows(), st.booleans())
+def test_the_usual_tuple_layout_and_the_walk_agree(flow: Flow, foreign: bool) -> None:
+    """The comparison of whole layouts must never accept what the attribute walk reads differently."""
+    data = bytearray(ctnetlink.create(flow))
+    length = struct.unpack_from("=H", data, 20)[0]
+    value = data[24 : 20 + length]
+    if foreign:
+        value[4] ^= 1  # the length of the source address
+        with pytest.raises(NetlinkError):
+            ctnetlink._decode_tuple(bytes(value), flow.family)
+    else:
+        got = ctnetlink._decode_tuple(bytes(value), flow.family)
+        assert got == ctnetlink._walk_tuple(bytes(value), flow.family) == (flow.proto, flow.orig, 0)
