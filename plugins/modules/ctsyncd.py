@@ -829,6 +829,11 @@ def main() -> None:
         required_if=[("state", "present", REQUIRED)],
         supports_check_mode=True,
     )
+    if module.params["state"] == "present":
+        # required_if takes an explicit null, as an undefined default gives it, for a value
+        missing = [name for name in REQUIRED if module.params[name] is None]
+        if missing:
+            module.fail_json(msg=f"state is present but all of the following are missing: {', '.join(missing)}")
     installation = Installation(module)
     if module.params["state"] == "present":
         installation.present()
