@@ -22,8 +22,7 @@ class Tuple(NamedTuple):
     """One direction of a flow (struct nf_conntrack_tuple).
 
     ``l4`` is, in network byte order: source port and destination port (TCP, UDP, UDP-Lite, SCTP, DCCP: 4 bytes);
-    id, type, code (ICMP, ICMPv6: 2 + 1 + 1 bytes); empty for every other protocol, GRE included (ctnetlink gives no
-    GRE keys).
+    id, type, code (ICMP, ICMPv6: 2 + 1 + 1 bytes); the two keys (GRE: 4 bytes); empty for every other protocol.
     """
 
     src: bytes
