@@ -1,0 +1,304 @@
+# Copyright: (c) 2026, The ctsync authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The module ruleset against the real kernel, with both kinds of iptables."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+
+import pytest
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils import _ruleset
+from integration.sealed import Machine
+
+pytestmark = pytest.mark.netns
+
+PAGE = [
+    "-P FORWARD DROP",
+    "-A FORWARD -i eth0 -m state --state ESTABLISHED,RELATED -j ACCEPT",
+    "-A FORWARD -i eth1 -p tcp --syn -m state --state NEW -j ACCEPT",
+    "-A FORWARD -i eth1 -p tcp -m state --state ESTABLISHED -j ACCEPT",
+    "-A FORWARD -m state --state INVALID -j LOG",
+    "-I POSTROUTING -t nat -s 192.168.0.3 -j SNAT --to 192.168.1.100",
+]
+FULL = {
+    "rules": PAGE,
+    "virtual_ips": ["10.9.8.100/24", "fd00::100/64"],
+    "services": [{"protocol": "tcp", "port": "22"}],
+    "vrrp_peers": [{"interface": "eth1", "addresses": ["192.168.0.2"]}],
+    "sync": {"interface": "eth2", "address": "192.168.100.1", "peers": ["192.168.100.2"]},
+    "count_resets": True,
+    "nflog_group": 5,
+}
+FILES = [
+    "/etc/ctsync/ruleset.v4",
+    "/etc/ctsync/ruleset.v6",
+    "/etc/systemd/system/ctsync-ruleset.service",
+    "/etc/systemd/system/multi-user.target.wants/ctsync-ruleset.service",
+    "/var/lib/ctsync/ruleset.json",
+]
+
+
+@pytest.fixture(params=["nft", "legacy"])
+def backend(request):
+    if not shutil.which(f"iptables-{request.param}"):
+        pytest.skip(f"iptables-{request.param} is not installed")
+    return request.param
+
+
+@pytest.fixture
+def machine():
+    with Machine() as made:
+        yield made
+
+
+def saved(machine, backend, family="ipv4", counters=False):
+    """iptables-save without its comments, which hold the time."""
+    command = [_ruleset.program_name(family, backend, "-save"), *(["-c"] if counters else [])]
+    return [line for line in machine.run(*command).splitlines() if not line.startswith("#")]
+
+
+def files(machine):
+    return [path for path in FILES if machine.run("find", path, check=False)]
+
+
+def test_present_twice_and_absent(machine, backend):
+    machine.run(f"iptables-{backend}", "-t", "mangle", "-A", "FORWARD", "-j", "MARK", "--set-mark", "7")
+    before = saved(machine, backend)
+
+    predicted = machine.module("ruleset", check=True, backend=backend, **FULL)
+    assert predicted["changed"]
+    assert saved(machine, backend) == before
+    assert files(machine) == []
+
+    done = machine.module("ruleset", backend=backend, **FULL)
+    assert done["changed"]
+    assert done["diff"] == predicted["diff"]
+    assert done["fingerprint"] == predicted["fingerprint"]
+    rules = saved(machine, backend)
+    assert ":FORWARD DROP [0:0]" in rules
+    assert "-A CTSYNC-POSTROUTING -s 192.168.0.3/32 -j SNAT --to-source 192.168.1.100" in rules
+    assert "-A FORWARD -j MARK --set-xmark 0x7/0xffffffff" in rules
+    assert "-A CTSYNC-FORWARD -m state --state INVALID -j NFLOG --nflog-group 5" in rules
+    assert "-A CTSYNC-INPUT -d fd00::100/128 -j CTSYNC-VIP" in saved(machine, backend, "ipv6")
+    assert files(machine) == FILES
+    shown = {entry["after_header"]: entry["after"].splitlines() for entry in done["diff"]}
+    plain = [line.split(" [")[0] for line in rules]
+    assert [line for line in shown["iptables-save"] if line not in plain] == []
+
+    again = machine.module("ruleset", backend=backend, **FULL)
+    assert not again["changed"]
+    assert "diff" not in again
+    assert again["fingerprint"] == done["fingerprint"]
+
+    gone = machine.module("ruleset", backend=backend, state="absent")
+    assert gone["changed"]
+    builtin = [line for line in saved(machine, backend) if line.startswith((":", "-"))]
+    assert not [line for line in builtin if "CTSYNC" in line or " DROP" in line]
+    assert "-A FORWARD -j MARK --set-xmark 0x7/0xffffffff" in builtin
+    assert files(machine) == []
+    assert not machine.module("ruleset", backend=backend, state="absent")["changed"]
+
+
+def test_facts_read_the_same_fingerprint_and_the_counters(machine, backend):
+    done = machine.module("ruleset", backend=backend, **FULL)
+    machine.run("ip", "link", "set", "lo", "up")
+    machine.run("ip", "address", "add", "10.9.8.100/32", "dev", "lo")
+    machine.run("python3", "-c", _CONNECT, "10.9.8.100", "5555")
+
+    def inside(command):
+        return 0, machine.run(*command), ""
+
+    facts = _ruleset.read_live(inside, backend)
+    assert facts["fingerprint"] == done["fingerprint"]
+    assert facts["policies"]["FORWARD"]["policy"] == "DROP"
+    stray = facts["chains"]["filter"]["CTSYNC-VIP"]["rules"][-1]
+    assert "ctsync stray" in stray["rule"]
+    assert stray["packets"] > 0
+
+
+_CONNECT = """
+import socket, sys
+sock = socket.socket()
+sock.settimeout(1.5)
+try:
+    sock.connect((sys.argv[1], int(sys.argv[2])))
+    print("connected")
+except ConnectionRefusedError:
+    print("reset")
+except TimeoutError:
+    print("silence")
+"""
+
+
+def test_a_stray_to_a_virtual_address_gets_silence_and_without_the_drop_a_reset(machine, backend):
+    machine.run("ip", "link", "set", "lo", "up")
+    for address in ("10.9.8.100/32", "10.9.8.1/32"):
+        machine.run("ip", "address", "add", address, "dev", "lo")
+
+    def knock(address, port):
+        return machine.run("python3", "-c", _CONNECT, address, port).strip()
+
+    def resets():
+        facts = _ruleset.read_live(lambda command: (0, machine.run(*command), ""), backend)
+        return facts["chains"]["filter"]["CTSYNC-OUTPUT"]["rules"][0]["packets"]
+
+    machine.module("ruleset", backend=backend, **FULL)
+    assert knock("10.9.8.100", "5555") == "silence"
+    assert resets() == 0
+    assert knock("10.9.8.100", "22") == "reset"  # a declared service, nobody listens
+    assert knock("10.9.8.1", "5555") == "reset"  # not a virtual address: none of our business
+    assert resets() == 2
+    machine.module("ruleset", backend=backend, **{**FULL, "protect_vips": False})
+    assert knock("10.9.8.100", "5555") == "reset"
+    assert resets() == 3  # an unchanged chain keeps its counters
+
+
+def test_what_others_changed_is_repaired_and_their_rules_are_kept(machine, backend):
+    iptables = f"iptables-{backend}"
+    done = machine.module("ruleset", backend=backend, **FULL)
+    machine.run(iptables, "-I", "FORWARD", "-i", "foreign", "-j", "ACCEPT")
+    machine.run(iptables, "-A", "CTSYNC-FORWARD", "-j", "ACCEPT")
+    machine.run(iptables, "-t", "nat", "-F", "POSTROUTING")
+    machine.run(iptables, "-P", "FORWARD", "ACCEPT")
+    machine.run(iptables, "-N", "CTSYNC-LEFT")
+    machine.run("rm", "/etc/ctsync/ruleset.v4")
+    repaired = machine.module("ruleset", backend=backend, take_over_forward_policy=True, **FULL)
+    assert repaired["changed"]
+    assert repaired["fingerprint"] == done["fingerprint"]
+    rules = saved(machine, backend)
+    assert ":FORWARD DROP [0:0]" in rules
+    assert ":CTSYNC-LEFT - [0:0]" not in rules
+    forward = [line for line in rules if line.startswith("-A FORWARD")]
+    assert forward[1] == "-A FORWARD -i foreign -j ACCEPT"
+    assert forward[0].endswith("-j CTSYNC-FORWARD")
+    assert not machine.module("ruleset", backend=backend, **FULL)["changed"]
+    last = machine.module("ruleset", backend=backend, position="last", **FULL)
+    assert last["changed"]
+    forward = [line for line in saved(machine, backend) if line.startswith("-A FORWARD")]
+    assert forward[0] == "-A FORWARD -i foreign -j ACCEPT"
+
+
+def test_foreign_forwarding_is_not_cut_unless_told_to(machine, backend):
+    machine.run("sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
+    machine.run(f"iptables-{backend}", "-N", "DOCKER-USER")
+    machine.run(f"iptables-{backend}", "-A", "FORWARD", "-j", "DOCKER-USER")
+    before = saved(machine, backend)
+    for check in (True, False):
+        refused = machine.module("ruleset", backend=backend, check=check, rules=PAGE)
+        assert refused["failed"]
+        assert "take_over_forward_policy: true" in refused["msg"]
+        assert "-A FORWARD -j DOCKER-USER" in refused["msg"]
+    assert saved(machine, backend) == before
+    assert files(machine) == []
+    assert machine.module("ruleset", backend=backend, rules=PAGE[1:])["changed"]
+    assert machine.module("ruleset", backend=backend, rules=PAGE, take_over_forward_policy=True)["changed"]
+    assert ":FORWARD DROP [0:0]" in saved(machine, backend)
+    assert not machine.module("ruleset", backend=backend, rules=PAGE)["changed"]
+    machine.module("ruleset", backend=backend, rules=PAGE[1:])  # the policy is no longer wanted
+    assert ":FORWARD ACCEPT [0:0]" in saved(machine, backend)
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        ("-A FORWARD -m nobody-knows -j DROP", "Couldn't load match"),
+        ("-A FORWARD -p tcp --dport 99999 -j DROP", "99999"),
+        ("-A FORWARD -p tcp -j NOWHERE", "NOWHERE"),
+        ("-A FORWARD -p tcp -j SNAT --to 192.168.1.100", ""),
+    ],
+)
+@pytest.mark.parametrize("validate_only", [True, False])
+def test_a_rule_that_iptables_refuses_is_named_before_any_change(machine, backend, rule, words, validate_only):
+    before = saved(machine, backend)
+    refused = machine.module("ruleset", backend=backend, rules=[*PAGE, rule, PAGE[1]], validate_only=validate_only)
+    assert refused["failed"]
+    assert refused["msg"].startswith(f"rules: rule 7 '{rule}': refused by iptables")
+    assert words in refused["msg"]
+    assert refused["msg"].endswith("Nothing was changed.")
+    assert saved(machine, backend) == before
+    assert files(machine) == []
+
+
+def test_validation_changes_nothing(machine, backend):
+    result = machine.module("ruleset", backend=backend, validate_only=True, **FULL)
+    assert not result["changed"]
+    assert result["validated_by"] == "kernel"
+    assert not [line for line in saved(machine, backend) if "CTSYNC" in line]
+    assert files(machine) == []
+
+
+def test_boot_restores_the_rules_and_starting_the_unit_twice_is_harmless(machine, backend):
+    done = machine.module("ruleset", backend=backend, **FULL)
+    unit = machine.run("cat", FILES[2]).splitlines()
+    for family in ("", "6"):
+        for table in ("filter", "nat", "raw"):
+            machine.run(f"ip{family}tables-{backend}", "-t", table, "-F")
+            machine.run(f"ip{family}tables-{backend}", "-t", table, "-X")
+    machine.run(f"iptables-{backend}", "-P", "FORWARD", "ACCEPT")
+    for _start in range(2):
+        for line in unit:
+            key, _equals, command = line.partition("=")
+            if key in ("ExecStartPre", "ExecStart"):
+                machine.run(*shlex.split(command.lstrip("-")), check=not command.startswith("-"))
+    again = machine.module("ruleset", backend=backend, **FULL)
+    assert not again["changed"]
+    assert again["fingerprint"] == done["fingerprint"]
+    assert ":FORWARD DROP [0:0]" in saved(machine, backend)
+    verify = subprocess.run(["systemd-analyze", "--version"], capture_output=True, check=False)
+    if verify.returncode == 0:
+        said = machine.run("sh", "-c", f"systemd-analyze verify {FILES[2]} 2>&1", check=False)
+        assert "ctsync-ruleset" not in said
+
+
+def test_a_failure_in_the_second_family_takes_the_first_back(machine, backend):
+    """A program that fails at the real restore of IPv6 only: the IPv4 rules, applied before, go away again."""
+    machine.module("ruleset", backend=backend, rules=PAGE[1:3])
+    before = saved(machine, backend)
+    real = shutil.which(f"ip6tables-{backend}-restore")
+    name = f"ip6tables-{backend}-restore"
+    script = f'#!/bin/sh\ncase "$*" in *--test*|*"-w 10") exec {real} "$@";; esac\necho "no memory" >&2\nexit 4\n'
+    machine.run("sh", "-c", f"mkdir /mnt/bin; cat > /mnt/bin/{name}; chmod +x /mnt/bin/{name}", text=script)
+    path = {"PATH": "/mnt/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
+    failed = machine.module("ruleset", backend=backend, env=path, **FULL)
+    assert failed["failed"]
+    assert "no memory" in failed["msg"]
+    assert "The rules of before are in place again." in failed["msg"]
+    own = [line for line in saved(machine, backend) if "CTSYNC" in line or "FORWARD" in line]
+    assert own == [line for line in before if "CTSYNC" in line or "FORWARD" in line]
+    assert machine.module("ruleset", backend=backend, **FULL)["changed"]
+
+
+def test_ipsets_and_declared_chains_can_be_used(machine, backend):
+    rules = [
+        "-N web",
+        "-A web -p tcp --dport 443 -j ACCEPT",
+        "-A FORWARD -i eth1 -j web",
+        '-A FORWARD -j LOG --log-prefix "a b"',
+    ]
+    if shutil.which("ipset"):
+        machine.run("ipset", "create", "ctsync-friends", "hash:ip")
+        rules.append("-A web -m set --match-set ctsync-friends src -j ACCEPT")
+    done = machine.module("ruleset", backend=backend, rules=rules)
+    assert done["chains"]["ipv4"]["filter"]["CTSYNC-FORWARD"][0] == "-A CTSYNC-FORWARD -i eth1 -j CTSYNC-web"
+    assert '--log-prefix "a b"' in done["chains"]["ipv4"]["filter"]["CTSYNC-FORWARD"][1]
+    assert not machine.module("ruleset", backend=backend, rules=rules)["changed"]
+    fewer = machine.module("ruleset", backend=backend, rules=rules[3:4])
+    assert "CTSYNC-web" not in json.dumps(fewer["chains"])
+    assert not [line for line in saved(machine, backend) if "web" in line]
+
+
+def test_without_iptables_only_a_prediction_is_possible(machine):
+    path = {"PATH": "/nowhere"}
+    hide = "for f in /usr/sbin /usr/local/sbin; do mount -t tmpfs tmpfs $f; done"
+    machine.run("sh", "-ec", hide)
+    predicted = machine.module("ruleset", check=True, env=path, rules=PAGE)
+    assert predicted["changed"]
+    assert predicted["validated_by"] == "syntax"
+    assert "-P FORWARD DROP" in predicted["diff"][0]["after"]
+    assert not machine.module("ruleset", env=path, rules=PAGE, validate_only=True)["changed"]
+    failed = machine.module("ruleset", env=path, rules=PAGE)
+    assert "Install the package iptables" in failed["msg"]
