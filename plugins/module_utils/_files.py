@@ -69,7 +69,7 @@ def sync_directory(path: str) -> None:
 
 
 def write(
-    path: str, content: bytes, mode: int, *, uid: int = 0, gid: int = 0, label: Optional[Callable[[str], None]] = None
+    path: str, content: bytes, mode: int, *, uid: int = 0, gid: int = 0, label: Optional[Callable[[str], object]] = None
 ) -> None:
     """Replace ``path`` in one step.
 
@@ -128,7 +128,7 @@ def remove_empty_directory(path: str) -> bool:
     return True
 
 
-def restore(path: str, earlier: Snapshot, label: Optional[Callable[[str], None]] = None) -> None:
+def restore(path: str, earlier: Snapshot, label: Optional[Callable[[str], object]] = None) -> None:
     """Bring back a regular file or link that :func:`look` saw, or its absence."""
     if not earlier.exists:
         remove(path)

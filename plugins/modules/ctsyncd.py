@@ -254,6 +254,7 @@ version:
 """
 
 import contextlib
+import functools
 import grp
 import json
 import os
@@ -365,11 +366,11 @@ class Work:
     """What is to be done: each step with its name and its diff, in order."""
 
     def __init__(self) -> None:
-        self.steps: list[tuple[str, Callable[[], None]]] = []
+        self.steps: list[tuple[str, Callable[[], object]]] = []
         self.diff: list[dict[str, str]] = []
         self.restart = False
 
-    def add(self, name: str, before: str, after: str, do: Callable[[], None], restart: bool = False) -> None:
+    def add(self, name: str, before: str, after: str, do: Callable[[], object], restart: bool = False) -> None:
         self.steps.append((name, do))
         self.diff.append({"before_header": name, "after_header": name, "before": before, "after": after})
         self.restart = self.restart or restart
@@ -644,7 +645,7 @@ class Installation:
             number, _, suffix = name.partition(".")
             if suffix == "key" and number.isdigit() and int(number) not in wanted:
                 path = f"{layout.KEY_DIRECTORY}/{name}"
-                self.work.add(path, "(hidden)\n", "", lambda path=path: _ignore(_files.remove(path)), restart=True)
+                self.work.add(path, "(hidden)\n", "", functools.partial(_files.remove, path), restart=True)
 
     def _plan_old_programs(self, program: str) -> None:
         """Keep the newest of the other versions, which a process may still be reading, or someone wants back."""
@@ -654,7 +655,7 @@ class Installation:
         keep = target if target in others else max(others, key=os.path.getmtime, default="")
         for path in others:
             if path != keep:
-                self.work.add(path, "present\n", "", lambda path=path: _ignore(_files.remove(path)))
+                self.work.add(path, "present\n", "", functools.partial(_files.remove, path))
 
     def _action(self, state: _systemd.State) -> str:
         if not self.params["running"]:
@@ -709,7 +710,9 @@ class Installation:
             if rolled_back
             else "correct the cause and run again; systemd goes on trying to start it"
         )
-        said = [line for line in journal if line.startswith("ctsyncd: ")] or journal
+        starts = [number for number, line in enumerate(journal) if line.startswith("systemd: Starting ")]
+        attempt = journal[starts[-1] :] if starts else journal
+        said = [line for line in attempt if line.startswith("ctsyncd: ")] or attempt
         cause = f"{str(error).splitlines()[0]}{' ' + said[-1] if said else ''}"
         if "/run/credentials/" in cause and "Permission denied" in cause:
             remedy = "in a container, run in it before the boot: mount --make-rshared / (LoadCredential= needs it)"
@@ -736,10 +739,10 @@ class Installation:
             self.work.add(f"{layout.UNIT} at boot", "enabled\n", "disabled\n", self.service.disable)
         for path in paths:
             if _files.look(path).exists:
-                self.work.add(path, "present\n", "", lambda path=path: _ignore(_files.remove(path)))
+                self.work.add(path, "present\n", "", functools.partial(_files.remove, path))
         for path in (layout.KEY_DIRECTORY, layout.CONFIG_DIRECTORY, layout.LIBRARY, layout.SHARED_DIRECTORY):
             if _only_ours(path, paths):
-                self.work.add(path, "present\n", "", lambda path=path: _ignore(_files.remove_empty_directory(path)))
+                self.work.add(path, "present\n", "", functools.partial(_files.remove_empty_directory, path))
         if self.params["remove_user"] and self.account.uid is not None:
             self.work.add(f"user {layout.USER}", "present\n", "", lambda: self._command("userdel", layout.USER))
         elif self.params["remove_user"] and self.account.gid is not None:
@@ -760,12 +763,12 @@ class Installation:
 
     # --- both ---
 
-    def _labeller(self, path: str) -> Optional[Callable[[str], None]]:
+    def _labeller(self, path: str) -> Optional[Callable[[str], object]]:
         """On hosts with SELinux a new file gets the context of its final place."""
         if not self.module.selinux_enabled():
             return None
         context = self.module.selinux_default_context(path)
-        return lambda temporary: _ignore(self.module.set_context_if_different(temporary, context, False))
+        return lambda temporary: self.module.set_context_if_different(temporary, context, False)
 
     def _command(self, program: str, *arguments: str) -> None:
         command = [self.module.get_bin_path(program, required=True), *arguments]
@@ -782,10 +785,6 @@ class Installation:
 
 
 _KIND_NAMES = {stat.S_IFDIR: "directory", stat.S_IFREG: "regular file", stat.S_IFIFO: "FIFO"}
-
-
-def _ignore(result: Any) -> None:
-    """For steps whose result says nothing that matters here."""
 
 
 def _text(content: Optional[bytes]) -> str:
