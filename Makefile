@@ -80,7 +80,7 @@ unit: venv ## Unit tests
 
 .PHONY: integration
 integration: root venv ## Integration tests in network namespaces (root)
-	sh tools/need.sh ip:iproute2 iptables:iptables nsenter:util-linux
+	sh tools/need.sh ip:iproute2 iptables-restore:iptables conntrack:conntrack
 	pytest -q tests/integration
 
 .PHONY: molecule

@@ -557,9 +557,10 @@ def background_pid(name: str = "dockerd") -> int | None:
     try:
         with open(f"{RUN_DIRECTORY}/dockerd.pid", encoding="ascii") as stream:
             pid = int(stream.read())
-        with open(f"/proc/{pid}/comm", encoding="ascii") as stream:
-            return pid if stream.read().strip() == name else None
-    except (OSError, ValueError):
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stream:
+            command, state = stream.read().split("(", 1)[1].rsplit(")", 1)  # proc_pid_stat(5)
+        return pid if command == name and state.split()[0] != "Z" else None
+    except (OSError, ValueError, IndexError):
         return None
 
 
