@@ -46,13 +46,21 @@ def read_addresses() -> Set[Address]:
     }
 
 
-def virtual_ips_held(wanted: Iterable[Mapping[str, Any]], addresses: Set[Address]) -> List[Dict[str, Any]]:
-    """Each virtual IP (``interface``, ``address`` with or without prefix length) and whether its interface has it."""
+def virtual_ips_held(wanted: Iterable[Any], addresses: Set[Address]) -> List[Dict[str, Any]]:
+    """Each virtual IP, and whether its interface has it.
+
+    A virtual IP is a mapping with ``interface`` and ``address``, or an address for any interface; a prefix length
+    behind the address is left out. ``interface`` of the result is empty when nobody named one and none has it.
+    """
     result = []
     for vip in wanted:
-        interface, address = str(vip["interface"]), str(vip["address"]).split("/", maxsplit=1)[0]
+        named = isinstance(vip, Mapping)
+        interface = str(vip["interface"]) if named else ""
+        address = str(vip["address"] if named else vip).split("/", maxsplit=1)[0]
         with contextlib.suppress(ValueError):
             address = str(ipaddress.ip_address(address))
+        if not named:
+            interface = min((found.interface for found in addresses if found.address == address), default="")
         held = Address(interface, address) in addresses
         result.append({"interface": interface, "address": address, "held": held})
     return result

@@ -408,6 +408,7 @@ class _Group:
 
     def _rules(self, host: str) -> None:
         node = self.nodes[host]
+        before = len(self.problems)
         for option, family in (("rules", "ipv4"), ("rules6", "ipv6")):
             rules = node.get(option) or []
             if not isinstance(rules, (list, tuple)) or any(not isinstance(rule, str) for rule in rules):
@@ -417,7 +418,8 @@ class _Group:
                 line = f"{host}: {problem}"
                 if line not in self.problems:
                     self.problems.append(line)
-        if node.get("rules_error"):
+        if node.get("rules_error") and len(self.problems) == before:
+            # only the kernel's own words; what the form shows was said above
             self.problems.append(f"{host}: {VARIABLES['rules']}: {node['rules_error']}")
 
     def _host(self, host: str) -> None:

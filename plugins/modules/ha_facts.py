@@ -45,17 +45,10 @@ options:
   virtual_ips:
     description:
       - The virtual IPs to look for. The default is what O(config_file) has, or else O(keepalived_config).
+      - Each is a dictionary with C(interface) and C(address), or an address that any interface may have. A prefix
+        length and other keys are ignored.
     type: list
-    elements: dict
-    suboptions:
-      address:
-        description: The virtual IP. A prefix length behind it is ignored.
-        type: str
-        required: true
-      interface:
-        description: Interface that carries the virtual IP.
-        type: str
-        required: true
+    elements: raw
 notes:
   - The state of VRRP is keepalived's own where it was built with JSON support, as in Debian. It writes its state to
     C(/tmp/keepalived.json) then, which this module reads and removes. Elsewhere the state follows from the addresses.
@@ -227,11 +220,7 @@ def argument_spec() -> dict[str, Any]:
         "program": {"type": "path", "default": "/usr/sbin/ctsyncd"},
         "virtual_ips": {
             "type": "list",
-            "elements": "dict",
-            "options": {
-                "address": {"type": "str", "required": True},
-                "interface": {"type": "str", "required": True},
-            },
+            "elements": "raw",
         },
     }
 
@@ -255,6 +244,11 @@ def gather(module: AnsibleModule) -> dict[str, Any]:
         wanted = params["virtual_ips"]
         if wanted is None:
             wanted = _facts.wanted_virtual_ips(config, params["keepalived_config"])
+        for number, vip in enumerate(wanted):
+            if not isinstance(vip, str) and not (isinstance(vip, dict) and {"interface", "address"} <= set(vip)):
+                module.fail_json(
+                    msg=f"virtual_ips[{number}]: {vip!r} is no address and no dictionary with interface and address"
+                )
         facts["virtual_ips"] = _facts.virtual_ips_held(wanted, addresses)
         facts["role"] = _facts.role_of(facts["virtual_ips"])
     if "vrrp" in subsets:
