@@ -259,6 +259,7 @@ from ansible_collections.ctsync.ha_firewall.plugins.module_utils._iptables impor
 UNIT = "ctsync-ruleset.service"
 UNIT_PATH = "/etc/systemd/system/" + UNIT
 FORWARDING = {"ipv4": "/proc/sys/net/ipv4/ip_forward", "ipv6": "/proc/sys/net/ipv6/conf/all/forwarding"}
+SILENTLY = """/bin/sh -c 'exec "$$0" "$$@" 2>/dev/null'"""  # in a unit: a jump that is not there is no news
 FILES = {"ipv4": "ruleset.v4", "ipv6": "ruleset.v6"}
 HEADER = "Firewall rules of ctsync, restored at boot by ctsync-ruleset.service. Written by Ansible: changes are lost."
 
@@ -531,7 +532,7 @@ class Run:
                 files[path] = (_ruleset.render_plan(plan, position, HEADER).text, 0o640)
                 for args in _ruleset.jump_deletions(plan):
                     words = " ".join(_ruleset.quote(a) for a in [tool.program, "-w", "10", *args])
-                    starts.append(f"ExecStartPre=-{words}")
+                    starts.append(f"ExecStartPre=-{SILENTLY} {words}")
                 starts.append(f"ExecStart={tool.restore_program} -w 10 --noflush {path}")
         # every deletion runs before the first restore
         starts.sort(key=lambda line: not line.startswith("ExecStartPre"))
@@ -618,7 +619,7 @@ class Run:
 
     def change_files(self, files: dict, stale: dict, enable: bool) -> None:
         if UNIT_PATH in stale and files[UNIT_PATH][0] is None and _ruleset.find_program("systemctl"):
-            self.systemctl("disable", UNIT)
+            self.systemctl("disable", *(["--now"] if os.path.isdir("/run/systemd/system") else []), UNIT)
         for path in stale:
             self.write(path, *files[path])
         if UNIT_PATH in stale and os.path.isdir("/run/systemd/system"):
@@ -745,7 +746,6 @@ def unit_text(starts: list) -> str:
             "# Written by Ansible (ctsync.ha_firewall.ruleset): changes are lost.",
             "[Unit]",
             "Description=Firewall rules of ctsync",
-            "Documentation=man:iptables-restore(8)",
             "DefaultDependencies=no",
             "Wants=network-pre.target",
             "Before=network-pre.target shutdown.target",

@@ -243,7 +243,7 @@ def test_boot_restores_the_rules_and_starting_the_unit_twice_is_harmless(machine
         for line in unit:
             key, _equals, command = line.partition("=")
             if key in ("ExecStartPre", "ExecStart"):
-                machine.run(*shlex.split(command.lstrip("-")), check=not command.startswith("-"))
+                machine.run(*shlex.split(command.lstrip("-").replace("$$", "$")), check=not command.startswith("-"))
     again = machine.module("ruleset", backend=backend, **FULL)
     assert not again["changed"]
     assert again["fingerprint"] == done["fingerprint"]
