@@ -37,7 +37,7 @@ def status(host):
 
 @pytest.mark.parametrize("name", FIREWALLS)
 def test_packages_came_with_the_deployment(name):
-    for package in ("keepalived", "python3-cryptography", "python3-pyroute2"):
+    for package in ("keepalived", "python3-cryptography"):
         assert node(name).package(package).is_installed, package
 
 
