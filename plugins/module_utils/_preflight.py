@@ -131,20 +131,30 @@ class _Group:
         self.facts = facts
         self.track_weight = track_weight
         self.addresses = {host: interface_addresses(known) for host, known in facts.items() if known.get("interfaces")}
-        self.problems: List[str] = []
+        self.problems: List[Tuple[str, str]] = []  # host ("" for the group), sentence
         self.vips: Dict[str, List[VirtualIp]] = {}
 
     def add(self, host: str, option: str, text: str) -> None:
-        line = f"{host}: {VARIABLES.get(option, option)}: {text}"
-        if line not in self.problems:
-            self.problems.append(line)
+        self.say(host, f"{VARIABLES.get(option, option)}: {text}")
+
+    def say(self, host: str, sentence: str) -> None:
+        if (host, sentence) not in self.problems:
+            self.problems.append((host, sentence))
+
+    def lines(self) -> List[str]:
+        """One line for each problem; hosts that share one are named together."""
+        hosts: Dict[str, List[str]] = {}
+        for host, sentence in self.problems:
+            hosts.setdefault(sentence, []).append(host)
+        return [f"{', '.join(names)}: {sentence}" if names[0] else sentence for sentence, names in hosts.items()]
 
     def check(self) -> List[str]:
         if len(self.nodes) != NODES:
             names = ", ".join(self.nodes) or "no host"
-            self.problems.append(
+            self.say(
+                "",
                 f"the group of firewalls has {len(self.nodes)} hosts ({names}), and this version replicates between"
-                f" exactly {NODES}: list both nodes of one pair in it"
+                f" exactly {NODES}: list both nodes of one pair in it",
             )
         for host in self.nodes:
             self.vips[host] = self._virtual_ips(host)
@@ -160,7 +170,7 @@ class _Group:
         self._sync_group()
         self._keys()
         self._duplicate_addresses()
-        return self.problems
+        return self.lines()
 
     # --- virtual IPs ---
 
@@ -345,9 +355,10 @@ class _Group:
     def _sync_group(self) -> None:
         ports = {as_int(node.get("sync_port")) for node in self.nodes.values()}
         if len(ports) > 1:
-            self.problems.append(
+            self.say(
+                "",
                 f"{VARIABLES['sync_port']}: differs between the nodes"
-                f" ({', '.join(str(node.get('sync_port')) for node in self.nodes.values())}): set it once for the group"
+                f" ({', '.join(str(node.get('sync_port')) for node in self.nodes.values())}): set it once for all",
             )
         known: Dict[str, str] = {}
         networks: Dict[str, Any] = {}
@@ -365,9 +376,10 @@ class _Group:
                     networks[host] = own.network
         if len(set(networks.values())) > 1:
             shown = ", ".join(f"{host}: {network}" for host, network in networks.items())
-            self.problems.append(
+            self.say(
+                "",
                 f"{VARIABLES['sync_address']}: the sync addresses are not in one network ({shown}): connect the sync"
-                " interfaces directly or by a switch, with addresses of one network"
+                " interfaces directly or by a switch, with addresses of one network",
             )
 
     # --- key ---
@@ -415,12 +427,18 @@ class _Group:
                 self.add(host, option, "is not a list of rules: write each as one text, the arguments of iptables")
                 continue
             for problem in _ruleset.lint_rules(list(rules), family, VARIABLES[option]):
-                line = f"{host}: {problem}"
-                if line not in self.problems:
-                    self.problems.append(line)
+                self.say(host, problem)
         if node.get("rules_error") and len(self.problems) == before:
             # only the kernel's own words; what the form shows was said above
-            self.problems.append(f"{host}: {VARIABLES['rules']}: {node['rules_error']}")
+            self._rules_error(host, str(node["rules_error"]))
+
+    def _rules_error(self, host: str, words: str) -> None:
+        """The ruleset module's message, whose options are called otherwise."""
+        for option in ("rules", "rules6"):
+            if words.startswith(f"{option}: "):
+                self.add(host, option, words[len(option) + 2 :].replace(" Nothing was changed.", ""))
+                return
+        self.add(host, "rules", words.replace(" Nothing was changed.", ""))
 
     def _host(self, host: str) -> None:
         facts = self.facts.get(host) or {}
@@ -432,11 +450,10 @@ class _Group:
                 f"is Python {version.get('major')}.{version.get('minor')}, and the daemon needs 3.9: install a newer"
                 " one and name it here",
             )
-        if facts.get("service_mgr") not in (None, "systemd"):
-            self.add(
-                host, "systemd", f"is not the running init ({facts['service_mgr']} is): this collection needs systemd"
-            )
         probe = self.nodes[host].get("host") or {}
+        if not probe.get("systemd", facts.get("service_mgr") in (None, "systemd")):
+            name = facts.get("service_mgr") or "another"
+            self.add(host, "systemd", f"is not the running init ({name} is): this collection needs systemd")
         if probe and not probe.get("conntrack", True):
             self.add(
                 host,
@@ -474,9 +491,7 @@ class _Group:
                     if other != host and host in self.nodes and other in self.nodes:
                         if self._is_shared_bridge(name, where):
                             continue
-                        self.problems.append(
-                            f"{host}: {name}: has the address {plain} of {other}'s {where}: give each node its own"
-                        )
+                        self.say(host, f"{name}: has the address {plain} of {other}'s {where}: give each node its own")
         for host, node in self.nodes.items():
             if str(node.get("sync_address") or "") in virtual:
                 self.add(host, "sync_address", f"{node['sync_address']} is a virtual IP: name the node's own address")

@@ -1,0 +1,410 @@
+# Copyright: (c) 2026, The ctsync authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Two real keepalived in network namespaces, configured by the module, observed by ha_facts.
+
+They show what the module's rendering relies on: readiness as a weight, nopreempt, the sync group, the FIFO, reloads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Iterator
+
+import pytest
+from integration import netns
+
+ROOT = Path(__file__).resolve().parents[2]
+V4 = {("eth1", "192.168.0.100"), ("eth0", "192.168.1.100")}
+V6 = {("eth1", "fd00:c0de::100"), ("eth0", "fd00:c0de:1::100")}
+
+pytestmark = [
+    pytest.mark.netns,
+    pytest.mark.skipif(shutil.which("keepalived") is None, reason="needs keepalived"),
+]
+
+
+def run_module(space: netns.Namespace, name: str, check: bool = False, **options: Any) -> dict[str, Any]:
+    """A module of the collection in a namespace, as Ansible would run it; its result."""
+    arguments = {"ANSIBLE_MODULE_ARGS": {**options, "_ansible_check_mode": check, "_ansible_diff": True}}
+    module = f"ansible_collections.ctsync.ha_firewall.plugins.modules.{name}"
+    done = subprocess.run(
+        ["ip", "netns", "exec", space.name, sys.executable, "-m", module],
+        input=json.dumps(arguments),
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "collections")},
+    )
+    try:
+        return dict(json.loads(done.stdout))
+    except ValueError:
+        raise AssertionError(f"{name}: {done.stdout}{done.stderr}") from None
+
+
+class Node:
+    """A firewall with a keepalived of its own: files in ``directory``, nothing of the machine's."""
+
+    def __init__(self, space: netns.Namespace, directory: Path, number: int, priority: int) -> None:
+        self.space = space
+        self.number = number
+        self.priority = priority
+        self.directory = directory
+        directory.mkdir()
+        self.config = directory / "keepalived.conf"
+        self.track_file = directory / "not-ready"
+        self.track_file.write_text("0\n", encoding="ascii")
+        self.fifo = directory / "notify.fifo"
+        os.mkfifo(self.fifo, 0o640)
+        self._reader = os.open(self.fifo, os.O_RDONLY | os.O_NONBLOCK)
+        self._process: subprocess.Popen[Any] | None = None
+
+    def options(self, ipv6: bool = False, **more: Any) -> dict[str, Any]:
+        """The module's options for the lab's virtual IPs."""
+        other = 3 - self.number
+        rows = [("eth1", 51, "192.168.0.{}", 24), ("eth0", 52, "192.168.1.{}", 24)]
+        if ipv6:
+            rows += [("eth1", 51, "fd00:c0de::{}", 64), ("eth0", 52, "fd00:c0de:1::{}", 64)]
+        instances = [
+            {
+                "interface": interface,
+                "router_id": router,
+                "virtual_ips": [f"{net.format(100)}/{length}"],
+                "unicast_src_ip": net.format(self.number),
+                "unicast_peers": [net.format(other)],
+            }
+            for interface, router, net, length in rows
+        ]
+        return {
+            "path": str(self.config),
+            "manage_service": False,
+            "node": f"fw{self.number}",
+            "priority": self.priority,
+            "notify_fifo": str(self.fifo),
+            "track_file": str(self.track_file),
+            "instances": instances,
+            **more,
+        }
+
+    def configure(self, **more: Any) -> dict[str, Any]:
+        result = run_module(self.space, "keepalived", **self.options(**more))
+        assert not result.get("failed"), result
+        return result
+
+    def start(self) -> None:
+        with (self.directory / "log").open("a", encoding="utf-8") as log:
+            self._process = self.space.popen(
+                *("keepalived", "--dont-fork", "--log-console", "--log-detail", "--no-syslog", "--vrrp"),
+                *("--use-file", str(self.config)),
+                *("--pid", str(self.directory / "pid"), "--vrrp_pid", str(self.directory / "vrrp.pid")),
+                stdout=log,
+                stderr=log,
+            )
+
+    def stop(self) -> None:
+        """An orderly end; nothing happens when it does not run."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+            self._process.wait(30)
+        self._process = None
+
+    def power_off(self) -> None:
+        """What a power cut leaves of keepalived: no process, no last word, no addresses."""
+        assert self._process is not None
+        child = int((self.directory / "vrrp.pid").read_text(encoding="ascii"))
+        os.kill(self._process.pid, signal.SIGSTOP)  # it would start a new child
+        os.kill(child, signal.SIGKILL)
+        self._process.kill()
+        self._process.wait(30)
+        self._process = None
+        for name in ("pid", "vrrp.pid"):
+            (self.directory / name).unlink()  # /run does not outlive a power cut
+        for interface, address in self.addresses() & (V4 | V6):
+            self.space.ip("address", "del", address + ("/64" if ":" in address else "/24"), "dev", interface)
+
+    def reload(self) -> None:
+        assert self._process is not None
+        done = self.log().count("Reload complete")
+        self._process.send_signal(signal.SIGHUP)
+        netns.wait_for(lambda: self.log().count("Reload complete") > done, "the reload to end")
+
+    def log(self) -> str:
+        return (self.directory / "log").read_text(encoding="utf-8", errors="replace")
+
+    def addresses(self) -> set[tuple[str, str]]:
+        listed = json.loads(self.space.ip("-j", "address"))
+        return {(link["ifname"], entry["local"]) for link in listed for entry in link["addr_info"] if "local" in entry}
+
+    def holds(self, wanted: set[tuple[str, str]]) -> bool:
+        """All of them; an assertion fails if it stays at some."""
+        return wanted <= self.addresses()
+
+    def holds_none(self) -> bool:
+        return not self.addresses() & (V4 | V6)
+
+    def facts(self) -> dict[str, Any]:
+        result = run_module(
+            self.space,
+            "ha_facts",
+            gather_subset=["role", "vrrp"],
+            config_file="/nonexistent",
+            keepalived_config=str(self.config),
+            keepalived_pid_file=str(self.directory / "pid"),
+        )
+        assert not result.get("failed"), result
+        return dict(result["ansible_facts"]["ha_firewall"])
+
+    def priorities(self) -> set[int]:
+        """The effective priorities of the instances, from keepalived itself."""
+        vrrp = self.facts()["vrrp"]
+        assert vrrp["source"] == "dump", vrrp
+        return {instance["effective_priority"] for instance in vrrp["instances"]}
+
+    def ready(self, value: bool) -> None:
+        """Say whether the node is ready, the way the daemon does: in place, one write, close."""
+        descriptor = os.open(self.track_file, os.O_WRONLY)
+        os.pwrite(descriptor, b"0\n" if value else b"1\n", 0)
+        os.close(descriptor)
+
+    def transitions(self, count: int = 0) -> list[str]:
+        """The lines in the FIFO; waits for at least ``count`` of them."""
+        text = ""
+        while True:
+            poll = select.poll()
+            poll.register(self._reader, select.POLLIN)
+            waiting = text.count("\n") < count
+            if not poll.poll(30_000 if waiting else 200):
+                assert not waiting, f"waited in vain for {count} lines, got {text!r}"
+                return text.splitlines()
+            data = os.read(self._reader, 65_536)
+            if not data:
+                return text.splitlines()
+            text += data.decode("ascii")
+
+    def close(self) -> None:
+        self.stop()
+        os.close(self._reader)
+
+
+class Two:
+    """fw1 with the higher and fw2 with the lower priority, in the test case's network."""
+
+    def __init__(self, pair: netns.Pair, directory: Path) -> None:
+        self.pair = pair
+        self.fw1 = Node(pair.fw1, directory / "fw1", 1, 150)
+        self.fw2 = Node(pair.fw2, directory / "fw2", 2, 100)
+
+    def start_second_active(self, **more: Any) -> None:
+        """fw2 is active, fw1 came later and is backup."""
+        self.fw1.configure(**more)
+        self.fw2.configure(**more)
+        self.fw2.start()
+        netns.wait_for(lambda: self.fw2.holds(V4), "fw2 to become active")
+        self.fw1.start()
+        netns.wait_for(lambda: "Entering BACKUP STATE" in self.fw1.log(), "fw1 to start")
+
+    def hear_each_other(self, yes: bool) -> None:
+        """Let VRRP through between the two, or not; nothing else is touched."""
+        for node in (self.fw2, self.fw1):
+            node.space.run("iptables", "-D" if yes else "-I", "INPUT", "-p", "112", "-j", "DROP")
+
+
+@pytest.fixture
+def two(pair: netns.Pair, tmp_path: Path) -> Iterator[Two]:
+    made = Two(pair, tmp_path)
+    try:
+        yield made
+    finally:
+        made.fw1.close()
+        made.fw2.close()
+
+
+def adverts_seen(node: Node, more: int = 20) -> None:
+    """Wait until a backup has heard ``more`` advertisements: enough for it to act on what they say."""
+
+    def heard() -> int:
+        return min(instance["statistics"]["advert_rcvd"] for instance in node.facts()["vrrp"]["instances"])
+
+    start = heard()
+    netns.wait_for(lambda: heard() >= start + more, "advertisements to arrive")
+
+
+def test_a_candidate_is_tested_before_it_replaces_the_file(two: Two) -> None:
+    node = two.fw1
+    predicted = run_module(node.space, "keepalived", check=True, **node.options())
+    assert predicted["changed"] and not node.config.exists()
+    done = node.configure()
+    assert done["diff"] == predicted["diff"]
+    written = node.config.read_text(encoding="utf-8")
+    assert not node.configure()["changed"]
+
+    wrong = node.options()
+    wrong["instances"][0]["interface"] = "eth7"
+    failed = run_module(node.space, "keepalived", **wrong)
+    assert failed["failed"] and failed["validation"]["rc"] == 5
+    assert "interface eth7 for vrrp_instance VI_eth7 doesn't exist" in failed["msg"]
+    assert node.config.read_text(encoding="utf-8") == written
+
+    # a single instance has no sync group, which keepalived would refuse
+    alone = node.options()
+    del alone["instances"][1]
+    assert run_module(node.space, "keepalived", check=True, **alone)["validation"]["rc"] == 0
+
+
+def test_a_node_that_is_not_ready_leaves_the_virtual_ips_with_the_living_peer(two: Two) -> None:
+    two.fw1.ready(False)
+    two.start_second_active()
+    adverts_seen(two.fw1)
+    assert two.fw1.holds_none() and two.fw2.holds(V4)
+    assert two.fw1.priorities() == {90}
+
+    two.fw1.ready(True)
+    netns.wait_for(lambda: two.fw1.priorities() == {150}, "the effective priority to rise")
+    adverts_seen(two.fw1)
+    assert two.fw1.holds_none() and two.fw2.holds(V4), "nopreempt: the active node stays active"
+
+    # its own readiness does not make the active node give up, either
+    two.fw2.ready(False)
+    netns.wait_for(lambda: two.fw2.priorities() == {40}, "the effective priority to fall")
+    adverts_seen(two.fw1)
+    assert two.fw1.holds_none() and two.fw2.holds(V4)
+
+
+def test_the_node_of_higher_priority_stays_backup_after_its_reboot(two: Two) -> None:
+    two.fw1.configure()
+    two.fw2.configure()
+    two.fw1.start()
+    netns.wait_for(lambda: two.fw1.holds(V4), "fw1 to become active")
+    two.fw2.start()
+    netns.wait_for(lambda: "Entering BACKUP STATE" in two.fw2.log(), "fw2 to start")
+    two.fw1.power_off()
+    netns.wait_for(lambda: two.fw2.holds(V4), "fw2 to take over")
+    two.fw1.start()
+    netns.wait_for(lambda: two.fw1.facts()["vrrp"]["instances"][0]["state"] == "BACKUP", "fw1 to come back")
+    adverts_seen(two.fw1)
+    assert two.fw1.holds_none() and two.fw2.holds(V4)
+    assert two.fw1.priorities() == {150}
+    assert two.fw1.facts()["role"] == "backup" and two.fw2.facts()["role"] == "active"
+
+
+def test_two_nodes_that_are_not_ready_still_elect_one(two: Two) -> None:
+    for node in (two.fw1, two.fw2):
+        node.configure()
+        node.ready(False)
+        node.start()
+    netns.wait_for(lambda: two.fw1.holds(V4) != two.fw2.holds(V4), "one of them to become active")
+    backup = two.fw2 if two.fw1.holds(V4) else two.fw1
+    adverts_seen(backup)
+    assert backup.holds_none()
+    assert {instance["state"] for instance in backup.facts()["vrrp"]["instances"]} == {"BACKUP"}, "never FAULT"
+
+
+@pytest.mark.parametrize(("ready", "winner"), [(False, "fw2"), (True, "fw1")])
+def test_after_a_split_the_better_informed_node_keeps_the_virtual_ips(two: Two, ready: bool, winner: str) -> None:
+    two.start_second_active()
+    two.fw1.ready(ready)
+    two.hear_each_other(False)
+    netns.wait_for(lambda: two.fw1.holds(V4) and two.fw2.holds(V4), "the split")
+    two.hear_each_other(True)
+    stays, goes = (two.fw1, two.fw2) if winner == "fw1" else (two.fw2, two.fw1)
+    netns.wait_for(goes.holds_none, "the other node to give up")
+    assert stays.holds(V4)
+
+    # hosts must find the winner again, who last said nothing: the reminder tells them
+    mac = json.loads(stays.space.ip("-j", "link", "show", "eth1"))[0]["address"]
+    two.pair.a.ip("neigh", "replace", "192.168.0.100", "lladdr", "02:00:00:00:00:01", "dev", "eth0", "nud", "stale")
+
+    def neighbour() -> str:
+        return str(json.loads(two.pair.a.ip("-j", "neigh", "show", "192.168.0.100"))[0].get("lladdr"))
+
+    netns.wait_for(lambda: neighbour() == mac, "the neighbour entry to be corrected")
+
+
+def test_a_reload_moves_nothing_and_the_fifo_survives_it(two: Two) -> None:
+    two.start_second_active()
+    inode = two.fw2.fifo.stat().st_ino
+    first = two.fw2.transitions(6)
+    assert first[:3] == [
+        'GROUP "ha_firewall" BACKUP 0',
+        'INSTANCE "VI_eth1" BACKUP 100',
+        'INSTANCE "VI_eth0" BACKUP 100',
+    ]
+    assert sorted(first[3:5]) == ['INSTANCE "VI_eth0" MASTER 100', 'INSTANCE "VI_eth1" MASTER 100']
+    assert first[5:] == ['GROUP "ha_firewall" MASTER 0']
+    two.fw1.transitions(3)
+
+    monitors = []
+    for node in (two.fw1, two.fw2):
+        with (node.directory / "monitor").open("w", encoding="utf-8") as log:
+            monitors.append(node.space.popen("ip", "-o", "monitor", "address", stdout=log))
+    # something that the watchers must see, so that their silence means something
+    for node in (two.fw1, two.fw2):
+
+        def watching(node: Node = node) -> bool:
+            node.space.ip("address", "add", "203.0.113.1/32", "dev", "lo")
+            node.space.ip("address", "del", "203.0.113.1/32", "dev", "lo")
+            return "203.0.113.1" in (node.directory / "monitor").read_text(encoding="utf-8")
+
+        netns.wait_for(watching, "the monitor to watch")
+
+    for node in (two.fw2, two.fw1):
+        result = node.configure(advert_interval=0.1, garp={"refresh": 7}, startup_delay=5)
+        assert result["changed"]
+        node.reload()
+    adverts_seen(two.fw1)
+    assert two.fw2.holds(V4) and two.fw1.holds_none()
+    for process, node in zip(monitors, (two.fw1, two.fw2)):
+        process.terminate()
+        process.wait(30)
+        seen = (node.directory / "monitor").read_text(encoding="utf-8")
+        assert ".100/" not in seen, seen
+    assert two.fw2.transitions(1) == ['GROUP "ha_firewall" MASTER 0'], "the state, said again after the reload"
+    assert 'GROUP "ha_firewall" BACKUP 0' in two.fw1.transitions(1)
+
+    two.fw2.stop()
+    netns.wait_for(lambda: two.fw1.holds(V4), "fw1 to take over")
+    assert two.fw2.transitions(3) == [
+        'INSTANCE "VI_eth1" STOP 100',
+        'INSTANCE "VI_eth0" STOP 100',
+        'GROUP "ha_firewall" STOP 0',
+    ]
+    assert two.fw1.transitions(3)[2] == 'GROUP "ha_firewall" MASTER 0'
+    assert two.fw2.fifo.stat().st_ino == inode
+
+
+def test_all_virtual_ips_of_both_families_move_together(two: Two) -> None:
+    two.start_second_active(ipv6=True)
+    netns.wait_for(lambda: two.fw2.holds(V4 | V6), "fw2 to hold all")
+    two.fw2.space.ip("link", "set", "eth1", "down")
+    netns.wait_for(lambda: two.fw1.holds(V4 | V6), "fw1 to take all over")
+    netns.wait_for(two.fw2.holds_none, "fw2 to give all up")
+    assert {instance["state"] for instance in two.fw2.facts()["vrrp"]["instances"]} == {"FAULT"}
+    two.fw2.space.ip("link", "set", "eth1", "up")
+    netns.wait_for(
+        lambda: {instance["state"] for instance in two.fw2.facts()["vrrp"]["instances"]} == {"BACKUP"},
+        "fw2 to become backup",
+    )
+    assert two.fw1.holds(V4 | V6)
+
+
+def test_a_missing_track_file_is_made_as_not_ready_and_an_existing_one_is_left_alone(two: Two) -> None:
+    node = two.fw1
+    node.configure()
+    node.track_file.unlink()
+    node.start()
+    netns.wait_for(lambda: node.holds(V4), "fw1 to become active")
+    assert node.track_file.read_text(encoding="ascii").strip() == "1"
+    assert node.priorities() == {90}
+    node.stop()
+    node.track_file.write_text("0\n", encoding="ascii")
+    node.start()
+    netns.wait_for(lambda: node.holds(V4), "fw1 to become active again")
+    assert node.track_file.read_text(encoding="ascii") == "0\n"
+    assert node.priorities() == {150}
