@@ -42,8 +42,8 @@ import zlib
 
 STEP_MS = 100
 """Width of one bucket of the byte series, milliseconds."""
-GAP_FLOOR = 0.15
-"""Shorter silences than this many seconds are not listed."""
+GAP_FLOOR = 0.03
+"""Silences shorter than this many seconds, or than one and a half intervals of the sender, are not listed."""
 GAPS_KEPT = 4096
 LINE_LIMIT = 1 << 20
 
@@ -113,7 +113,8 @@ class Checker:
 class Arrivals:
     """When bytes came: a series of buckets, and every silence longer than the floor."""
 
-    def __init__(self):
+    def __init__(self, interval=0.0):
+        self.floor = max(GAP_FLOOR, 1.5 * interval)
         self.total = 0
         self.first = None
         self.last = None
@@ -124,7 +125,7 @@ class Arrivals:
         """``size`` bytes arrived at ``when`` (seconds since the epoch)."""
         if self.last is None:
             self.first = when
-        elif when - self.last >= GAP_FLOOR:
+        elif when - self.last >= self.floor:
             if len(self.gaps) >= GAPS_KEPT:
                 self.gaps.remove(min(self.gaps, key=lambda gap: gap[1] - gap[0]))
             self.gaps.append((self.last, when))
@@ -207,6 +208,7 @@ class ServerSession:
             self.hello = json.loads(body)
             self.arrivals.note(now(), len(body))
             interval = float(self.hello["interval"])
+            self.arrivals.floor = max(GAP_FLOOR, 1.5 * interval)
             if interval:
                 stream = asyncio.ensure_future(self.stream(interval, int(self.hello["size"])))
             while True:
@@ -375,8 +377,8 @@ class ClientSession:
         self.interval = interval
         self.size = size
         self.checker = Checker()
-        self.arrivals = Arrivals()
-        self.acks = Arrivals()
+        self.arrivals = Arrivals(interval)
+        self.acks = Arrivals(interval)
         self.acked = 0
         self.sent = 0
         self.sent_bytes = 0
@@ -746,9 +748,12 @@ class ResetWatch:
         buffer = ctypes.create_string_buffer(code)
         program = struct.pack("HL", len(self.FILTER), ctypes.addressof(buffer))
         try:
-            tap = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK)
-            tap.setsockopt(socket.SOL_SOCKET, 26, program)  # SO_ATTACH_FILTER, before the first packet
-            tap.bind(("", 0x0003))  # ETH_P_ALL
+            # All protocols (ETH_P_ALL) on all interfaces; what came in before the filter stood is thrown away.
+            tap = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.htons(0x0003))
+            tap.setsockopt(socket.SOL_SOCKET, 26, program)  # SO_ATTACH_FILTER
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    tap.recv(1)
         except OSError as error:
             self.problem = why(error)
             return
