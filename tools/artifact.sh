@@ -4,7 +4,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 #
 # artifact.sh [sanity] - build the collection, install the artifact in an empty folder, and check it there:
-# its playbooks parse, or, with 'sanity', it passes ansible-test's sanity tests.
+# its playbooks parse and its modules' documentation renders, or, with 'sanity', it passes ansible-test's sanity tests.
 set -eu
 cd "$(dirname "$0")/.."
 PATH=$PWD/.venv/bin:$PATH
@@ -12,16 +12,49 @@ root=$PWD
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT INT TERM
 
-ansible-galaxy collection build --output-path "$work" >/dev/null
 # Nothing of this checkout's configuration: what is installed has to do by itself.
-export ANSIBLE_CONFIG=/dev/null ANSIBLE_COLLECTIONS_PATH="$work/installed"
+: >"$work/ansible.cfg"
+export ANSIBLE_CONFIG="$work/ansible.cfg" ANSIBLE_COLLECTIONS_PATH="$work/installed"
+ansible-galaxy collection build --output-path "$work" >/dev/null
 ansible-galaxy collection install --offline "$work"/ctsync-ha_firewall-*.tar.gz -p "$work/installed" >/dev/null
+
 if [ "${1:-}" = sanity ]; then
+    # pyenv's shims exist for versions that are not chosen, and then fail: offer the versions themselves.
+    if command -v pyenv >/dev/null 2>&1; then
+        PATH=$(echo "$PATH" | tr : '\n' | grep -v '/shims$' | paste -sd:)
+        for versions in "$(pyenv root)"/versions/3.*/bin; do PATH=$PATH:$versions; done
+    fi
+    # ansible-test makes virtual environments for its tests; they are kept in a home of its own, in this checkout.
+    PIP_CACHE_DIR=$(python -m pip cache dir)
+    export PIP_CACHE_DIR HOME="$root/.cache/ansible-test"
+    cache=$HOME/.ansible/test/cache
+    if ! [ -s "$cache/get_pip_24_2.py" ]; then
+        # It would download a script that installs this very pip; the wheel can do that, too.
+        mkdir -p "$cache"
+        python -m pip download --quiet --disable-pip-version-check --no-deps --dest "$cache" pip==24.2
+        cat >"$cache/get_pip_24_2.py" <<'PYTHON'
+import glob
+import os
+import runpy
+import sys
+
+wheel = glob.glob(os.path.join(os.path.dirname(os.path.abspath(__file__)), "pip-24.2-*.whl"))[0]
+sys.path.insert(0, wheel)
+sys.argv = ["pip", "install", "--no-deps", "--no-index", wheel]
+runpy.run_module("pip", run_name="__main__")
+PYTHON
+    fi
     cd "$work/installed/ansible_collections/ctsync/ha_firewall"
-    ansible-test sanity --python default --color no
+    # Of the Python versions that the modules support, those that this machine has.
+    ansible-test sanity --color no
     exit
 fi
+
 cd "$work"
 for playbook in site failover_test; do
     ansible-playbook -i "$root/inventories/example/hosts.yml" "ctsync.ha_firewall.$playbook" --syntax-check
 done
+for module in installed/ansible_collections/ctsync/ha_firewall/plugins/modules/*.py; do
+    ansible-doc -t module "ctsync.ha_firewall.$(basename "$module" .py)" >/dev/null
+done
+echo "The artifact installs, its playbooks parse, its modules are documented."

@@ -132,7 +132,7 @@ def keepalived_dump(run: Runner, program: str, pid: int) -> Optional[List[Dict[s
     keepalived(8), SIGFUNC=JSON. The signal would end a keepalived that was built without, so the program on disk is
     asked for its number first, and it must be the one that runs.
     """
-    rc, out, _ = run([program, "--signum=JSON"])
+    rc, out, dummy = run([program, "--signum=JSON"])
     if rc != 0 or not out.strip().isdigit():
         return None
     try:
@@ -263,7 +263,7 @@ def daemon_flows(
 def kernel_flows(limit: int) -> Tuple[List[Dict[str, Any]], int, str]:
     """Flows of the kernel's table: at most ``limit`` of them, their number, and what went wrong."""
     problem = ""
-    for _ in range(DUMP_ATTEMPTS):
+    for dummy in range(DUMP_ATTEMPTS):
         flows: List[Dict[str, Any]] = []
         total = 0
         now_ns = time.time_ns()
@@ -287,10 +287,10 @@ def flow_facts(run: Runner, program: str, config: str, limit: int) -> Dict[str, 
         "external": daemon_flows(run, program, config, "-e", limit),
         "kernel": kernel_flows(limit),
     }
-    result: Dict[str, Any] = {name: flows for name, (flows, _, _) in parts.items()}
-    result["counts"] = {name: total for name, (_, total, _) in parts.items()}
-    result["truncated"] = [name for name, (flows, total, _) in parts.items() if total > len(flows)]
-    result["errors"] = {name: problem for name, (_, _, problem) in parts.items() if problem}
+    result: Dict[str, Any] = {name: flows for name, (flows, dummy, problem) in parts.items()}
+    result["counts"] = {name: total for name, (flows, total, problem) in parts.items()}
+    result["truncated"] = [name for name, (flows, total, problem) in parts.items() if total > len(flows)]
+    result["errors"] = {name: problem for name, (flows, total, problem) in parts.items() if problem}
     return result
 
 
@@ -317,8 +317,8 @@ def unit_facts(run: Runner, systemctl: Optional[str], unit: str) -> Dict[str, bo
     """Whether a unit is active and whether it would start at boot."""
     if not systemctl or not _systemd.booted():
         return {"active": False, "enabled": False}
-    rc_active, _, _ = run([systemctl, "is-active", "--quiet", unit])
-    rc_enabled, out, _ = run([systemctl, "is-enabled", unit])
+    rc_active, dummy, dummy = run([systemctl, "is-active", "--quiet", unit])
+    rc_enabled, out, dummy = run([systemctl, "is-enabled", unit])
     return {"active": rc_active == 0, "enabled": rc_enabled == 0 and out.strip() in ("enabled", "enabled-runtime")}
 
 

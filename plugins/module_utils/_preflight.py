@@ -526,7 +526,7 @@ def vrrp_instances(
     address in the virtual IP's network; then there is nobody to send the advertisements to.
     """
     parsed = [(entry, ipaddress.ip_interface(str(entry["address"]))) for entry in virtual_ips]
-    virtual = [address.ip for _, address in parsed]
+    virtual = [address.ip for dummy, address in parsed]
     addresses = {host: interface_addresses(known) for host, known in facts.items()}
     instances: Dict[Tuple[str, int, int], Dict[str, Any]] = {}
     names: List[str] = []

@@ -50,7 +50,7 @@ class Service:
 
     def version(self) -> int:
         """The major version of systemd; 0 when it cannot be told."""
-        rc, out, _ = self._run("--version", check=False)
+        rc, out, dummy = self._run("--version", check=False)
         found = re.match(r"systemd (\d+)", out)
         return int(found.group(1)) if rc == 0 and found else 0
 
@@ -100,7 +100,7 @@ class Service:
         if not journalctl:
             return []
         command = [journalctl, "--unit", self._name, "--since", f"@{since}", "--lines", str(lines), "--no-pager"]
-        rc, out, _ = self._module.run_command([*command, "--output", "json"], environ_update=_ENVIRONMENT)
+        rc, out, dummy = self._module.run_command([*command, "--output", "json"], environ_update=_ENVIRONMENT)
         found = []
         for line in out.splitlines() if rc == 0 else ():
             with contextlib.suppress(ValueError):

@@ -173,7 +173,7 @@ seealso:
 extends_documentation_fragment:
   - ctsync.ha_firewall.attributes
 author:
-  - The ctsync authors
+  - The ctsync authors (@ctsync)
 """
 
 EXAMPLES = r"""
@@ -377,7 +377,7 @@ class Work:
 
     @property
     def names(self) -> list[str]:
-        return list(dict.fromkeys(name for name, _ in self.steps))
+        return list(dict.fromkeys(name for name, dummy in self.steps))
 
 
 class Installation:
@@ -631,7 +631,7 @@ class Installation:
         if not wrong:
             return
         before = "".join(f"{path}: {_attributes(found) or 'absent' + chr(10)}" for path, found in wrong)
-        after = "".join(f"{path}: present as in {layout.TMPFILES}\n" for path, _ in wrong)
+        after = "".join(f"{path}: present as in {layout.TMPFILES}\n" for path, dummy in wrong)
         self.work.add(
             f"files in {layout.SHARED_DIRECTORY}",
             before,
@@ -642,7 +642,7 @@ class Installation:
 
     def _plan_old_keys(self, wanted: set[int]) -> None:
         for name in _list(layout.KEY_DIRECTORY):
-            number, _, suffix = name.partition(".")
+            number, dummy, suffix = name.partition(".")
             if suffix == "key" and number.isdigit() and int(number) not in wanted:
                 path = f"{layout.KEY_DIRECTORY}/{name}"
                 self.work.add(path, "(hidden)\n", "", functools.partial(_files.remove, path), restart=True)

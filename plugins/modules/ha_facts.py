@@ -64,7 +64,7 @@ attributes:
   diff_mode:
     support: none
 author:
-  - The ctsync authors
+  - The ctsync authors (@ctsync)
 """
 
 EXAMPLES = r"""

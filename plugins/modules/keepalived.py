@@ -179,7 +179,7 @@ seealso:
 extends_documentation_fragment:
   - ctsync.ha_firewall.attributes
 author:
-  - The ctsync authors
+  - The ctsync authors (@ctsync)
 """
 
 EXAMPLES = r"""
@@ -429,7 +429,7 @@ class Keepalived:
                 )
             self.module.warn("keepalived is not installed yet: its configuration was not tested")
             return ()
-        _, out, err = self._run([program, "--version"])
+        dummy, out, err = self._run([program, "--version"])
         version = layout.parse_version(out + err)
         if version:
             self.result["version"] = ".".join(map(str, version))
@@ -601,13 +601,13 @@ class Keepalived:
     # --- doing ---
 
     def _finish(self) -> None:
-        self.result["changes"] = list(dict.fromkeys(name for name, _ in self.work.steps if name))
+        self.result["changes"] = list(dict.fromkeys(name for name, dummy in self.work.steps if name))
         self.result["changed"] = bool(self.result["changes"])
         self.result["diff"] = self.work.diff
         if self.module.check_mode:
             self.module.exit_json(**self.result)
         try:
-            for _, step in self.work.steps:
+            for dummy, step in self.work.steps:
                 step()
         except (OSError, _systemd.SystemdError) as error:
             self._undo(error)

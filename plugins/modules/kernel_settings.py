@@ -9,7 +9,7 @@ DOCUMENTATION = r"""
 module: kernel_settings
 short_description: Kernel modules and sysctls of a firewall, set, persisted and read back
 version_added: 0.1.0
-author: The ctsync authors
+author: The ctsync authors (@ctsync)
 description:
   - Loads kernel modules and sets sysctls in the given order, now and at every boot.
   - Values are written to and read from C(/proc/sys) directly and read back afterwards. C(sysctl -w) ends with success
@@ -248,8 +248,7 @@ class Run:
         held = read_key(name)
         if held != squeeze(value):
             self.module.fail_json(
-                msg=f"{name} could not be set to '{value}': the kernel holds '{held}'{reason}. Give a value it"
-                " takes.",
+                msg=f"{name} could not be set to '{value}': the kernel holds '{held}'{reason}. Give a value it takes.",
                 key=name,
                 wanted=value,
                 held=held,

@@ -15,7 +15,7 @@ description:
     process 1, otherwise in the background, without a bridge and without any firewall rule, and with data of its own.
   - What was installed and started is recorded under C(/var/lib/ctsync-lab), so that O(state=absent) can undo it.
 author:
-  - The ctsync authors
+  - The ctsync authors (@ctsync)
 requirements:
   - root
 attributes:

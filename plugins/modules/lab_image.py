@@ -15,7 +15,7 @@ description:
   - The node image is built on it from a Dockerfile. A changed Dockerfile is another image; the same one is
     not built twice.
 author:
-  - The ctsync authors
+  - The ctsync authors (@ctsync)
 requirements:
   - root
   - a Docker engine

@@ -15,7 +15,7 @@ description:
     host is touched.
   - What is right already stays as it is; a node that is off is started, a cable that is out is put in again.
 author:
-  - The ctsync authors
+  - The ctsync authors (@ctsync)
 requirements:
   - root
   - a Docker engine on this machine

@@ -15,7 +15,7 @@ description:
     only package source.
   - Nothing is installed. The download runs in a container of the node image that is thrown away.
 author:
-  - The ctsync authors
+  - The ctsync authors (@ctsync)
 requirements:
   - a Docker engine
 attributes:

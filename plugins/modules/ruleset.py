@@ -9,7 +9,7 @@ DOCUMENTATION = r"""
 module: ruleset
 short_description: Firewall rules of a highly available pair, in chains of their own
 version_added: 0.1.0
-author: The ctsync authors
+author: The ctsync authors (@ctsync)
 description:
   - Takes iptables rules as they are written on a command line and realises them in chains of its own
     (C(CTSYNC-FORWARD) for C(FORWARD) and so on), each reached by one jump from the built-in chain.

@@ -215,7 +215,7 @@ class ControlServer:
     def _accept(self, now: float) -> None:
         if self._listener is None:
             return
-        for _ in range(self.max_clients):
+        for dummy in range(self.max_clients):
             try:
                 sock, _address = self._listener.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):

@@ -83,7 +83,7 @@ class Link:
         out: list[bytes] = []
         if self._sock is None:
             return out
-        for _ in range(limit):
+        for dummy in range(limit):
             try:
                 data, sender = self._sock.recvfrom(MAX_DATAGRAM_BYTES)
             except BlockingIOError:
