@@ -202,7 +202,6 @@ from ansible_collections.ctsync.ha_firewall.plugins.module_utils import _facts, 
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.errors import CtsyncError
 
 SUBSETS = ("flows", "host", "role", "ruleset", "sync", "vrrp")
-FOLDERS = ["/usr/sbin", "/sbin"]
 
 
 def argument_spec() -> dict[str, Any]:
@@ -252,7 +251,7 @@ def gather(module: AnsibleModule) -> dict[str, Any]:
         facts["virtual_ips"] = _facts.virtual_ips_held(wanted, addresses)
         facts["role"] = _facts.role_of(facts["virtual_ips"])
     if "vrrp" in subsets:
-        keepalived = module.get_bin_path("keepalived", opt_dirs=FOLDERS)
+        keepalived = module.get_bin_path("keepalived")
         facts["vrrp"] = _facts.vrrp_facts(
             run, keepalived, params["keepalived_config"], params["keepalived_pid_file"], addresses
         )
@@ -264,7 +263,7 @@ def gather(module: AnsibleModule) -> dict[str, Any]:
         facts["ruleset"] = _ruleset.read_live(run)
     if "host" in subsets:
         systemctl = module.get_bin_path("systemctl")
-        facts["host"] = _facts.host_facts(run, systemctl, module.get_bin_path("modprobe", opt_dirs=FOLDERS))
+        facts["host"] = _facts.host_facts(run, systemctl, module.get_bin_path("modprobe"))
     return facts
 
 

@@ -396,7 +396,7 @@ class Keepalived:
     def present(self) -> None:
         config = self._config()
         self.result["instances"] = [instance.name for instance in config.instances]
-        program = self.module.get_bin_path("keepalived", opt_dirs=["/usr/sbin", "/sbin"])
+        program = self.module.get_bin_path("keepalived")
         version = self._version(program)
         found = self._look(self.path)
         text = _decode(found)
@@ -429,7 +429,7 @@ class Keepalived:
                 )
             self.module.warn("keepalived is not installed yet: its configuration was not tested")
             return ()
-        dummy, out, err = self._run([program, "--version"])
+        _dummy, out, err = self._run([program, "--version"])
         version = layout.parse_version(out + err)
         if version:
             self.result["version"] = ".".join(map(str, version))
@@ -607,7 +607,7 @@ class Keepalived:
         if self.module.check_mode:
             self.module.exit_json(**self.result)
         try:
-            for dummy, step in self.work.steps:
+            for _dummy, step in self.work.steps:
                 step()
         except (OSError, _systemd.SystemdError) as error:
             self._undo(error)

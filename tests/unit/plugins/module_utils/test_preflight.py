@@ -1,0 +1,291 @@
+# Copyright: (c) 2026, The ctsync authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What can be wrong with a pair: each fault alone, in an otherwise right pair."""
+
+from __future__ import annotations
+
+import base64
+import copy
+
+import pytest
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils import _preflight as p
+
+KEY = base64.b64encode(bytes(range(32))).decode()
+
+
+def node(number, **more):
+    return {
+        "virtual_ips": [
+            {"interface": "eth1", "address": "192.168.0.100/24", "router_id": 51},
+            {"interface": "eth0", "address": "192.168.1.100/24", "router_id": 52},
+        ],
+        "priority": {1: 150, 2: 100}[number],
+        "sync_interface": "eth2",
+        "sync_address": f"192.168.100.{number}",
+        "key": p.summarize_key(KEY),
+        "rules": ["-P FORWARD DROP", "-A FORWARD -i eth0 -m state --state ESTABLISHED,RELATED -j ACCEPT"],
+        "host": {"conntrack": True, "systemd": True, "conntrackd": {"pids": [], "active": False, "enabled": False}},
+        **more,
+    }
+
+
+def interface(*addresses):
+    rows = [{"address": a.split("/")[0], "prefix": a.split("/")[1]} for a in addresses]
+    v4 = [row for row in rows if ":" not in row["address"]]
+    found = {"ipv6": [row for row in rows if ":" in row["address"]]}
+    if v4:
+        found["ipv4"] = v4[0]
+    if v4[1:]:
+        found["ipv4_secondaries"] = v4[1:]
+    return found
+
+
+def facts(number, **more):
+    return {
+        "interfaces": ["lo", "eth0", "eth1", "eth2"],
+        "lo": interface("127.0.0.1/8", "::1/128"),
+        "eth0": interface(f"192.168.1.{number}/24", f"fd00:c0de:1::{number}/64"),
+        "eth1": interface(f"192.168.0.{number}/24", f"fd00:c0de::{number}/64", f"fe80::{number}/64"),
+        "eth2": interface(f"192.168.100.{number}/24"),
+        "python": {"version": {"major": 3, "minor": 11}},
+        "service_mgr": "systemd",
+        **more,
+    }
+
+
+def pair(one=None, two=None, both=None):
+    both = both or {}
+    return {"fw1": node(1, **{**both, **(one or {})}), "fw2": node(2, **{**both, **(two or {})})}
+
+
+def all_facts(one=None, two=None):
+    return {"fw1": facts(1, **(one or {})), "fw2": facts(2, **(two or {}))}
+
+
+def test_a_right_pair_has_no_problem():
+    assert p.group_problems(pair(), all_facts()) == []
+    assert p.group_problems(pair(), {}) == []  # nothing is known of the hosts yet
+
+
+def test_a_node_that_holds_the_virtual_ips_is_right_too():
+    holder = {
+        "eth1": interface("192.168.0.100/24", "192.168.0.1/24"),
+        "eth0": interface("192.168.1.1/24", "192.168.1.100/24"),
+    }
+    assert p.group_problems(pair(), all_facts(one=holder)) == []
+
+
+def vips(**change):
+    entries = copy.deepcopy(node(1)["virtual_ips"])
+    entries[0].update(change)
+    return {"virtual_ips": entries}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"virtual_ips": []}, "ha_firewall_virtual_ips: is missing or empty"),
+        ({"virtual_ips": "192.168.0.100"}, "ha_firewall_virtual_ips: is not a list"),
+        ({"virtual_ips": ["192.168.0.100"]}, "ha_firewall_virtual_ips: entry 1 is not a mapping"),
+        (
+            vips(router_id=None, interface=""),
+            "ha_firewall_virtual_ips: entry 1 has no interface and no router_id: add it",
+        ),
+        (
+            vips(address="192.168.0.300/24"),
+            "ha_firewall_virtual_ips: entry 1: '192.168.0.300/24' is not an address with",
+        ),
+        (vips(address="192.168.0.100"), "ha_firewall_virtual_ips: entry 1: 192.168.0.100 has no prefix length"),
+        (
+            vips(address="192.168.0.0/24"),
+            "ha_firewall_virtual_ips: entry 1: 192.168.0.0/24 is the address of the network",
+        ),
+        (
+            vips(address="192.168.0.255/24"),
+            "ha_firewall_virtual_ips: entry 1: 192.168.0.255/24 is the broadcast address",
+        ),
+        (
+            vips(address="224.0.0.1/24"),
+            "ha_firewall_virtual_ips: entry 1: 224.0.0.1/24 cannot be given to an interface",
+        ),
+        (vips(address="192.168.1.100/24"), "ha_firewall_virtual_ips: entry 2 repeats 192.168.1.100 of entry 1"),
+        (vips(router_id=256), "ha_firewall_virtual_ips: entry 1: router_id 256 is not 1 to 255"),
+        (vips(router_id=True), "ha_firewall_virtual_ips: entry 1: router_id True is not 1 to 255"),
+        (vips(router_id=52), "ha_firewall_virtual_ips: entry 2 (192.168.1.100) has router_id 52 of eth1 again"),
+        (
+            vips(interface="eth7"),
+            "ha_firewall_virtual_ips: interface eth7 of 192.168.0.100 does not exist on this node",
+        ),
+        (
+            vips(address="192.168.9.100/24"),
+            "ha_firewall_virtual_ips: 192.168.9.100/24 is on eth1, where this node has no",
+        ),
+        ({"priority": None}, "ha_firewall_priority: is missing: choose 61 to 254"),
+        ({"priority": 300}, "ha_firewall_priority: 300 is not 61 to 254"),
+        ({"priority": 60}, "ha_firewall_priority: 60 is not 61 to 254"),
+        ({"priority": "high"}, "ha_firewall_priority: 'high' is not 61 to 254"),
+        ({"priority": 100}, "ha_firewall_priority: 100 is also the priority of"),
+        ({"priority": "100"}, "ha_firewall_priority: 100 is also the priority of"),
+        ({"priority": 170}, "ha_firewall_priority: 170 is 70 above fw2's 100: keep the difference below 60"),
+        ({"sync_interface": ""}, "ha_firewall_sync_interface: is missing"),
+        ({"sync_interface": "eth9"}, "ha_firewall_sync_interface: interface eth9 does not exist on this node"),
+        ({"sync_address": None}, "ha_firewall_sync_address: is missing"),
+        ({"sync_address": "192.168.100.1/24"}, "ha_firewall_sync_address: '192.168.100.1/24' is not an IP address"),
+        ({"sync_address": "192.168.100.9"}, "ha_firewall_sync_address: 192.168.100.9 is not configured on eth2"),
+        ({"sync_address": "192.168.100.2"}, "ha_firewall_sync_address: 192.168.100.2 is also the sync address of"),
+        ({"sync_address": "192.168.0.100"}, "ha_firewall_sync_address: 192.168.0.100 is a virtual IP"),
+        ({"sync_port": 0}, "ha_firewall_sync_port: 0 is not a UDP port"),
+        ({"key": ""}, "ha_firewall_key: is missing: make one with: openssl rand -base64 32"),
+        ({"key": "not base64!"}, "ha_firewall_key: is not base64"),
+        ({"key": base64.b64encode(b"short").decode()}, "ha_firewall_key: is too short: 5 bytes, and 32 are needed"),
+        ({"key": base64.b64encode(bytes(32)).decode()}, "ha_firewall_key: is not the key of fw1"),
+        ({"key_id": 0}, "ha_firewall_key_id: 0 is not 1 to 255"),
+        ({"key_id": 7}, "ha_firewall_key_id: 1 differs from fw1's 7"),
+        ({"rules": "-P FORWARD DROP"}, "ruleset_rules: is not a list of rules"),
+        ({"rules": ["-A FORWARD -i eth0 -j"]}, "ruleset_rules: rule 1"),
+        ({"rules6": ["-D FORWARD 1"]}, "ruleset_rules6: rule 1"),
+        ({"rules_error": "rules: rule 1 'x': refused. Nothing was changed."}, "ruleset_rules: rule 1 'x': refused."),
+        ({"host": {"conntrackd": {"pids": [77], "active": True}}}, "conntrackd: is active (process 77)"),
+        ({"host": {"conntrackd": {"pids": [], "active": True}}}, "conntrackd: is active; two daemons"),
+        ({"host": {"conntrackd": {"pids": [], "enabled": True}}}, "conntrackd: is not active, but would start"),
+        ({"host": {"conntrack": False}}, "kernel: has no connection tracking"),
+        ({"host": {"systemd": False}}, "systemd: is not the running init"),
+    ],
+)
+def test_each_fault_is_one_sentence_with_host_and_option(change, said):
+    found = p.group_problems(pair(one=change), all_facts())
+    hits = [line for line in found if line.split(": ", 1)[1].startswith(said)]
+    assert len(hits) == 1, found
+    assert hits[0].startswith(("fw1: ", "fw2: "))
+
+
+@pytest.mark.parametrize(
+    "change", [{"host": {"conntrackd": {"pids": [77]}}}, {"host": {"conntrackd": {"enabled": True}}}]
+)
+def test_the_remedy_for_conntrackd_is_a_command(change):
+    assert p.group_problems(pair(two=change), all_facts())[0].endswith("systemctl disable --now conntrackd")
+
+
+def test_a_fault_of_both_is_said_once():
+    assert p.group_problems(pair(both={"key": ""}), all_facts()) == [
+        "fw1, fw2: ha_firewall_key: is missing: make one with: openssl rand -base64 32, and keep it in Ansible Vault"
+    ]
+
+
+def test_the_nodes_must_agree_on_the_virtual_ips_but_not_on_interface_names():
+    other = {"virtual_ips": [{**entry, "interface": "en" + entry["interface"]} for entry in node(1)["virtual_ips"]]}
+    there = {"interfaces": ["eneth0", "eneth1", "eth2"], "eneth0": facts(2)["eth0"], "eneth1": facts(2)["eth1"]}
+    assert p.group_problems(pair(two=other), all_facts(two=there)) == []
+    found = p.group_problems(pair(two=vips(router_id=60)), all_facts())
+    assert found == [
+        "fw2: ha_firewall_virtual_ips: differs from fw1's in addresses or router ids: set it once for the whole group"
+    ]
+
+
+def test_a_shared_address_is_a_conflict_unless_it_is_a_container_bridge():
+    same = facts(1)["eth0"]
+    assert any(
+        "has the address 192.168.1.1 of fw1's eth0" in line
+        for line in p.group_problems(pair(), all_facts(two={"eth0": same}))
+    )
+    bridge = {"interfaces": [*facts(1)["interfaces"], "docker0"], "docker0": interface("172.17.0.1/16")}
+    assert p.group_problems(pair(), all_facts(one=bridge, two=bridge)) == []
+
+
+def test_sync_addresses_must_be_in_one_network():
+    found = p.group_problems(pair(two={"sync_address": "10.9.9.2"}), all_facts(two={"eth2": interface("10.9.9.2/24")}))
+    assert len(found) == 1 and found[0].startswith(
+        "ha_firewall_sync_address: the sync addresses are not in one network"
+    )
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_exactly_two_nodes(count):
+    nodes = {
+        f"n{number}": node(1, priority=100 + number, sync_address=f"192.168.100.{number}") for number in range(count)
+    }
+    found = p.group_problems(nodes, {})
+    assert len(found) == 1 and f"has {count} hosts" in found[0]
+
+
+def test_an_old_python_is_named():
+    found = p.group_problems(pair(), all_facts(one={"python": {"version": {"major": 3, "minor": 8}}}))
+    assert len(found) == 1 and "is Python 3.8, and the daemon needs 3.9" in found[0]
+
+
+def test_no_key_ever_shows():
+    weak, strong = (
+        base64.b64encode(b"a weak secret").decode(),
+        base64.b64encode(b"another secret of even more bytes").decode(),
+    )
+    found = "\n".join(p.group_problems(pair(one={"key": weak}, two={"key": strong}), all_facts()))
+    assert weak not in found and strong not in found and "secret" not in found
+    assert p.summarize_key(weak)["fingerprint"] == ""
+    assert len(p.summarize_key(strong)["fingerprint"]) == 32
+
+
+def test_the_instances_of_a_pair_by_unicast():
+    listed = [
+        *node(1)["virtual_ips"],
+        {"interface": "eth1", "address": "fd00:c0de::100/64", "router_id": 51},
+        {"interface": "eth1", "address": "192.168.0.101/24", "router_id": 51},
+        {"interface": "eth1", "address": "192.168.0.102/24", "router_id": 53},
+    ]
+    holder = {
+        "eth1": interface("192.168.0.100/24", "192.168.0.2/24", "fe80::2/64", "fd00:c0de::100/64", "fd00:c0de::2/64")
+    }
+    assert p.vrrp_instances(listed, all_facts(two=holder), "fw1") == [
+        {
+            "name": "VI_eth1",
+            "interface": "eth1",
+            "router_id": 51,
+            "virtual_ips": ["192.168.0.100/24", "192.168.0.101/24"],
+            "unicast_src_ip": "192.168.0.1",
+            "unicast_peers": ["192.168.0.2"],
+        },
+        {
+            "name": "VI_eth0",
+            "interface": "eth0",
+            "router_id": 52,
+            "virtual_ips": ["192.168.1.100/24"],
+            "unicast_src_ip": "192.168.1.1",
+            "unicast_peers": ["192.168.1.2"],
+        },
+        {
+            "name": "VI_eth1_6",
+            "interface": "eth1",
+            "router_id": 51,
+            "virtual_ips": ["fd00:c0de::100/64"],
+            "unicast_src_ip": "fd00:c0de::1",
+            "unicast_peers": ["fd00:c0de::2"],
+        },
+        {
+            "name": "VI_eth1_53",
+            "interface": "eth1",
+            "router_id": 53,
+            "virtual_ips": ["192.168.0.102/24"],
+            "unicast_src_ip": "192.168.0.1",
+            "unicast_peers": ["192.168.0.2"],
+        },
+    ]
+
+
+def test_the_instances_of_a_pair_by_multicast_need_no_facts():
+    assert p.vrrp_instances(node(1)["virtual_ips"][:1], {}, "fw1", unicast=False) == [
+        {"name": "VI_eth1", "interface": "eth1", "router_id": 51, "virtual_ips": ["192.168.0.100/24"]}
+    ]
+
+
+def test_a_peer_without_an_address_is_named():
+    with pytest.raises(
+        ValueError, match=r"^fw2: no own address in 192\.168\.0\.0/24 of the virtual IP 192\.168\.0\.100"
+    ):
+        p.vrrp_instances(node(1)["virtual_ips"], all_facts(two={"eth1": interface("192.168.0.100/24")}), "fw1")
+
+
+def test_facts_name_interfaces_with_a_dash_otherwise():
+    known = {"interfaces": ["br-lan"], "br_lan": {"ipv4": {"address": "10.0.0.1", "netmask": "255.255.255.0"}}}
+    assert {name: list(map(str, found)) for name, found in p.interface_addresses(known).items()} == {
+        "br-lan": ["10.0.0.1/24"]
+    }
