@@ -162,16 +162,17 @@ def vip_moves(evidence: Evidence) -> dict[str, Optional[int]]:
     return moves
 
 
-def gap_of(session: Mapping[str, Any], moment: float, end: float) -> int:
-    """Longest silence, in milliseconds, of the direction recorded in ``session['rx']`` that touches the failure's time.
+def gap_of(session: Mapping[str, Any], moment: float, end: float) -> tuple[float, float]:
+    """Begin and end of the longest silence since shortly before the failure, in the direction of ``session['rx']``.
 
-    A silence that has not ended counts up to ``end``. 0: none longer than one and a half intervals of the sender.
+    A silence that has not ended counts up to ``end``. Twice the moment itself when no silence was longer than one and a
+    half intervals of the sender.
     """
     rx = need(session, "rx")
     gaps = [(float(gap[0]), float(gap[1])) for gap in rx["gaps"] if gap[1] >= moment - 0.5]
     if rx["last"] is not None and end - rx["last"] > 1.0:
         gaps.append((float(rx["last"]), end))
-    return round(max((late - early for early, late in gaps), default=0.0) * 1000)
+    return max(gaps, key=lambda gap: gap[1] - gap[0], default=(moment, moment))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -206,6 +207,7 @@ def session_rows(evidence: Evidence) -> list[dict[str, Any]]:
             "snat_before": endpoint(far_old["peer"] if far_old else None),
             "snat_after": None,
             "gap_ms": None,
+            "gap_at": None,
             "answer_ms": None,
             "bytes": 0,
             "lines": 0,
@@ -224,7 +226,9 @@ def session_rows(evidence: Evidence) -> list[dict[str, Any]]:
         if far_new["ended"] is not None:
             reasons.append(f"ended on the far side: {far_new['error'] or 'closed'}")
         if streaming(old):
-            row["gap_ms"] = max(gap_of(new, moment, end), gap_of(far_new, moment, end))
+            gap = max((gap_of(side, moment, end) for side in (new, far_new)), key=lambda gap: gap[1] - gap[0])
+            row["gap_ms"] = round((gap[1] - gap[0]) * 1000)
+            row["gap_at"] = [round((at - moment) * 1000) for at in gap]
             for direction, last in (("from", new["rx"]["last"]), ("to", new["ack"]["last"])):
                 if last is None or last <= resumed:
                     reasons.append(f"nothing came {direction} the far side after the take-over")
@@ -451,7 +455,7 @@ def check_resets(evidence: Evidence) -> Outcome:
         for when in ("before", "after")
     ]
     if -1 in counts:
-        return False, f"{meta['to']} has no rule that counts resets in OUTPUT"
+        return False, f"{meta['to']} has no rule that counts resets in OUTPUT (set ruleset_count_resets)"
     left = counts[1] - counts[0]
     if seen or left:
         return False, f"{len(seen)} resets seen, {left} counted in {meta['to']}'s OUTPUT" + (
@@ -801,14 +805,13 @@ def table(report: Mapping[str, Any]) -> list[str]:
     def cell(value: Any, unit: str = "") -> str:
         return "-" if value is None else f"{value}{unit}"
 
-    rows = [("experiment", "sessions", "lost", "VIP moved", "longest gap", "resets", "verdict")]
-    for part in sorted(
-        [*report["failovers"], *report["negative_controls"]], key=lambda p: (p["run"], p["kind"] == "control")
-    ):
+    rows = [("failure", "sessions", "lost", "VIP", "gap", "RST", "verdict")]
+    for part in sorted([*report["failovers"], *report["negative_controls"]], key=moment):
         lost = sum(1 for row in part["sessions"] if not row["survived"])
         rows.append(
             (
-                f"{part['run']}. {part['title']}",
+                f"{part['run']}. {part['from']} -> {part['to']}"
+                + (", no replication" if part["kind"] == "control" else ""),
                 str(len(part["sessions"])),
                 str(lost),
                 cell(part["takeover_ms"], " ms"),
