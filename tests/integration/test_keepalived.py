@@ -402,6 +402,8 @@ def test_a_missing_track_file_is_made_as_not_ready_and_an_existing_one_is_left_a
     netns.wait_for(lambda: node.holds(V4), "fw1 to become active")
     assert node.track_file.read_text(encoding="ascii").strip() == "1"
     assert node.priorities() == {90}
+    node.track_file.unlink()  # a removed file counts as ready: who says "not ready" must write, never remove
+    netns.wait_for(lambda: node.priorities() == {150}, "the removed file to count as ready")
     node.stop()
     node.track_file.write_text("0\n", encoding="ascii")
     node.start()
