@@ -10,7 +10,8 @@ clock that the caller owns.  What the peer does wrong never raises: it is droppe
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from . import wire
@@ -167,6 +168,7 @@ class Session:
         self._status_due = False
         self._out: list[bytes] = []
         self._retransmit: collections.deque[int] = collections.deque()
+        self._probing = False  # the peer was silent when retransmissions were last due
 
     # --- what the engine asks ----------------------------------------------------------------------------------------
 
@@ -230,16 +232,18 @@ class Session:
 
     def receive(self, datagram: bytes, now: float) -> list[NamedTuple]:
         """Take a datagram; returns what it brought.  Never raises for what the datagram holds."""
+        events: list[NamedTuple] = []
         try:
             header = wire.decode_header(datagram)
             if header.kind == wire.HELLO:
-                return self._receive_hello(header, datagram, now)
-            return self._receive_data(header, datagram, now)
-        except WireError as error:
+                self._receive_hello(header, datagram, now, events)
+            else:
+                self._receive_data(header, datagram, now, events)
+        except WireError as error:  # what came before it in the same datagram is taken already, and stays
             self.counters["dropped_" + error.kind] += 1
-            return []
+        return events
 
-    def _receive_hello(self, header: wire.Header, datagram: bytes, now: float) -> list[NamedTuple]:
+    def _receive_hello(self, header: wire.Header, datagram: bytes, now: float, events: list[NamedTuple]) -> None:
         secret = self._secrets.get(header.key_id)
         if secret is None:
             raise WireError("unknown_key", str(header.key_id))
@@ -252,14 +256,15 @@ class Session:
         session = self._established
         if session is not None and session.peer_nonce == header.sender:
             if hello.echo != session.local_nonce:  # it has not heard our half yet
-                self._send_hello(session.hello, session.peer_nonce, now)
-            return []
-        if hello.echo != self._hello.nonce:  # alive or replayed: answer with our nonce, only a live peer can echo it
-            self._send_hello(self._hello, header.sender, now)
-            return []
-        return self._establish(header.sender, hello, now)
+                self._send_hello(session.hello, session.peer_nonce)
+        elif hello.echo == self._hello.nonce:  # only a live peer can know this nonce
+            events.append(self._establish(header.sender, hello, now))
+        elif hello.echo == wire.NO_NONCE:  # a peer without a session, or a replay: only the former will echo our nonce
+            self._send_hello(self._hello, header.sender)
+        else:  # answers a nonce of the past.  Answered in turn, a replayed HELLO would start a new session.
+            raise WireError("stale_hello")
 
-    def _establish(self, peer_nonce: bytes, hello: wire.Hello, now: float) -> list[NamedTuple]:
+    def _establish(self, peer_nonce: bytes, hello: wire.Hello, now: float) -> SessionUp:
         sealer, self._hello = self._hello, self._fresh_hello()
         self._established = _Established(
             sealer,
@@ -273,10 +278,11 @@ class Session:
         self._status_due = True
         self.counters["sessions"] += 1
         # the last word of the handshake: the peer may still wait for its own nonce to come back
-        self._send_hello(sealer, peer_nonce, now)
-        return [SessionUp(hello.version, hello.capabilities)]
+        self._send_hello(sealer, peer_nonce)
+        self._hello_at = now + self._interval
+        return SessionUp(hello.version, hello.capabilities)
 
-    def _receive_data(self, header: wire.Header, datagram: bytes, now: float) -> list[NamedTuple]:
+    def _receive_data(self, header: wire.Header, datagram: bytes, now: float, events: list[NamedTuple]) -> None:
         session = self._established
         if session is None or header.sender != session.peer_nonce[:8]:
             raise WireError("unknown_session")
@@ -294,7 +300,6 @@ class Session:
         self.last_seen = now
         session.confirmed = True
         self.counters["datagrams_received"] += 1
-        events: list[NamedTuple] = []
         for kind, payload in wire.iter_tlv(plaintext):
             if kind == wire.FRAME_BLOCK:
                 events.extend(self._receive_block(session, payload, now))
@@ -306,7 +311,6 @@ class Session:
                 events.append(PeerLeft())
             else:
                 self.counters["skipped_unknown_frame"] += 1
-        return events
 
     def _receive_block(self, session: _Established, payload: bytes, now: float) -> list[NamedTuple]:
         number, records = wire.decode_block(payload)
@@ -358,7 +362,8 @@ class Session:
         session = self._established
         if session is None:
             if now >= self._hello_at:
-                self._send_hello(self._hello, wire.NO_NONCE, now)
+                self._send_hello(self._hello, wire.NO_NONCE)
+                self._hello_at = now + self._interval
         else:
             self._poll_established(session, now)
         out, self._out = self._out, []
@@ -368,7 +373,8 @@ class Session:
 
     def _poll_established(self, session: _Established, now: float) -> None:
         if not session.confirmed and now >= self._hello_at:
-            self._send_hello(session.hello, session.peer_nonce, now)
+            self._send_hello(session.hello, session.peer_nonce)
+            self._hello_at = now + self._interval
         self._poll_retransmissions(session, now)
         frames = b""
         if session.ack_at is not None and now >= session.ack_at:
@@ -389,15 +395,17 @@ class Session:
             flight = session.in_flight.get(self._retransmit.popleft())
             if flight is not None:
                 self._resend(session, flight, now)
-        # A silent peer gets one probe per timeout, not the whole window again and again.
-        probing = not self.alive(now)
-        for flight in session.in_flight.values():
+        self._probing = not self.alive(now)
+        for flight in self._timed(session):
             interval = flight.interval or self._first_timeout(session)
             if now >= flight.sent + interval:
                 flight.interval = min(interval * 2, RETRANSMIT_MAX_S)
                 self._resend(session, flight, now)
-                if probing:
-                    break
+
+    def _timed(self, session: _Established) -> Iterable[_InFlight]:
+        """Blocks that are sent again at their timeout.  A silent peer gets the oldest alone, not the whole window."""
+        flights = session.in_flight.values()
+        return itertools.islice(flights, 1) if self._probing else flights
 
     def _resend(self, session: _Established, flight: _InFlight, now: float) -> None:
         flight.sent = now
@@ -416,7 +424,7 @@ class Session:
         if session.ack_at is not None:
             deadline = min(deadline, session.ack_at)
         first = self._first_timeout(session)
-        for flight in session.in_flight.values():
+        for flight in self._timed(session):
             deadline = min(deadline, flight.sent + (flight.interval or first))
         return deadline
 
@@ -439,8 +447,7 @@ class Session:
             self._established = None
         self._out.append(header + sealed)
 
-    def _send_hello(self, sealer: _HelloSealer, echo: bytes, now: float) -> None:
-        self._hello_at = now + self._interval
+    def _send_hello(self, sealer: _HelloSealer, echo: bytes) -> None:
         self._out.append(sealer.seal(wire.encode_hello(wire.Hello(echo, self.node, 0, self._version))))
 
     def _fresh_hello(self) -> _HelloSealer:

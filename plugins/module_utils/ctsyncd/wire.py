@@ -336,6 +336,8 @@ def decode_flow(data: bytes) -> Flow:
         master, master_proto = None, 0
         if _F_MASTER in fields:
             master_proto, master_l4 = _MASTER.unpack_from(fields[_F_MASTER])
+            if master_l4 not in (0, 4):
+                raise WireError("malformed", f"flow: master with {master_l4} bytes of ports")
             master, _end = _tuple_at(fields[_F_MASTER], _MASTER.size, address, master_l4)
         seqadj = None
         if _F_SEQADJ in fields:
@@ -364,13 +366,6 @@ def decode_flow(data: bytes) -> Flow:
         )
     except (struct.error, IndexError, UnicodeDecodeError) as error:
         raise WireError("malformed", f"flow: {error!r}") from error
-
-
-def record_key(record: bytes) -> bytes:
-    """The flow key inside a flow record, without decoding the rest."""
-    family, proto, zone, l4, _status, _timeout = _FLOW.unpack_from(record)
-    end = _FLOW.size + 2 * _ADDRESS_BYTES[family] + l4
-    return bytes((family, proto, zone >> 8, zone & 255)) + record[_FLOW.size : end]
 
 
 def decode_key(key: bytes) -> tuple[int, int, int, Tuple]:

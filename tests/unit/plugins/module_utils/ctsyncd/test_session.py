@@ -1,0 +1,464 @@
+# Copyright: (c) 2026, The ctsync authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The session: handshake, replays, rotation, loss.  Every fault is counted by kind, and nothing of it is delivered."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any, Callable, NamedTuple
+
+import pytest
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import session as sessions
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import wire
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.session import (
+    WINDOW_BLOCKS,
+    BlockReceived,
+    PeerLeft,
+    Session,
+    SessionUp,
+    StatusReceived,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from unit.simulation import SECRET, RecordingCrypto, Wire
+
+OTHER_SECRET = bytes(range(100, 132))
+
+
+class Two:
+    """Two sessions and the wire; every event that came out, by node."""
+
+    def __init__(self, seed: int = 0, **options: Any) -> None:
+        self.chance = random.Random(seed)
+        self.crypto = RecordingCrypto()
+        self.wire = Wire(self.chance)
+        self.options: dict[str, Any] = {"secrets": {1: SECRET}, "send_key": 1, "payload": 512, **options}
+        self.now = 50.0
+        self.ends: dict[str, Session] = {}
+        self.events: dict[str, list[NamedTuple]] = {"fw1": [], "fw2": []}
+        self.restart("fw1")
+        self.restart("fw2")
+
+    def restart(self, name: str, **options: Any) -> None:
+        peer = other(name)
+        given = {**self.options, **options}
+        self.ends[name] = Session(
+            name, peer, crypto=self.crypto, random=self.chance.randbytes, version="0", now=self.now, **given
+        )
+        self.events[name].clear()
+
+    def deliver(self, to: str, datagram: bytes) -> list[NamedTuple]:
+        events = self.ends[to].receive(datagram, self.now)
+        self.events[to].extend(events)
+        return events
+
+    def turn(self) -> None:
+        due = [self.wire.next_arrival(), *(end.next_deadline() for end in self.ends.values())]
+        self.now = max(self.now + 0.0005, min(due))
+        for to, datagram in self.wire.arrived(self.now):
+            self.deliver(to, datagram)
+        for name, end in self.ends.items():
+            for datagram in end.poll(self.now):
+                self.wire.send(other(name), datagram, self.now)
+
+    def run(self, seconds: float) -> None:
+        end = self.now + seconds
+        while self.now < end:
+            self.turn()
+
+    def run_until(self, condition: Callable[[], object], seconds: float = 120.0) -> None:
+        end = self.now + seconds
+        while not condition():
+            assert self.now < end, f"not within {seconds} simulated seconds"
+            self.turn()
+
+    def up(self) -> Two:
+        """Establish, and let what is in the air arrive."""
+        self.run_until(lambda: all(end.established for end in self.ends.values()))
+        self.run(1.0)
+        return self
+
+    def works(self) -> None:
+        """A block each way arrives."""
+        for name, end in self.ends.items():
+            text = b"from " + name.encode() + str(self.now).encode()
+            end.send_block(text, 1, self.now, self.now)
+            self.run_until(lambda name=name, text=text: text in self.blocks(other(name)))
+
+    def blocks(self, name: str) -> list[bytes]:
+        return [event.records for event in self.events[name] if isinstance(event, BlockReceived)]
+
+    def sessions(self) -> list[int]:
+        return [end.counters["sessions"] for end in self.ends.values()]
+
+    def sent(self, to: str, kind: int) -> list[bytes]:
+        return [datagram for where, datagram in self.wire.sent if where == to and datagram[1] == kind]
+
+    def dropped(self, name: str) -> dict[str, int]:
+        return {key: count for key, count in self.ends[name].counters.items() if key.startswith("dropped_") and count}
+
+
+def other(name: str) -> str:
+    return "fw2" if name == "fw1" else "fw1"
+
+
+# --- handshake -------------------------------------------------------------------------------------------------------
+
+
+def test_both_agree_on_one_session_at_once() -> None:
+    two = Two().up()
+    two.works()
+    assert two.sessions() == [1, 1]
+    assert [type(event) for event in two.events["fw1"][:2]] == [SessionUp, StatusReceived]
+    assert two.dropped("fw1") == two.dropped("fw2") == {}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(("poll1", "poll2", "deliver", "lose", "double")), st.integers(0, 7)), max_size=40
+    )
+)
+def test_handshake_completes_from_any_start(steps: list[tuple[str, int]]) -> None:
+    """HELLOs sent, lost, doubled and delivered in any order: nothing that happened can prevent the session."""
+    two = Two()
+    air: list[tuple[str, bytes]] = []
+    for step, choice in steps:
+        if step.startswith("poll"):
+            name = "fw" + step[4:]
+            two.now += 0.21
+            air.extend((other(name), datagram) for datagram in two.ends[name].poll(two.now))
+        elif air:
+            to, datagram = air[choice % len(air)] if step == "double" else air.pop(choice % len(air))
+            if step != "lose":
+                two.deliver(to, datagram)
+    two.run(2.0)
+    assert all(end.established for end in two.ends.values())
+    two.works()
+
+
+@pytest.mark.parametrize("lost", itertools.product((False, True), repeat=6))
+def test_lost_hellos_only_cost_time(lost: tuple[bool, ...]) -> None:
+    two = Two()
+    fates = iter(lost)
+    send = two.wire.send
+
+    def lossy(to: str, datagram: bytes, now: float) -> None:
+        if not (datagram[1] == wire.HELLO and next(fates, False)):
+            send(to, datagram, now)
+
+    two.wire.send = lossy  # type: ignore[method-assign]
+    two.run(3.0)
+    two.works()
+    assert two.sessions() == [1, 1]
+
+
+@pytest.mark.parametrize("restarted", [("fw1",), ("fw2",), ("fw1", "fw2")])
+def test_restart_gives_a_fresh_session_and_nothing_of_the_old_one(restarted: tuple[str, ...]) -> None:
+    two = Two().up()
+    two.works()
+    two.wire.cut = True
+    two.ends["fw1"].send_block(b"of the old session", 1, two.now, two.now)
+    for name in restarted:
+        two.restart(name)
+    for name in two.events:
+        two.events[name].clear()
+    two.wire.cut = False
+    two.run_until(lambda: all(any(isinstance(e, SessionUp) for e in events) for events in two.events.values()))
+    two.run(2.0)
+    assert [sum(isinstance(e, SessionUp) for e in events) for events in two.events.values()] == [1, 1]
+    assert two.blocks("fw2") == []
+    assert two.ends["fw1"].lag() == (0, None)
+    two.works()
+
+
+def test_silence_is_noticed_and_healing_goes_on_with_the_same_session() -> None:
+    two = Two().up()
+    end = two.ends["fw1"]
+    assert end.alive(two.now)
+    two.wire.cut = True
+    blocks = [b"while cut %d" % number for number in range(50)]
+    for block in blocks:
+        end.send_block(block, 3, two.now, two.now)
+    assert end.lag() == (150, two.now)
+    before = end.counters["datagrams_sent"]
+    two.run(60.0)
+    assert not end.alive(two.now)
+    assert end.established
+    assert end.counters["datagrams_sent"] - before < 60 * 5 + 60 * 5  # heartbeats and probes, not the window each time
+    two.wire.cut = False
+    two.run_until(lambda: end.lag() == (0, None), seconds=5.0)
+    assert two.blocks("fw2") == blocks
+    assert two.sessions() == [1, 1]
+    assert end.alive(two.now)
+
+
+# --- who is not believed ---------------------------------------------------------------------------------------------
+
+
+def test_replayed_hellos_and_data_of_this_and_earlier_sessions_change_nothing() -> None:
+    two = Two().up()
+    two.works()
+    for name in ("fw1", "fw2", "fw1"):  # three sessions of the past, one of which ended on one side only
+        two.restart(name)
+        two.up().works()
+    old = list(two.wire.sent)
+    sessions_before = two.sessions()
+    blocks = {name: two.blocks(name) for name in two.ends}
+    for to, datagram in old:
+        assert not [event for event in two.deliver(to, datagram) if not isinstance(event, StatusReceived)]
+    hellos = sum(datagram[1] == wire.HELLO for _to, datagram in old)
+    assert hellos >= 16
+    two.run(5.0)
+    assert two.sessions() == sessions_before
+    assert {name: two.blocks(name) for name in two.ends} == blocks
+    for name in two.ends:
+        assert two.dropped(name).keys() <= {"dropped_replayed", "dropped_unknown_session", "dropped_stale_hello"}
+        assert two.dropped(name)["dropped_replayed"] > 0
+    two.works()
+
+
+def test_a_flood_of_replayed_hellos_does_not_keep_a_starting_node_silent() -> None:
+    two = Two().up()
+    two.restart("fw2")
+    two.up()
+    old = [datagram for datagram in two.sent("fw2", wire.HELLO)]
+    two.restart("fw2")
+    for _ in range(100):
+        two.now += 0.05
+        two.deliver("fw2", old[0])
+        for datagram in two.ends["fw2"].poll(two.now):
+            two.wire.send("fw1", datagram, two.now)
+        for to, datagram in two.wire.arrived(two.now):
+            two.deliver(to, datagram)
+        for datagram in two.ends["fw1"].poll(two.now):
+            two.wire.send("fw2", datagram, two.now)
+    two.works()
+
+
+def test_replay_window_takes_what_is_late_and_refuses_what_is_older() -> None:
+    two = Two().up()
+    two.run(1.0)
+    sender, receiver = two.ends["fw1"], two.ends["fw2"]
+    sender.set_status(wire.Status(wire.ROLE_ACTIVE, 0, 0))
+    late = sender.poll(two.now)
+    assert len(late) == 1
+    for _ in range(sessions.REPLAY_WINDOW - 1):
+        sender.say_bye()
+    for datagram in sender.poll(two.now):
+        assert receiver.receive(datagram, two.now) == [PeerLeft()]
+    assert [type(event) for event in receiver.receive(late[0], two.now)] == [StatusReceived]
+    assert receiver.receive(late[0], two.now) == []
+    sender.set_status(wire.Status(wire.ROLE_BACKUP, 0, 0))
+    too_late = sender.poll(two.now)
+    for _ in range(sessions.REPLAY_WINDOW):
+        sender.say_bye()
+    for datagram in sender.poll(two.now):
+        receiver.receive(datagram, two.now)
+    assert receiver.receive(too_late[0], two.now) == []
+    assert receiver.counters["dropped_replayed"] == 2
+
+
+def test_reflected_datagrams_are_not_believed() -> None:
+    two = Two().up()
+    two.works()
+    before = two.sessions()
+    for to, datagram in list(two.wire.sent):
+        assert two.deliver(other(to), datagram) == []
+    two.run(2.0)
+    assert two.sessions() == before
+    for name in two.ends:
+        assert two.dropped(name).keys() == {"dropped_auth_failed", "dropped_unknown_session"}
+
+
+def test_every_altered_bit_is_noticed() -> None:
+    two = Two().up()
+    two.ends["fw1"].send_block(b"precious", 1, two.now, two.now)
+    data = two.ends["fw1"].poll(two.now)[0]
+    hello = two.sent("fw2", wire.HELLO)[0]
+    for datagram in (data, hello):
+        for bit in range(len(datagram) * 8):
+            altered = bytearray(datagram)
+            altered[bit // 8] ^= 1 << bit % 8
+            assert two.deliver("fw2", bytes(altered)) == [], bit
+    assert two.dropped("fw2").keys() == {
+        "dropped_auth_failed",
+        "dropped_malformed",
+        "dropped_replayed",
+        "dropped_unknown_key",
+        "dropped_unknown_session",
+        "dropped_wrong_version",
+    }
+    assert two.deliver("fw2", data) == [BlockReceived(b"precious")]  # none of it used up the number of the real one
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=600), st.booleans())
+def test_arbitrary_datagrams_bring_nothing(garbage: bytes, framed: bool) -> None:
+    two = Two().up()
+    if framed:  # past the first checks
+        garbage = two.sent("fw2", wire.DATA)[0][: wire.DATA_HEADER_BYTES] + garbage
+    before = sum(two.dropped("fw2").values())
+    assert two.deliver("fw2", garbage) == []
+    assert sum(two.dropped("fw2").values()) == before + 1
+
+
+def test_wrong_key_unknown_key_and_wrong_name() -> None:
+    for options, counter in (
+        ({"secrets": {1: OTHER_SECRET}}, "dropped_auth_failed"),
+        ({"secrets": {7: SECRET}, "send_key": 7}, "dropped_unknown_key"),
+    ):
+        two = Two()
+        two.restart("fw2", **options)
+        two.run(2.0)
+        assert not any(end.established for end in two.ends.values())
+        assert two.dropped("fw1").keys() == {counter}
+    two = Two()
+    stranger = Session(
+        "fw3", "fw1", crypto=two.crypto, random=two.chance.randbytes, version="0", secrets={1: SECRET}, send_key=1
+    )
+    for datagram in stranger.poll(two.now):
+        two.deliver("fw1", datagram)
+    assert two.dropped("fw1") == {"dropped_auth_failed": 1}  # names are part of the key
+
+
+def test_hello_that_names_another_node_than_its_key_is_dropped() -> None:
+    two = Two()
+    liar = two.ends["fw2"]
+    liar.node = "fw9"  # keys are made already; the text changes
+    for datagram in liar.poll(two.now):
+        two.deliver("fw1", datagram)
+    assert two.dropped("fw1") == {"dropped_wrong_node": 1}
+
+
+def test_keys_rotate_without_a_gap() -> None:
+    both = {1: SECRET, 2: OTHER_SECRET}
+    two = Two().up()
+    for name, options in (
+        ("fw2", {"secrets": both, "send_key": 1}),  # learn the new key, node by node
+        ("fw1", {"secrets": both, "send_key": 1}),
+        ("fw2", {"secrets": both, "send_key": 2}),  # use it
+        ("fw1", {"secrets": both, "send_key": 2}),
+        ("fw2", {"secrets": {2: OTHER_SECRET}, "send_key": 2}),  # forget the old one
+        ("fw1", {"secrets": {2: OTHER_SECRET}, "send_key": 2}),
+    ):
+        two.restart(name, **options)
+        two.up().works()
+        assert two.dropped(name).keys() <= {"dropped_unknown_session"}
+    assert {datagram[2] for _to, datagram in two.wire.sent[-4:]} == {2}
+
+
+def test_a_fault_in_a_datagram_does_not_take_back_what_came_before_it() -> None:
+    """A newer peer's bug behind a block: the block was acknowledged, so it must be delivered."""
+    two = Two().up()
+    sender, receiver = two.ends["fw1"], two.ends["fw2"]
+    established = sender._established
+    assert established is not None
+    bad_ack = wire.encode_ack(wire.Ack(10**9, 10**9, ()))
+    for tail in (bad_ack, b"\1"):
+        number = established.next_block
+        established.next_block += 1
+        sender._send(established, wire.encode_block(number, b"good") + tail)
+        (datagram,) = sender._out
+        sender._out.clear()
+        assert receiver.receive(datagram, two.now) == [BlockReceived(b"good")]
+    assert receiver.counters["dropped_malformed"] == 2
+    sender._send(established, wire.tlv(77, b"from the future") + wire.tlv(wire.FRAME_BYE))
+    (datagram,) = sender._out
+    assert receiver.receive(datagram, two.now) == [PeerLeft()]
+    assert receiver.counters["skipped_unknown_frame"] == 1
+
+
+# --- reliability -----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_exactly_once_in_order_through_a_bad_wire(seed: int) -> None:
+    """30 % loss, duplication, reordering and altered bits, both ways at once; the credit is never exceeded."""
+    two = Two(seed)
+    two.wire.loss, two.wire.duplication, two.wire.corruption, two.wire.jitter_s = 0.3, 0.2, 0.05, 0.08
+    two.run_until(lambda: all(end.established for end in two.ends.values()))
+    total = 1000
+    want = {name: [b"%s %d" % (name.encode(), number) for number in range(total)] for name in two.ends}
+    sent = dict.fromkeys(two.ends, 0)
+
+    def done() -> bool:
+        for name, end in two.ends.items():
+            assert 0 <= end.credit() <= WINDOW_BLOCKS
+            while sent[name] < total and end.credit():
+                end.send_block(want[name][sent[name]], 1, two.now, two.now)
+                sent[name] += 1
+            assert sent[name] - len(two.blocks(other(name))) <= WINDOW_BLOCKS
+        return all(end.lag() == (0, None) for end in two.ends.values()) and all(n == total for n in sent.values())
+
+    two.run_until(done, seconds=600)
+    for name in two.ends:
+        assert two.blocks(other(name)) == want[name]
+        assert "dropped_over_credit" not in two.ends[name].counters
+        assert two.ends[name].counters["blocks_duplicate"] > 0
+        assert two.ends[name].counters["dropped_replayed"] > 0
+    assert two.sessions() == [1, 1]
+
+
+def test_sender_without_credit_is_told_and_a_block_beyond_it_is_refused() -> None:
+    two = Two().up()
+    two.wire.cut = True
+    sender, receiver = two.ends["fw1"], two.ends["fw2"]
+    for _ in range(WINDOW_BLOCKS):
+        sender.send_block(b"x", 1, two.now, two.now)
+    assert sender.credit() == 0
+    with pytest.raises(ValueError, match="credit"):
+        sender.send_block(b"x", 1, two.now, two.now)
+    established = sender._established
+    assert established is not None
+    sender._out.clear()
+    sender._send(established, wire.encode_block(WINDOW_BLOCKS, b"greedy"))
+    assert receiver.receive(sender._out[0], two.now) == []
+    assert two.dropped("fw2") == {"dropped_over_credit": 1}
+
+
+def test_block_too_long_is_refused_and_the_longest_fits_into_the_datagram() -> None:
+    two = Two().up()
+    end = two.ends["fw1"]
+    with pytest.raises(ValueError, match="too long"):
+        end.send_block(bytes(end.block_bytes + 1), 1, two.now, two.now)
+    end.send_block(bytes(end.block_bytes), 1, two.now, two.now)
+    assert [len(datagram) for datagram in end.poll(two.now)] == [512]
+
+
+def test_a_hole_is_filled_before_its_timeout() -> None:
+    """Three later blocks acknowledged: the missing one is sent again at once (fast retransmission)."""
+    two = Two().up()
+    end = two.ends["fw1"]
+    for number in range(6):
+        end.send_block(b"%d" % number, 1, two.now, two.now)
+    lost, *rest = [d for d in end.poll(two.now) if len(d) < 80]
+    for datagram in rest:
+        two.deliver("fw2", datagram)
+    assert two.blocks("fw2") == []
+    start = two.now
+    two.run_until(lambda: len(two.blocks("fw2")) == 6)
+    assert two.now - start < sessions.RETRANSMIT_MIN_S / 2
+    assert end.counters["blocks_retransmitted"] == 1
+    assert two.deliver("fw2", lost) == []  # it was only late, after all
+    assert two.ends["fw2"].counters["blocks_duplicate"] == 1
+
+
+def test_changed_status_is_told_at_once_and_repeated() -> None:
+    two = Two().up()
+    start = two.now
+    new = wire.Status(wire.ROLE_ACTIVE, wire.STATUS_REPLICATES, 5)
+    two.ends["fw1"].set_status(new)
+    two.run_until(lambda: two.events["fw2"][-1] == StatusReceived(new))
+    assert two.now - start < 0.01
+    two.events["fw2"].clear()
+    two.run(2.0)
+    statuses = [event.status for event in two.events["fw2"] if isinstance(event, StatusReceived)]
+    assert 9 <= len(statuses) <= 13
+    assert set(statuses) == {new}
+    two.ends["fw1"].say_bye()
+    two.run(0.1)
+    assert any(isinstance(event, PeerLeft) for event in two.events["fw2"])

@@ -1,0 +1,396 @@
+# Copyright: (c) 2026, The ctsync authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Two engines, two model kernels, a bad wire and a clock that nobody waits for.
+
+:class:`Kernel` follows ctnetlink where the engine depends on it: a create is refused if the original or the reply tuple
+is taken, an update cannot clear status bits, events leave out what did not change, and a node hears no events of what
+its own daemon did.  :class:`Wire` loses, doubles, delays (so: reorders) and alters datagrams, and keeps all of them
+for replays.  :class:`RecordingCrypto` fails the test at once when a nonce is used twice with one key.
+"""
+
+from __future__ import annotations
+
+import errno
+import heapq
+import ipaddress
+import random
+import struct
+from typing import Any, Callable, Iterable, NamedTuple
+
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import constants as k
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import engine as engines
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import readiness, wire
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.crypto import Aead, LibraryCrypto
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.engine import Engine, Request, Settings
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import Flow, Tuple
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.session import Session
+
+SECRET = bytes(range(32))
+KEPT_BITS = k.IPS_SEEN_REPLY | k.IPS_ASSURED | k.IPS_SRC_NAT | k.IPS_DST_NAT
+NATTED = k.IPS_SRC_NAT | k.IPS_SRC_NAT_DONE | k.IPS_DST_NAT_DONE
+ALIVE = k.IPS_SEEN_REPLY | k.IPS_ASSURED | k.IPS_CONFIRMED
+VIP = "192.168.1.100"
+OWN = tuple(
+    ipaddress.ip_address(text).packed
+    for text in ("192.168.0.1", "192.168.0.2", "192.168.1.1", "192.168.1.2", "192.168.0.100", VIP)
+)
+
+
+def address(text: str) -> bytes:
+    return ipaddress.ip_address(text).packed
+
+
+def tcp(port: int, nat_port: int | None = None, state: int = k.TCP_ESTABLISHED, **changes: Any) -> Flow:
+    """A TCP connection of the test case: from 192.168.0.3 to 192.168.1.3, port 22, SNATed to the virtual IP."""
+    outside = port if nat_port is None else nat_port
+    return Flow(
+        *(k.AF_INET, k.IPPROTO_TCP, 0),
+        Tuple(address("192.168.0.3"), address("192.168.1.3"), struct.pack("!HH", port, 22)),
+        Tuple(address("192.168.1.3"), address(VIP), struct.pack("!HH", 22, outside)),
+        ALIVE | NATTED,
+        **{"timeout": 431_999, "state": state, "tcp_wscale": (7, 9), "tcp_flags": (0x23, 0x23), "mark": 0, **changes},
+    )
+
+
+def udp(port: int, replied: bool = True, **changes: Any) -> Flow:
+    """A plain UDP flow over IPv6."""
+    return Flow(
+        *(k.AF_INET6, k.IPPROTO_UDP, 0),
+        Tuple(address("fd00:c0de::3"), address("fd00:c0de:1::3"), struct.pack("!HH", port, 53)),
+        Tuple(address("fd00:c0de:1::3"), address("fd00:c0de::3"), struct.pack("!HH", 53, port)),
+        k.IPS_CONFIRMED | (k.IPS_SEEN_REPLY if replied else 0),
+        **{"timeout": 30, "mark": 0, **changes},
+    )
+
+
+class RecordingCrypto:
+    """The real cryptography, and a record of every nonce sealed with every key, over all nodes and restarts."""
+
+    def __init__(self) -> None:
+        self._library = LibraryCrypto()
+        self.sealed: set[tuple[bytes, bytes, bytes, bytes]] = set()
+
+    def derive(self, secret: bytes, salt: bytes, info: bytes) -> Aead:
+        recorder, inner = self, self._library.derive(secret, salt, info)
+
+        class Recording:
+            def seal(self, nonce: bytes, plaintext: bytes, header: bytes) -> bytes:
+                use = (secret, salt, info, nonce)
+                assert use not in recorder.sealed, f"nonce {nonce.hex()} used twice with one key"
+                recorder.sealed.add(use)
+                return inner.seal(nonce, plaintext, header)
+
+            def open(self, nonce: bytes, sealed: bytes, header: bytes) -> bytes:
+                return inner.open(nonce, sealed, header)
+
+        return Recording()
+
+
+class Wire:
+    """The sync link.  Probabilities and the longest extra delay may be changed at any time."""
+
+    def __init__(self, chance: random.Random) -> None:
+        self.loss = self.duplication = self.corruption = 0.0
+        self.jitter_s = 0.0
+        self.cut = False
+        self.sent: list[tuple[str, bytes]] = []  # (to, datagram) of everything ever sent
+        self._chance = chance
+        self._queue: list[tuple[float, int, str, bytes]] = []
+        self._number = 0
+
+    def send(self, to: str, datagram: bytes, now: float) -> None:
+        self.sent.append((to, datagram))
+        if self.cut:
+            return
+        for _copy in range(1 + (self._chance.random() < self.duplication)):
+            if self._chance.random() < self.loss:
+                continue
+            copy = datagram
+            if self._chance.random() < self.corruption:
+                place = self._chance.randrange(len(copy))
+                copy = copy[:place] + bytes((copy[place] ^ 1 << self._chance.randrange(8),)) + copy[place + 1 :]
+            self.inject(to, copy, now + 0.0005 + self._chance.random() * self.jitter_s)
+
+    def inject(self, to: str, datagram: bytes, at: float) -> None:
+        self._number += 1
+        heapq.heappush(self._queue, (at, self._number, to, datagram))
+
+    def arrived(self, now: float) -> list[tuple[str, bytes]]:
+        out = []
+        while self._queue and self._queue[0][0] <= now:
+            _at, _number, to, datagram = heapq.heappop(self._queue)
+            out.append((to, datagram))
+        return out
+
+    def next_arrival(self) -> float:
+        return self._queue[0][0] if self._queue else float("inf")
+
+
+class Kernel:
+    """A conntrack table.  ``helpers``: what this kernel knows; ``refuse``: errno by key, for every create."""
+
+    def __init__(self) -> None:
+        self.table: dict[bytes, Flow] = {}
+        self.events: list[tuple[Flow, bool]] = []
+        self.helpers = {"ftp"}
+        self.refuse: dict[bytes, int] = {}
+        self.done: list[Request] = []
+
+    # what traffic does
+
+    def open(self, flow: Flow) -> Flow:
+        assert not self._taken(flow), "the test opens a flow that exists"
+        self.table[flow.key] = flow
+        self.events.append((flow, False))
+        return flow
+
+    def change(self, key: bytes, **changes: Any) -> None:
+        """A state change; its event leaves out labels and adjustments that did not change."""
+        flow = self.table[key] = self.table[key]._replace(**changes)
+        unsaid = {name: None for name in ("labels", "seqadj") if name not in changes}
+        self.events.append((flow._replace(**unsaid), False))
+
+    def close(self, key: bytes) -> None:
+        """The entry ends (timer, or an operator): a DESTROY without timeout and protocol details."""
+        self.events.append((self.table.pop(key)._replace(timeout=None, tcp_wscale=None, tcp_flags=None), True))
+
+    # what the daemon does
+
+    def _taken(self, flow: Flow) -> bool:
+        ends = {(flow.proto, flow.zone, flow.orig), (flow.proto, flow.zone, flow.reply)}
+        return any(
+            ends & {(other.proto, other.zone, other.orig), (other.proto, other.zone, other.reply)}
+            for other in self.table.values()
+        )
+
+    def request(self, request: Request) -> int:
+        """Carry out a request as ctnetlink would; 0 or an errno."""
+        self.done.append(request)
+        operation, key, flow, timeout, _attempt = request
+        have = self.table.get(key)
+        if operation == engines.CREATE:
+            if key in self.refuse:
+                return self.refuse[key]
+            if flow.helper is not None and flow.helper not in self.helpers:
+                return errno.EOPNOTSUPP
+            if flow.master is not None and not any(other.orig == flow.master for other in self.table.values()):
+                return errno.ENOENT
+            if self._taken(flow):
+                return errno.EEXIST
+            assert timeout is None or timeout >= 0
+            self.table[key] = flow._replace(timeout=timeout)
+            return 0
+        if have is None:
+            return errno.ENOENT
+        if operation == engines.DELETE:
+            del self.table[key]
+        elif operation == engines.TIMER:
+            self.table[key] = have._replace(timeout=timeout)
+        else:
+            if have.status & ~flow.status & (k.IPS_SEEN_REPLY | k.IPS_ASSURED):
+                return errno.EBUSY
+            said = ("state", "tcp_wscale", "tcp_flags", "sctp_vtags", "mark", "labels", "seqadj")
+            changes = {name: getattr(flow, name) for name in said if getattr(flow, name) is not None}
+            self.table[key] = have._replace(timeout=timeout, status=have.status | flow.status & 0x6, **changes)
+        return 0
+
+
+class Node:
+    """A firewall: a kernel that lives on, and a daemon that may be restarted."""
+
+    def __init__(self, name: str, make: Callable[[float], Engine]) -> None:
+        self.name = name
+        self.kernel = Kernel()
+        self.engine: Engine | None = None
+        self.role = readiness.BACKUP
+        self._make = make
+        self._dump: tuple[int, list[Flow]] | None = None
+        self.requests_per_turn = 256
+
+    @property
+    def up(self) -> Engine:
+        assert self.engine is not None
+        return self.engine
+
+    def start(self, now: float) -> None:
+        self.kernel.events.clear()  # nobody listened
+        self._dump = None
+        self.engine = self._make(now)
+        self.engine.set_addresses(OWN)
+        self.engine.set_role(self.role, now)
+
+    def kill(self) -> None:
+        self.engine = None
+
+    def set_role(self, role: str, now: float) -> None:
+        self.role = role
+        if self.engine is not None:
+            self.engine.set_role(role, now)
+
+    def turn(self, now: float) -> list[bytes]:
+        """One turn of the daemon's loop, in its order."""
+        if self.engine is None:
+            return []
+        events, self.kernel.events = self.kernel.events, []
+        for flow, destroyed in events:
+            self.engine.kernel_event(flow, destroyed, now)
+        self._feed_dump(self.engine, now)
+        out = self.engine.poll(now)
+        requests = self.engine.kernel_requests(self.requests_per_turn)
+        self.engine.kernel_results([(request, self.kernel.request(request)) for request in requests])
+        return out
+
+    def _feed_dump(self, engine: Engine, now: float) -> None:
+        """A few entries per turn: the table changes under the dump, as it does in the kernel."""
+        if engine.dump is None:
+            self._dump = None
+            return
+        if self._dump is None or self._dump[0] != engine.dump.number:
+            self._dump = (engine.dump.number, list(self.kernel.table.values()))
+        if not engine.dump_room:
+            return
+        rest = self._dump[1]
+        part = [self.kernel.table[flow.key] for flow in rest[:7] if flow.key in self.kernel.table]
+        del rest[:7]
+        engine.dump_slice(part, now)
+        if not rest:
+            self._dump = None
+            engine.dump_finished(True, now)
+
+
+class View(NamedTuple):
+    """What must be equal on both nodes, of one flow."""
+
+    reply: Tuple
+    status: int
+    state: int | None
+    wscale: tuple[int, int] | None
+    mark: int | None
+    labels: bytes | None
+    seqadj: Any
+
+
+def view(flow: Flow, state: bool = True) -> View:
+    return View(
+        flow.reply,
+        flow.status & KEPT_BITS,
+        flow.state if state else None,
+        flow.tcp_wscale,
+        flow.mark,
+        flow.labels,
+        flow.seqadj,
+    )
+
+
+def replicable(flow: Flow) -> bool:
+    """The rule of docs/protocol.md in the words of this model: what the backup must hold."""
+    if flow.orig.src in OWN or flow.reply.src in OWN:
+        return False
+    if flow.proto == k.IPPROTO_TCP:
+        return flow.state in range(k.TCP_ESTABLISHED, k.TCP_TIME_WAIT + 1)
+    return bool(flow.status & k.IPS_SEEN_REPLY)
+
+
+class Simulation:
+    """fw1 and fw2, the wire between them, the clock."""
+
+    def __init__(self, seed: int = 0, settings: Settings | None = None, **session: Any) -> None:
+        self.now = 1000.0
+        self.settings = settings or Settings(park_timeout_s=86_400)
+        self.chance = random.Random(seed)
+        self.crypto = RecordingCrypto()
+        self.wire = Wire(self.chance)
+        self.session = {"secrets": {1: SECRET}, "send_key": 1, "payload": 600, **session}
+        self.fw1 = Node("fw1", lambda now: self._engine("fw1", "fw2", now))
+        self.fw2 = Node("fw2", lambda now: self._engine("fw2", "fw1", now))
+        self.nodes = {"fw1": self.fw1, "fw2": self.fw2}
+
+    def _engine(self, name: str, peer: str, now: float) -> Engine:
+        session = Session(
+            name, peer, crypto=self.crypto, random=self.chance.randbytes, version="0", now=now, **self.session
+        )
+        return Engine(self.settings, session, now)
+
+    def start(self) -> Simulation:
+        """Both daemons; fw1 is active, and fw2 is complete."""
+        self.fw1.role = readiness.ACTIVE
+        self.fw1.start(self.now)
+        self.fw2.start(self.now)
+        self.run_until(lambda: self.fw2.up.complete)
+        return self
+
+    def turn(self) -> None:
+        """Go to the next moment at which something is due, and let both daemons take a turn."""
+        due = [self.wire.next_arrival(), *(n.engine.next_deadline() for n in self.nodes.values() if n.engine)]
+        self.now = max(self.now + 0.001, min(self.now + 0.05, *due))
+        for to, datagram in self.wire.arrived(self.now):
+            node = self.nodes[to].engine
+            if node is not None:
+                node.receive(datagram, self.now)
+        for node, peer in ((self.fw1, self.fw2), (self.fw2, self.fw1)):
+            for datagram in node.turn(self.now):
+                self.wire.send(peer.name, datagram, self.now)
+
+    def run(self, seconds: float) -> None:
+        end = self.now + seconds
+        while self.now < end:
+            self.turn()
+
+    def run_until(self, condition: Callable[[], object], seconds: float = 60.0) -> None:
+        end = self.now + seconds
+        while not condition():
+            assert self.now < end, f"not within {seconds} simulated seconds"
+            self.turn()
+
+    def heal(self) -> None:
+        self.wire.loss = self.wire.duplication = self.wire.corruption = self.wire.jitter_s = 0.0
+        self.wire.cut = False
+
+    def move(self, to: Node) -> None:
+        """VRRP moves the virtual IPs: away from the one, then to the other."""
+        other = self.fw1 if to is self.fw2 else self.fw2
+        other.set_role(readiness.BACKUP, self.now)
+        to.set_role(readiness.ACTIVE, self.now)
+
+    def differences(self, active: Node, backup: Node) -> list[str]:
+        """What keeps the backup from being the active node's equal; [] when it is."""
+        wanted = {key: flow for key, flow in active.kernel.table.items() if replicable(flow)}
+        cache = {flow.key: flow for flow, _since in backup.up.external_flows()}
+        mine = {key: flow for key, flow in backup.kernel.table.items() if replicable(flow) or key in wanted}
+        out = list(_compare("cache", wanted, cache, True))
+        if backup.up.settings.mode == engines.HOT_STANDBY:
+            out.extend(_compare("kernel", wanted, mine, False))
+        return out
+
+    def converge(self, active: Node, backup: Node, seconds: float = 60.0) -> None:
+        """Without further faults the backup becomes equal, and stays so."""
+        self.heal()
+
+        def settled() -> bool:
+            return backup.up.complete and active.up.lag(self.now)[0] == 0 and not self.differences(active, backup)
+
+        try:
+            self.run_until(settled, seconds)
+        except AssertionError:
+            raise AssertionError("\n".join(self.differences(active, backup)) or "not complete") from None
+        self.run(3.0)
+        assert settled(), self.differences(active, backup)
+        assert backup.up.verdict(self.now).verdict == readiness.READY, backup.up.verdict(self.now)
+        assert active.up.verdict(self.now).verdict == readiness.READY, active.up.verdict(self.now)
+
+
+def _compare(where: str, wanted: dict[bytes, Flow], have: dict[bytes, Flow], state: bool) -> Iterable[str]:
+    for key in wanted.keys() - have.keys():
+        yield f"{where}: {wanted[key].orig} is missing"
+    for key in have.keys() - wanted.keys():
+        yield f"{where}: {have[key].orig} is too much"
+    for key in have.keys() & wanted.keys():
+        one, two = view(wanted[key], state), view(have[key], state)
+        if one != two:
+            yield f"{where}: {one} on the active node is {two} here"
+
+
+def opened(datagram: bytes, kind: int = wire.DATA) -> bool:
+    """Is this datagram of the given kind?"""
+    return datagram[1] == kind
