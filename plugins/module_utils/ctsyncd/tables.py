@@ -14,13 +14,14 @@ from collections.abc import Iterator
 class Pending:
     """Changes that wait for credit, in order, the last state of a flow only.
 
-    Bulk marks travel in the same order as the flows.  ``born`` is when the oldest change that still waits came up.
+    Bulk marks travel in the same order as the flows.  ``oldest`` is when the oldest change that still waits came up.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.oldest: float | None = None
         self._records: dict[bytes, tuple[bytes, float]] = {}
+        self._moved: float | None = None  # the oldest birth among changes that moved to the end
 
     def __len__(self) -> int:
         return len(self._records)
@@ -32,9 +33,18 @@ class Pending:
     def put(self, key: bytes, record: bytes, now: float) -> None:
         """Add or replace the change of ``key``.  It moves to the end: what was queued before it stays before it."""
         replaced = self._records.pop(key, None)
-        self._records[key] = (record, replaced[1] if replaced else now)
+        since = now
+        if replaced is not None:
+            since = replaced[1]
+            self._moved = since if self._moved is None else min(self._moved, since)
+        self._records[key] = (record, since)
         if self.oldest is None:
             self.oldest = now
+
+    def drop(self, key: bytes) -> None:
+        """Forget the change of ``key``, if one waits."""
+        if self._records.pop(key, None) is not None:
+            self._find_oldest()
 
     def take(self, size: int) -> tuple[list[bytes], float]:
         """Remove the first records that fit into ``size`` bytes; returns them and when the oldest came up.
@@ -47,8 +57,16 @@ class Pending:
             record, since = self._records.pop(key)
             born = since if born is None else min(born, since)
             out.append(record)
-        self.oldest = next(iter(self._records.values()))[1] if self._records else None
+        self._find_oldest()
         return out, born if born is not None else 0.0
+
+    def _find_oldest(self) -> None:
+        """The first change is the oldest, unless one moved to the end; then the age is at most overstated."""
+        if not self._records:
+            self.oldest = self._moved = None
+            return
+        first = next(iter(self._records.values()))[1]
+        self.oldest = first if self._moved is None else min(first, self._moved)
 
     def _first(self, size: int) -> Iterator[bytes]:
         used = 0
@@ -60,22 +78,23 @@ class Pending:
 
     def clear(self) -> None:
         self._records.clear()
-        self.oldest = None
+        self.oldest = self._moved = None
 
 
 class Replica:
     """An entry of the external cache.
 
     ``record``: the last state the peer sent; ``since``: when its replication began (monotonic seconds);
-    ``injected``: the kernel holds it (hot standby).
+    ``injected``: the kernel holds it (hot standby); ``asked``: the record that the kernel is asked to make it of.
     """
 
-    __slots__ = ("injected", "record", "since")
+    __slots__ = ("asked", "injected", "record", "since")
 
     def __init__(self, record: bytes, since: float) -> None:
         self.record = record
         self.since = since
         self.injected = False
+        self.asked: bytes | None = None
 
 
 class ExternalCache:

@@ -1,0 +1,123 @@
+# Copyright: (c) 2026, The ctsync authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The verdict: every reason, and what it does to keepalived."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import readiness
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.readiness import (
+    ACTIVE,
+    BACKUP,
+    DEGRADED,
+    NOT_READY,
+    READY,
+    TRANSITION,
+    Facts,
+    judge,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+GOOD = Facts(
+    role=BACKUP,
+    replicate=True,
+    peer="fw2",
+    session=True,
+    peer_alive=True,
+    peer_silent_s=0.1,
+    peer_role=ACTIVE,
+    peer_replicates=True,
+    peer_complete=False,
+    complete=True,
+    waiting=0,
+    refused=0,
+    lag_s=0.0,
+    lag_limit_s=2.0,
+    problem="",
+    impaired=(),
+)
+ACTIVE_GOOD = GOOD._replace(role=ACTIVE, peer_role=BACKUP, peer_complete=True, complete=False)
+INCOMPLETE = {"complete": False}
+
+
+def test_all_is_well() -> None:
+    assert judge(GOOD) == (READY, (), False)
+    assert judge(ACTIVE_GOOD) == (READY, (), False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict", "reason"),
+    [
+        ({"problem": "no socket"}, NOT_READY, "no socket"),
+        ({"replicate": False}, NOT_READY, "replication is off"),
+        ({**INCOMPLETE, "session": False}, NOT_READY, "no session with fw2"),
+        ({**INCOMPLETE, "peer_alive": False}, NOT_READY, "fell silent before its table was here"),
+        ({**INCOMPLETE, "peer_replicates": False}, NOT_READY, "replication is off on fw2"),
+        ({**INCOMPLETE, "peer_role": BACKUP}, NOT_READY, "nobody has a table to give"),
+        (INCOMPLETE, NOT_READY, "the table of fw2 is not complete here yet"),
+        ({"peer_alive": False, "peer_silent_s": 3.25}, DEGRADED, "fw2 is silent for 3.2 s"),
+        ({"waiting": 21_000}, DEGRADED, "21000 flows wait for the kernel"),
+        ({"refused": 2}, DEGRADED, "the kernel refuses 2 flows"),
+        ({"impaired": ("no FIFO",)}, DEGRADED, "no FIFO"),
+    ],
+)
+@pytest.mark.parametrize("role", [BACKUP, TRANSITION])
+def test_standby(role: str, changes: dict[str, Any], verdict: str, reason: str) -> None:
+    judged = judge(GOOD._replace(role=role, **changes))
+    assert judged.verdict == verdict
+    assert reason in judged.reasons[0]
+    assert judged.gate == (verdict == NOT_READY)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"problem": "no socket"}, "no socket"),
+        ({"replicate": False}, "replication is off: a failure loses every session"),
+        ({"session": False}, "no session with fw2: a failure loses every session"),
+        ({"peer_alive": False, "peer_silent_s": None}, "fw2 is silent: changes are not replicated"),
+        ({"peer_role": ACTIVE}, "split brain"),
+        ({"peer_replicates": False}, "replication is off on fw2"),
+        ({"peer_complete": False}, "does not hold the complete table yet"),
+        ({"lag_s": 2.5}, "lags 2.5 s behind"),
+        ({"impaired": ("no FIFO",)}, "no FIFO"),
+    ],
+)
+def test_active(changes: dict[str, Any], reason: str) -> None:
+    judged = judge(ACTIVE_GOOD._replace(**changes))
+    assert judged.verdict == DEGRADED
+    assert any(reason in text for text in judged.reasons)
+
+
+_BOOLEANS = ("replicate", "session", "peer_alive", "peer_replicates", "peer_complete", "complete")
+
+
+@given(
+    st.fixed_dictionaries(
+        {
+            "role": st.sampled_from((ACTIVE, BACKUP, TRANSITION)),
+            "peer_role": st.sampled_from((ACTIVE, BACKUP, TRANSITION, "")),
+            "refused": st.integers(0, 2),
+            "lag_s": st.floats(0, 10),
+            "problem": st.sampled_from(("", "broken")),
+            **{name: st.booleans() for name in _BOOLEANS},
+        }
+    )
+)
+def test_gate_and_reasons(changes: dict[str, Any]) -> None:
+    facts = GOOD._replace(**changes)
+    judged = judge(facts)
+    assert bool(judged.reasons) == (judged.verdict != READY)
+    assert judged.gate == (judged.verdict == NOT_READY)
+    if facts.role == ACTIVE:
+        assert not judged.gate  # never moves the virtual IPs away from the node that knows the flows
+    elif not facts.complete or not facts.replicate:
+        assert judged.gate
+
+
+def test_exit_codes_cover_every_verdict() -> None:
+    assert readiness.EXIT_CODES == {READY: 0, DEGRADED: 1, NOT_READY: 2}
