@@ -13,8 +13,8 @@ short_description: Judge the evidence of a failover test and write the report
 version_added: 0.1.0
 description:
   - Reads the evidence that the P(ctsync.ha_firewall.failover_test#role) role collected, one directory of JSON files per
-    failover (each file an object; their keys are put together), decides on every check, and writes C(report.json), C(report.html) (one file, no external resources) and
-    C(junit.xml).
+    failover (each file an object; their keys are put together), decides on every check, and writes C(report.json),
+    C(report.html) (one file, no external resources) and C(junit.xml).
   - A check whose evidence is missing fails. The module itself succeeds whatever the verdict is, so that a failed test
     has a report too; look at RV(verdict).
 author:
@@ -39,7 +39,7 @@ options:
     type: path
     required: true
   runs:
-    description: How many runs were asked for, each of two failovers and the negative control. One that is missing fails.
+    description: How many runs were asked for, each of two failovers and the negative control. A missing one fails.
     type: int
     default: 1
 extends_documentation_fragment:
