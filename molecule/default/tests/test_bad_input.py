@@ -1,0 +1,66 @@
+# Copyright: (c) 2026, The ctsync authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Mistakes in the inventory: site.yml names each in one sentence and stops before the first change on any host."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+
+import pytest
+
+ROOT = pathlib.Path(os.environ["MOLECULE_PROJECT_DIRECTORY"])
+VIP = {"interface": "eth1", "address": "192.168.0.100/24", "router_id": 51}
+
+MISTAKES = [
+    pytest.param({"ha_firewall_virtual_ips": []}, ["ha_firewall_virtual_ips: is missing or empty"], id="no virtual IP"),
+    pytest.param(
+        {
+            "ha_firewall_priority": 100,
+            "ha_firewall_sync_address": "192.168.100.1",
+            "ha_firewall_virtual_ips": [{**VIP, "interface": "eth7"}],
+            "ha_firewall_key": "c2hvcnQ=",
+            "ruleset_rules": ["-A FORWARD -i eth0 --syyn -j ACCEPT"],
+        },
+        [
+            "ha_firewall_priority: 100 is also the priority of fw1",
+            "ha_firewall_sync_address: 192.168.100.1 is also the sync address of fw1",
+            "ha_firewall_virtual_ips: interface eth7 of 192.168.0.100 does not exist",
+            "ha_firewall_key: is too short: 5 bytes, and 32 are needed",
+            "ruleset_rules: rule 1 '-A FORWARD -i eth0 --syyn -j ACCEPT': unknown option '--syyn'",
+        ],
+        id="five at once",
+    ),
+]
+
+
+@pytest.mark.parametrize(("variables", "sentences"), MISTAKES)
+def test_every_mistake_is_named_and_nothing_is_changed(variables, sentences):
+    done = subprocess.run(
+        [
+            "ansible-playbook",
+            "--inventory",
+            str(ROOT / "inventories/lab/hosts.yml"),
+            "--extra-vars",
+            json.dumps(variables),
+            str(ROOT / "playbooks/site.yml"),
+        ],
+        env={**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode != 0
+    told = done.stdout.partition("Nothing was changed, because")[2]
+    for sentence in sentences:
+        assert told.count(sentence) >= 1, (sentence, done.stdout[-4000:])
+    recap = done.stdout.partition("PLAY RECAP")[2]
+    assert recap
+    assert "changed=0" in recap
+    assert not any(f"changed={number}" in recap for number in range(1, 10)), recap
+    assert variables.get("ha_firewall_key", "no key") not in done.stdout + done.stderr, "the key was printed"
