@@ -16,7 +16,8 @@ import heapq
 import ipaddress
 import random
 import struct
-from typing import Any, Callable, Iterable, NamedTuple
+from collections import Counter
+from typing import Any, Callable, Dict, Iterable, NamedTuple
 
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import constants as k
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import engine as engines
@@ -127,11 +128,40 @@ class Wire:
         return self._queue[0][0] if self._queue else float("inf")
 
 
+def _ends(flow: Flow) -> tuple[Any, Any]:
+    return (flow.proto, flow.zone, flow.orig), (flow.proto, flow.zone, flow.reply)
+
+
+class Table(Dict[bytes, Flow]):
+    """Flows by key; ``ends`` are the tuples that they use, of both directions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ends: Counter[Any] = Counter()
+
+    def __setitem__(self, key: bytes, flow: Flow) -> None:
+        if key in self:
+            del self[key]
+        super().__setitem__(key, flow)
+        self.ends.update(_ends(flow))
+
+    def __delitem__(self, key: bytes) -> None:
+        self.pop(key)
+
+    def pop(self, key: bytes) -> Flow:  # type: ignore[override]
+        flow = super().pop(key)
+        for end in _ends(flow):
+            self.ends[end] -= 1
+            if not self.ends[end]:
+                del self.ends[end]
+        return flow
+
+
 class Kernel:
     """A conntrack table.  ``helpers``: what this kernel knows; ``refuse``: errno by key, for every create."""
 
     def __init__(self) -> None:
-        self.table: dict[bytes, Flow] = {}
+        self.table = Table()
         self.events: list[tuple[Flow, bool]] = []
         self.helpers = {"ftp"}
         self.refuse: dict[bytes, int] = {}
@@ -158,11 +188,8 @@ class Kernel:
     # what the daemon does
 
     def _taken(self, flow: Flow) -> bool:
-        ends = {(flow.proto, flow.zone, flow.orig), (flow.proto, flow.zone, flow.reply)}
-        return any(
-            ends & {(other.proto, other.zone, other.orig), (other.proto, other.zone, other.reply)}
-            for other in self.table.values()
-        )
+        """Tuples of both directions share one hash table (nf_conntrack_core.c, nf_conntrack_hash_check_insert)."""
+        return flow.key in self.table or any(end in self.table.ends for end in _ends(flow))
 
     def request(self, request: Request) -> int:
         """Carry out a request as ctnetlink would; 0 or an errno."""

@@ -32,7 +32,7 @@ from .constants import (
     TCP_TIME_WAIT,
 )
 from .errors import WireError
-from .flow import Flow
+from .flow import Flow, merge
 from .session import BlockReceived, PeerLeft, Session, SessionUp, StatusReceived
 from .tables import ExternalCache, Pending, Replica
 
@@ -43,6 +43,8 @@ CREATE = "create"
 UPDATE = "update"
 TIMER = "timer"  # an update of the timer alone
 DELETE = "delete"
+
+_DONE = {CREATE: "kernel_created", UPDATE: "kernel_updated", TIMER: "kernel_timers_set", DELETE: "kernel_deleted"}
 
 BULK = "bulk"
 RECONCILE = "reconcile"
@@ -56,8 +58,11 @@ LAG_LIMIT_S = 2.0
 _BULK_BEGIN = b"begin"
 _BULK_END = b"end"
 _BULK_REQUEST = b"request"
+_ADOPTING = 1  # attempt of an update whose success means: the kernel holds the replica
+_GONE = b"-"  # before a flow's key: its end, which must not be overtaken by a new flow with the same key
 
 _KEPT_BITS = IPS_SEEN_REPLY | IPS_ASSURED
+_KEPT_FIELDS = ("mark", "labels", "seqadj", "tcp_wscale", "sctp_vtags")
 
 _ROLE_CODES = {
     readiness.ACTIVE: wire.ROLE_ACTIVE,
@@ -131,6 +136,7 @@ class Engine:
         self._session_since = now
         self._request_at = now
         self._purge_at: float | None = None
+        self._now = now  # of the last poll
 
     # --- role --------------------------------------------------------------------------------------------------------
 
@@ -211,17 +217,30 @@ class Engine:
         if destroyed or self._is_half_open(flow):
             if key in self._announced:
                 self._announced.discard(key)
-                self._queue(key, wire.tlv(wire.RECORD_DELETE, key), now)
+                self.pending.drop(key)
+                self._queue(_GONE + key, wire.tlv(wire.RECORD_DELETE, key), now)
         elif key in self._announced or self._is_worth(flow):
-            self._announced.add(key)
-            self._queue(key, wire.tlv(wire.RECORD_UPSERT, wire.encode_flow(flow)), now)
+            self._announce(key, flow, now)
+
+    def _announce(self, key: bytes, flow: Flow, now: float) -> None:
+        self._announced.add(key)
+        waiting = self.pending.get(key)
+        if waiting is not None:  # the kernel's events leave out what did not change since the last one
+            known = wire.decode_flow(waiting[wire.TLV_BYTES :])
+            flow = merge(known, flow) if known.reply == flow.reply else flow
+        self._queue(key, wire.tlv(wire.RECORD_UPSERT, wire.encode_flow(flow)), now)
 
     def kernel_overrun(self) -> None:
         """Events were lost: the kernel's table is read again."""
         self.counters["overruns"] += 1
         if self.active:
             self._bulk_due = True
-        elif self.complete:
+        else:
+            self._reconcile()
+
+    def _reconcile(self) -> None:
+        """Compare this backup's kernel with the external cache, if that is worth it: it is complete."""
+        if self.settings.mode == HOT_STANDBY and (self.complete or self._completing):
             self._want_dump(RECONCILE)
 
     def _queue(self, key: bytes, record: bytes, now: float) -> None:
@@ -237,9 +256,8 @@ class Engine:
         key = flow.key
         replica = self.cache.get(key)
         if replica is not None and replica.injected:
-            replica.injected = False
             self.counters["replicas_restored"] += 1
-            self._create(key, wire.decode_flow(replica.record))
+            self._make(key, replica)
 
     def is_ours(self, flow: Flow) -> bool:
         """A flow that passes through the firewall, by the addresses: not its own, not ignored."""
@@ -337,6 +355,7 @@ class Engine:
             if self.dump.purpose == BULK:
                 self._bulk_number += 1
                 self._bulk_flows = 0
+                self._announced.clear()  # what this bulk does not name, and no event does, is gone
                 self._queue(_BULK_BEGIN, wire.encode_bulk_begin(self._bulk_number), now)
                 self.counters["bulks_sent"] += 1
 
@@ -362,16 +381,15 @@ class Engine:
         if wanted.reply != flow.reply:
             self.counters["replaced"] += 1
             self._ask(DELETE, key, flow)
-            self._create(key, wanted)
-        elif not replica.injected:
+            self._make(key, replica)
+        elif not replica.injected and replica.asked is None:
             self._park(key, replica, wanted)
 
     def _reconcile_missing(self) -> None:
         for key, replica in self.cache.items():
-            if replica.injected and key not in self._dump_seen:
+            if key not in self._dump_seen and replica.asked is None:
                 self.counters["replicas_restored"] += 1
-                replica.injected = False
-                self._create(key, wire.decode_flow(replica.record))
+                self._make(key, replica)
 
     def _flush_flow(self, flow: Flow, _now: float) -> None:
         if self.is_ours(flow):
@@ -397,7 +415,9 @@ class Engine:
         out: list[Request] = []
         while self._kernel and len(out) < limit:
             out.append(self._kernel.popleft())
-        while self._trim and len(out) < limit:
+        asked = bool(self._asked or out)
+        # only when the kernel has what it was asked for before: a replica under way still gets a parked timer
+        while self._trim and len(out) < limit and not asked:
             request = self._true_state(self._trim.popleft())
             if request is not None:
                 out.append(request)
@@ -430,53 +450,85 @@ class Engine:
     def _ask(self, operation: str, key: bytes, flow: Flow, timeout: int | None = None, attempt: int = 0) -> None:
         self._kernel.append(Request(operation, key, flow, timeout, attempt))
 
-    def _create(self, key: bytes, flow: Flow, attempt: int = 0) -> None:
-        timeout = flow.timeout
-        if not self.active:
-            timeout = max(timeout or 0, self.settings.park_timeout_s)
-        self._ask(CREATE, key, flow, timeout, attempt)
+    def _make(self, key: bytes, replica: Replica, attempt: int = 0) -> None:
+        """Have the kernel make the entry of a replica, as the peer described it last, with a parked timer."""
+        flow = wire.decode_flow(replica.record)
+        replica.injected = False
+        replica.asked = replica.record
+        self._ask(CREATE, key, flow, self._parked(flow), attempt)
+
+    def _parked(self, flow: Flow) -> int | None:
+        """A replica's timer: long, because a flow that is refreshed by traffic makes no events."""
+        if self.settings.mode != HOT_STANDBY:
+            return flow.timeout
+        return max(flow.timeout or 0, self.settings.park_timeout_s)
 
     def _park(self, key: bytes, replica: Replica, flow: Flow) -> None:
         """The kernel has the entry already (an earlier life of this node): adopt it."""
-        replica.injected = True
+        replica.injected = False
+        replica.asked = replica.record
         self.counters["adopted"] += 1
-        self._ask(UPDATE, key, flow, max(flow.timeout or 0, self.settings.park_timeout_s))
+        self._ask(UPDATE, key, flow, self._parked(flow), _ADOPTING)
 
     def _accepted(self, request: Request) -> None:
-        self.counters["kernel_" + request.operation + "d"] += 1
+        self.counters[_DONE[request.operation]] += 1
+        if request.operation != CREATE and request.attempt != _ADOPTING:
+            return
         self._refused.discard(request.key)
-        if request.operation == CREATE:
-            replica = self.cache.get(request.key)
-            if replica is not None:
-                replica.injected = True
+        replica = self.cache.get(request.key)
+        if replica is None:
+            if self.active and self.settings.replicate and self.session.established:
+                # a late flow of the former active node; this node's bulk may have gone out without it
+                self._announce(request.key, request.flow, self._now)
+            return
+        if self.dump is not None:
+            self._dump_seen.add(request.key)  # a running dump may have passed its place already
+        asked, replica.asked, replica.injected = replica.asked, None, True
+        if asked is not None and asked is not replica.record and not self.active:  # it changed meanwhile
+            self._refresh(request.key, replica, wire.decode_flow(asked), wire.decode_flow(replica.record))
+
+    def _refresh(self, key: bytes, replica: Replica, old: Flow, new: Flow) -> None:
+        """Bring the kernel's entry of a replica from ``old`` to ``new``, as far as that matters before a take-over."""
+        if old.reply != new.reply:
+            self._ask(DELETE, key, old)
+            self._make(key, replica)
+        elif new.status & ~old.status & _KEPT_BITS or any(
+            getattr(old, name) != getattr(new, name) for name in _KEPT_FIELDS
+        ):
+            self._ask(UPDATE, key, new, self._parked(new))
 
     def _failed(self, request: Request, error: int) -> None:
         operation, key, flow, timeout, attempt = request
+        replica = self.cache.get(key)
         if operation == DELETE:
             if error != errno.ENOENT:
                 self._refuse(request, error)
-            return
-        if operation in (UPDATE, TIMER):
-            replica = self.cache.get(key)
-            if error == errno.ENOENT and operation == UPDATE and replica is not None and attempt == 0:
-                replica.injected = False
+        elif operation in (UPDATE, TIMER):
+            if error == errno.ENOENT and replica is not None and operation == UPDATE and self.active:
                 self._ask(CREATE, key, flow, timeout, 1)
+            elif error == errno.ENOENT and replica is not None and (attempt == _ADOPTING or replica.asked is None):
+                self._make(key, replica, 1)
+            elif error == errno.EBUSY and operation == UPDATE:
+                self.counters["status_kept"] += 1  # the entry has status bits that the peer's has not
+                self._ask(TIMER, key, flow, timeout, attempt)
             elif error != errno.ENOENT:
                 self._refuse(request, error)
-            return
-        if error == errno.EEXIST and self.active:
+        elif replica is None and not self.active:
+            pass  # the peer removed it meanwhile
+        elif error == errno.EEXIST and self.active:
             self.counters["kept_own"] += 1  # the flow passed here already: this node knows it better
-        elif error == errno.EEXIST and self._adopting and attempt == 0:
-            replica = self.cache.get(key)
-            if replica is not None:
-                self._park(key, replica, flow)
-        elif error == errno.EEXIST and attempt == 0:
-            self._ask(DELETE, key, flow)
-            self._ask(CREATE, key, flow, timeout, 1)
+        elif error == errno.EEXIST and replica is not None and replica.injected:
+            pass  # another request was faster
+        elif error == errno.EEXIST and attempt == 0 and replica is not None:
+            if self._adopting:
+                self._park(key, replica, wire.decode_flow(replica.record))
+            else:
+                self._ask(DELETE, key, flow)
+                self._make(key, replica, 1)
         elif error in (errno.ENOENT, errno.EOPNOTSUPP) and flow.master is not None and attempt < 2:
             self.counters["degraded_without_master"] += 1
             self._ask(CREATE, key, flow._replace(master=None, master_proto=0), timeout, 2)
-        elif flow.helper is not None and attempt < 3:
+        elif error != errno.EEXIST and flow.helper is not None and attempt < 3:
             self.counters["degraded_without_helper"] += 1
             self._ask(CREATE, key, flow._replace(helper=None), timeout, 3)
         else:
@@ -485,7 +537,9 @@ class Engine:
     def _refuse(self, request: Request, error: int) -> None:
         name = errno.errorcode.get(error, str(error)).lower()
         self.counters[f"kernel_refused_{request.operation}_{name}"] += 1
-        if request.operation == CREATE and request.key in self.cache:
+        replica = self.cache.get(request.key)
+        if replica is not None and (request.operation == CREATE or request.attempt == _ADOPTING):
+            replica.injected, replica.asked = False, None
             self._refused.add(request.key)
 
     # --- the peer ----------------------------------------------------------------------------------------------------
@@ -520,16 +574,19 @@ class Engine:
         try:
             for kind, payload in wire.iter_tlv(records):
                 self.counters["records_received"] += 1
-                self._receive_record(kind, payload, now)
-        except WireError as error:
+                try:
+                    self._receive_record(kind, payload, now)
+                except WireError as error:
+                    self.counters["records_" + error.kind] += 1
+        except WireError as error:  # where the next record begins is unknown
             self.counters["records_" + error.kind] += 1
 
     def _receive_record(self, kind: int, payload: bytes, now: float) -> None:
-        if kind == wire.RECORD_UPSERT:
+        if not self.settings.replicate:
+            self.counters["ignored_replication_off"] += 1
+        elif kind == wire.RECORD_UPSERT:
             flow = wire.decode_flow(payload)
-            if not self.settings.replicate:
-                self.counters["ignored_replication_off"] += 1
-            elif not self.is_ours(flow):
+            if not self.is_ours(flow):
                 self.counters["refused_own_addresses"] += 1
             elif self.active:
                 self._ask(CREATE, flow.key, flow, flow.timeout)
@@ -544,7 +601,7 @@ class Engine:
             if not self.active:
                 self.cache.begin_bulk()
                 self._completing = False
-                self._adopting = True
+                self._adopting = self.settings.mode == HOT_STANDBY
         elif kind == wire.RECORD_BULK_END:
             wire.decode_bulk_end(payload)
             if not self.active and self.cache.bulk_running:
@@ -558,29 +615,21 @@ class Engine:
     def _upsert(self, key: bytes, flow: Flow, record: bytes, now: float) -> None:
         known = self.cache.get(key)
         before = known.record if known is not None else None
+        old = None
+        if before is not None and before != record:
+            old = wire.decode_flow(before)
+            if old.reply == flow.reply:  # the kernel's events leave out what did not change
+                flow = merge(old, flow)
+                record = wire.encode_flow(flow)
         replica = self.cache.put(key, record, now)
         if replica is None:
             self.counters["external_cache_full"] += 1
+        elif self.settings.mode != HOT_STANDBY or replica.asked is not None:
             return
-        if self.settings.mode != HOT_STANDBY:
-            return
-        if before is None or not replica.injected:
-            if before is None or key in self._refused:
-                self._create(key, flow)
-            return
-        if before == record:
-            return
-        old = wire.decode_flow(before)
-        if old.reply != flow.reply:
-            replica.injected = False
-            self._ask(DELETE, key, old)
-            self._create(key, flow)
-        elif (flow.status & ~old.status & _KEPT_BITS) or (flow.mark, flow.labels, flow.helper) != (
-            old.mark,
-            old.labels,
-            old.helper,
-        ):
-            self._ask(UPDATE, key, flow, max(flow.timeout or 0, self.settings.park_timeout_s))
+        elif not replica.injected:
+            self._make(key, replica)
+        elif old is not None:
+            self._refresh(key, replica, old, flow)
 
     def _delete(self, key: bytes) -> None:
         replica = self.cache.pop(key)
@@ -623,8 +672,8 @@ class Engine:
         """Read the kernel's table again: the active node sends it, a backup compares it with its external cache."""
         if self.active:
             self._bulk_due = True
-        elif self.settings.mode == HOT_STANDBY:
-            self._want_dump(RECONCILE)
+        else:
+            self._reconcile()
 
     def request_bulk(self, now: float) -> None:
         """Ask the active peer for its whole table."""
@@ -649,6 +698,7 @@ class Engine:
 
     def poll(self, now: float) -> list[bytes]:
         """Datagrams to send to the peer now."""
+        self._now = now
         self._housekeeping(now)
         self.session.set_status(self._status())
         self._send_pending(now)

@@ -41,6 +41,11 @@ class Pending:
         if self.oldest is None:
             self.oldest = now
 
+    def get(self, key: bytes) -> bytes | None:
+        """The record of ``key`` that waits."""
+        waiting = self._records.get(key)
+        return None if waiting is None else waiting[0]
+
     def drop(self, key: bytes) -> None:
         """Forget the change of ``key``, if one waits."""
         if self._records.pop(key, None) is not None:

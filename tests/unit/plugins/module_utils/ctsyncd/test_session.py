@@ -460,5 +460,5 @@ def test_changed_status_is_told_at_once_and_repeated() -> None:
     assert 9 <= len(statuses) <= 13
     assert set(statuses) == {new}
     two.ends["fw1"].say_bye()
-    two.run(0.1)
+    two.run(0.5)
     assert any(isinstance(event, PeerLeft) for event in two.events["fw2"])
