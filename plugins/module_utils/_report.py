@@ -436,7 +436,7 @@ def check_snat(evidence: Evidence) -> Outcome:
     rows = session_rows(evidence)
     virtual = need(evidence, "meta", "virtual_ips")
     bad = [
-        f"{row['name']}: {row['snat_before']} -> {row['snat_after']}"
+        f"{row['name']}: {row['snat_before']}, then {row['snat_after'] or 'nothing'}"
         for row in rows
         if not row["snat_before"]
         or row["snat_before"] != row["snat_after"]

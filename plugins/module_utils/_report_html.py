@@ -10,7 +10,7 @@ from typing import Any, Mapping, Optional, Sequence
 
 DASH = "\u2013"
 ROWS_SHOWN = 32
-"""A timeline shows at most this many sessions, those with the longest gaps; the table has them all."""
+"""A timeline shows at most this many sessions, of each kind those with the longest gaps; the table has them all."""
 
 # Geometry of a timeline, in units of its view box.
 WIDTH, LEFT, RIGHT, TOP, ROW = 1120, 118, 286, 62, 26
@@ -114,13 +114,22 @@ def upright(style: str, x: float, top: float, bottom: float) -> str:
     return f'<line class="{style}" x1="{x:g}" x2="{x:g}" y1="{top:g}" y2="{bottom:g}"/>'
 
 
+def chosen(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """As many of the sorted rows as a timeline shows: a quarter of the places at least for those that are not busy."""
+    busy = [row for row in rows if row["kind"] == "busy"][: ROWS_SHOWN * 3 // 4 - 1]
+    bulk = [row for row in rows if row["kind"] == "bulk"][: ROWS_SHOWN // 8]
+    ssh = [row for row in rows if row["kind"] == "ssh"]
+    idle = [row for row in rows if row["kind"] == "idle"][: ROWS_SHOWN - len(ssh) - len(busy) - len(bulk)]
+    return [*ssh, *busy, *bulk, *idle]
+
+
 def timeline(part: Mapping[str, Any]) -> str:
     """The picture of one experiment: sessions as rows, bytes over time."""
     first, last = part["window_ms"]
     rows = sorted(part["sessions"], key=order)
     hidden = len(rows) - ROWS_SHOWN
     if hidden > 0:
-        rows = rows[:ROWS_SHOWN]
+        rows = chosen(rows)
     plot = WIDTH - LEFT - RIGHT
     edge = LEFT + plot
     height = TOP + ROW * len(rows) + 8
@@ -165,16 +174,19 @@ def timeline(part: Mapping[str, Any]) -> str:
         ssh = row["name"] == "ssh"
         out.append(label("strong" if ssh else "", 6, line, "SSH session" if ssh else row["name"]))
         still = silence(row, last)
-        dead = not row["survived"] and part["kind"] == "control"
+        dead = not row["survived"]
         gap = "idle" if row["gap_ms"] is None else millis(row["gap_ms"])
         if dead:
             start = still[0] if still else 0
             out.append(rectangle("dead", x(start), y + 2, edge - x(start), ROW - 4, 3))
             words = "no answer" if row["kind"] == "idle" else "no byte passes any more"
+            if part["kind"] == "failover":
+                words = (row.get("reasons") or ["lost"])[0]
             if ssh and part.get("rc") is not None:
                 words = f"ssh gave up after {millis(part.get('died_after_ms'))}, rc {part['rc']}"
             captions.append(label("deadtext", x(moved or 0) + 10, line, words))
-            gap = gap if row["gap_ms"] is None else "endless"
+            if part["kind"] == "control" and row["gap_ms"] is not None:
+                gap = "endless"
         elif still:
             out.append(rectangle("gap", x(still[0]), y + 2, max(2.0, x(still[1]) - x(still[0])), ROW - 4, 3))
             if x(still[1]) - x(still[0]) > 36:
@@ -295,7 +307,11 @@ def tiles(report: Mapping[str, Any]) -> str:
     known = bool(resets) and None not in resets
     died = [part.get("died_after_ms") for part in controls]
     out = [
-        (f"{lost} of {len(sessions)}", f"sessions lost in {len(failovers)} failovers", lost > 0 or not sessions),
+        (
+            f"{lost} of {len(sessions)}",
+            f"sessions lost in {len(failovers)} failover{'' if len(failovers) == 1 else 's'}",
+            lost > 0 or not sessions,
+        ),
         (millis(report["takeover"]["worst_vip_ms"]), "until the virtual IPs had moved (worst)", False),
         (millis(report["takeover"]["longest_gap_ms"]), "longest silence of any session", False),
         (str(sum(resets)) if known else DASH, "resets of the sessions, at any place", not known or sum(resets) > 0),
