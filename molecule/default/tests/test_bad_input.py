@@ -80,7 +80,7 @@ def test_a_running_conntrackd_is_refused():
     host = testinfra.get_host(f"docker://{os.environ['CTSYNC_LAB_PREFIX']}fw2")
     # What counts is a process of that name; the real package is not among those that the lab offers.
     host.check_output("cp /bin/sleep /usr/local/sbin/conntrackd")
-    host.check_output("systemd-run --unit=test-conntrackd /usr/local/sbin/conntrackd 300")
+    host.check_output("systemd-run --collect --unit=test-conntrackd /usr/local/sbin/conntrackd 300")
     try:
         assert_refused(deploy({}), ["fw2: conntrackd", "systemctl disable --now conntrackd"])
     finally:
