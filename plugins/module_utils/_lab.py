@@ -98,6 +98,23 @@ def run_command(
         return Result(124, "", f"{' '.join(args)}: no end after {timeout:.0f} s")
 
 
+def start_in_background(command: Sequence[str], log: str) -> None:
+    """Start a program that outlives this one; what it says goes to the end of the log."""
+    with open(log, "ab") as stream:
+        subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, cwd="/", start_new_session=True
+        )
+
+
+def run_pipe(first: Sequence[str], second: Sequence[str]) -> str:
+    """Run ``first | second``; returns what went wrong, empty for nothing."""
+    with subprocess.Popen(first, stdout=subprocess.PIPE) as source:
+        done = subprocess.run(second, stdin=source.stdout, capture_output=True, check=False)
+    if done.returncode == 0 and source.returncode == 0:
+        return ""
+    return done.stderr.decode(errors="replace").strip() or f"{first[0]} ended with {source.returncode}"
+
+
 def tail(path: str, characters: int = 2000) -> str:
     """The last ``characters`` of a text file; empty when it cannot be read."""
     try:

@@ -73,7 +73,6 @@ packages:
 import os
 import shutil
 import signal
-import subprocess
 import time
 
 from ansible.module_utils.basic import AnsibleModule
@@ -100,15 +99,7 @@ def start(step: str, timeout: float) -> str:
     else:
         os.makedirs(_lab.RUN_DIRECTORY, mode=0o755, exist_ok=True)
         os.makedirs(f"{_lab.STATE_DIRECTORY}/docker", mode=0o711, exist_ok=True)
-        with open(log, "ab") as stream:
-            subprocess.Popen(
-                _lab.dockerd_arguments(),
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=stream,
-                cwd="/",
-                start_new_session=True,
-            )
+        _lab.start_in_background(_lab.dockerd_arguments(), log)
         record["started"], how = "background", f"started in the background, log in {log}"
     _lab.write_record(record)
     deadline = time.monotonic() + timeout

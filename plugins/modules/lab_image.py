@@ -109,7 +109,6 @@ log:
 
 import os
 import shutil
-import subprocess
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils import _lab
@@ -124,13 +123,9 @@ def import_tarball(tarball: str, tag: str) -> None:
 
     :raises LabError: with what zstd or docker said.
     """
-    unpack = subprocess.Popen(["zstd", "-dc", tarball], stdout=subprocess.PIPE)
-    with unpack:
-        done = subprocess.run(
-            ["docker", "import", *IMPORT_CHANGES, "-", tag], stdin=unpack.stdout, capture_output=True, check=False
-        )
-    if done.returncode != 0 or unpack.returncode != 0:
-        raise _lab.LabError(f"import of {tarball} failed: {done.stderr.decode(errors='replace').strip()}")
+    problem = _lab.run_pipe(["zstd", "-dc", tarball], ["docker", "import", *IMPORT_CHANGES, "-", tag])
+    if problem:
+        raise _lab.LabError(f"import of {tarball} failed: {problem}")
 
 
 def bootstrap(suite: str, mirror: str | None, tarball: str, log: str) -> None:
