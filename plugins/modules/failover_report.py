@@ -124,7 +124,8 @@ def read_evidence(path: str) -> list[dict[str, Any]]:
                     evidence.update(json.load(handle))
                 except (TypeError, ValueError) as error:
                     raise ValueError(f"{os.path.join(directory, name)} is not a JSON object: {error}") from error
-        if "meta" in evidence:
+        # One that ended before anything was seen says nothing; that it was not made is a failed check by itself.
+        if "meta" in evidence and len(evidence) > 1:
             experiments.append(evidence)
     return experiments
 

@@ -38,7 +38,8 @@ META = {"kind": "failover", "run": 1, "title": "one", "from": "fw1", "to": "fw2"
 
 
 def test_files_of_a_directory_are_put_together_in_the_order_of_the_directories(evidence, tmp_path):
-    evidence("002-1", "0-meta.json", {"meta": dict(META, title="later")})
+    evidence("002-1", "0-meta.json", {"meta": dict(META, title="later"), "poke": {}})
+    evidence("004-1", "0-meta.json", {"meta": dict(META, title="not begun")})
     evidence("001-1", "0-meta.json", {"meta": META})
     evidence("001-1", "2-after.json", {"poke": {"answers_ms": {}}})
     evidence("001-1", "notes.txt", "not evidence")
@@ -49,7 +50,7 @@ def test_files_of_a_directory_are_put_together_in_the_order_of_the_directories(e
 
 
 def test_a_failed_test_has_all_three_reports(run, evidence, tmp_path):
-    evidence("001-1", "0-meta.json", {"meta": META})
+    evidence("001-1", "0-meta.json", {"meta": META, "poke": {}})
     code, result = run(failure="Cut the power: <nothing> to cut")
     assert code == 0 and result["changed"] is True
     assert result["verdict"] == "failed"
