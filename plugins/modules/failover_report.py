@@ -51,6 +51,12 @@ attributes:
   diff_mode:
     support: none
     details: A report has no earlier state worth a comparison.
+  idempotent:
+    support: none
+    details: Writes the report anew each time.
+  action_group:
+    support: none
+    membership: []
 """
 
 EXAMPLES = r"""
