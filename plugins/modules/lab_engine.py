@@ -18,17 +18,13 @@ author:
   - The ctsync authors (@ctsync)
 requirements:
   - root
+extends_documentation_fragment:
+  - ctsync.ha_firewall.attributes
 attributes:
-  check_mode:
-    description: Can run in C(check_mode) and return the changes a real run would make, without making them.
-    support: full
   diff_mode:
-    description: Returns what has changed, or would change in C(check_mode), when in diff mode.
     support: none
   platform:
-    description: Target operating systems that the module works on.
     platforms: debian
-    support: full
 options:
   state:
     description:

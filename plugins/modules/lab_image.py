@@ -20,17 +20,11 @@ requirements:
   - root
   - a Docker engine
   - for a bootstrap, a Debian system (C(mmdebstrap) and C(zstd) are installed where missing)
+extends_documentation_fragment:
+  - ctsync.ha_firewall.attributes
 attributes:
-  check_mode:
-    description: Can run in C(check_mode) and return the changes a real run would make, without making them.
-    support: full
   diff_mode:
-    description: Returns what has changed, or would change in C(check_mode), when in diff mode.
     support: none
-  platform:
-    description: Target operating systems that the module works on.
-    platforms: linux
-    support: full
 options:
   base:
     description:

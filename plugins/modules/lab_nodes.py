@@ -20,17 +20,8 @@ requirements:
   - root
   - a Docker engine on this machine
   - pyroute2
-attributes:
-  check_mode:
-    description: Can run in C(check_mode) and return the changes a real run would make, without making them.
-    support: full
-  diff_mode:
-    description: Returns what has changed, or would change in C(check_mode), when in diff mode.
-    support: full
-  platform:
-    description: Target operating systems that the module works on.
-    platforms: linux
-    support: full
+extends_documentation_fragment:
+  - ctsync.ha_firewall.attributes
 options:
   image:
     description: The node image; required with O(state=present).
