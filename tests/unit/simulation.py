@@ -95,6 +95,7 @@ class Wire:
         self.loss = self.duplication = self.corruption = 0.0
         self.jitter_s = 0.0
         self.cut = False
+        self.deaf = ""  # the node that nothing gets to
         self.sent: list[tuple[str, bytes]] = []  # (to, datagram) of everything ever sent
         self._chance = chance
         self._queue: list[tuple[float, int, str, bytes]] = []
@@ -102,7 +103,7 @@ class Wire:
 
     def send(self, to: str, datagram: bytes, now: float) -> None:
         self.sent.append((to, datagram))
-        if self.cut:
+        if self.cut or to == self.deaf:
             return
         for _copy in range(1 + (self._chance.random() < self.duplication)):
             if self._chance.random() < self.loss:
@@ -373,6 +374,7 @@ class Simulation:
     def heal(self) -> None:
         self.wire.loss = self.wire.duplication = self.wire.corruption = self.wire.jitter_s = 0.0
         self.wire.cut = False
+        self.wire.deaf = ""
 
     def move(self, to: Node) -> None:
         """VRRP moves the virtual IPs: away from the one, then to the other."""

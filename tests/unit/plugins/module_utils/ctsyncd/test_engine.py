@@ -77,13 +77,16 @@ def test_updates_keep_what_the_kernel_does_not_repeat() -> None:
     assert (replica.labels, replica.seqadj, replica.mark) == (b"\1" * 16, ADJUSTED, 9)
 
 
-def test_new_flow_with_the_key_of_one_that_just_ended_inherits_nothing() -> None:
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("port", [40_000, 50_000])
+def test_new_flow_with_the_key_of_one_that_just_ended_inherits_nothing(known: bool, port: int) -> None:
     """End and beginning wait together for the link: the end must not be overtaken."""
     sim = Simulation().start()
     old = sim.fw1.kernel.open(tcp(1001, 40_000, labels=b"\1" * 16, seqadj=ADJUSTED))
-    sim.converge(sim.fw1, sim.fw2)
+    if known:
+        sim.converge(sim.fw1, sim.fw2)
     sim.fw1.kernel.close(old.key)
-    new = sim.fw1.kernel.open(tcp(1001, 50_000))
+    new = sim.fw1.kernel.open(tcp(1001, port))
     sim.converge(sim.fw1, sim.fw2)
     assert sim.fw2.kernel.table[new.key].reply == new.reply
     assert (sim.fw2.kernel.table[new.key].labels, sim.fw2.kernel.table[new.key].seqadj) == (None, None)
@@ -125,6 +128,21 @@ def test_half_open_and_own_flows_are_never_sent() -> None:
     kernel.change(half_open.key, state=k.TCP_SYN_SENT)  # the client takes its port again, out of TIME_WAIT
     sim.run(1.0)
     assert set(sim.fw2.kernel.table) == {udp(1000).key}
+
+
+@pytest.mark.parametrize("noticed", [True, False])
+def test_key_that_was_announced_once_is_judged_anew(noticed: bool) -> None:
+    sim = Simulation().start()
+    flow = sim.fw1.kernel.open(udp(1000))
+    sim.converge(sim.fw1, sim.fw2)
+    sim.fw1.kernel.close(flow.key)
+    if not noticed:
+        sim.fw1.kernel.events.clear()
+        sim.fw1.up.kernel_overrun()
+    sim.run(1.0)
+    sim.fw1.kernel.open(udp(1000, replied=False))
+    sim.run(1.0)
+    assert len(sim.fw2.up.cache) == 0
 
 
 def test_unreplied_flows_and_ignored_networks_follow_the_settings() -> None:
@@ -320,6 +338,31 @@ def test_reconciling_removes_what_is_too_much_and_restores_what_is_missing() -> 
     assert (counters["stale_removed"], counters["replicas_restored"], counters["replaced"]) == (1, 2, 1)
 
 
+def test_flow_that_begins_while_the_kernel_is_read_is_not_made_twice() -> None:
+    sim = busy(Simulation().start())
+    sim.converge(sim.fw1, sim.fw2)
+    sim.fw2.kernel.done.clear()
+    sim.fw2.up.resync()
+    sim.run_until(lambda: sim.fw2.up.dump)
+    record = wire.tlv(wire.RECORD_UPSERT, wire.encode_flow(sim.fw1.kernel.open(tcp(2001))))
+    sim.fw2.up._receive_records(record, sim.now)  # at once: the simulated wire is slower than the simulated dump
+    sim.converge(sim.fw1, sim.fw2)
+    assert operations(sim.fw2) == [engines.CREATE]
+
+
+def test_adopted_entry_that_is_further_than_the_peers_keeps_its_status() -> None:
+    """Status bits cannot be cleared: EBUSY."""
+    sim = Simulation()
+    sim.fw1.kernel.open(udp(1000))
+    ahead = udp(1000)._replace(status=udp(1000).status | k.IPS_ASSURED)
+    sim.fw2.kernel.table[ahead.key] = ahead
+    sim.start()
+    sim.run(1.0)
+    assert sim.fw2.up.counters["status_kept"] == 1
+    assert sim.fw2.kernel.table[ahead.key] == ahead._replace(timeout=PARKED)
+    assert sim.fw2.up.verdict(sim.now).verdict == readiness.READY
+
+
 def test_replica_that_somebody_deletes_comes_back() -> None:
     sim = busy(Simulation().start())
     sim.converge(sim.fw1, sim.fw2)
@@ -439,7 +482,7 @@ def test_replica_that_was_under_way_at_the_take_over_gets_its_true_timer() -> No
     sim.run(1.0)
     sim.fw1.kill()
     sim.fw2.set_role(readiness.ACTIVE, sim.now)
-    sim.fw2.requests_per_turn = 7
+    sim.fw2.requests_per_turn = 256
     sim.run(2.0)
     assert len(sim.fw2.kernel.table) == 40
     assert {flow.timeout for flow in sim.fw2.kernel.table.values()} == {30, 431_999}
@@ -504,12 +547,15 @@ def test_changes_that_waited_at_the_move_reach_the_new_active_node() -> None:
 def test_late_flow_of_the_former_active_node_comes_back_to_it() -> None:
     """It arrives when the new active node has sent its table already."""
     sim = Simulation().start()
+    sim.run(3.0)
+    sim.wire.deaf = "fw2"
     sim.fw1.kernel.open(udp(1000))
-    sim.fw2.set_role(readiness.ACTIVE, sim.now)
-    sim.run(0.05)
-    sim.fw1.set_role(readiness.BACKUP, sim.now)
+    sim.run(0.2)
+    sim.move(sim.fw2)
+    sim.run_until(lambda: sim.fw1.up.complete)
+    assert len(sim.fw1.kernel.table) == 0  # fw2's table did not have it
     sim.converge(sim.fw2, sim.fw1)
-    assert len(sim.fw1.kernel.table) == 1
+    assert len(sim.fw1.kernel.table) == len(sim.fw2.kernel.table) == 1
 
 
 def test_two_active_nodes_say_so_and_the_one_that_yields_adopts_the_others_table() -> None:

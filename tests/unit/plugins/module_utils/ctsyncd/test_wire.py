@@ -219,6 +219,18 @@ def test_every_truncation_of_a_datagram_is_refused_before_cryptography(kind: int
     assert wire.decode_header(header + bytes(wire.TAG_BYTES)).size == len(header)
 
 
+def test_master_with_half_a_port_is_refused() -> None:
+    master = tcp(21).orig
+    for size in range(5):
+        field = bytes((k.IPPROTO_TCP, size)) + master.src + master.dst + master.l4
+        record = wire.encode_flow(tcp(1)) + wire.tlv(8, field)
+        if size in (0, 4):
+            assert wire.decode_flow(record).master == master._replace(l4=master.l4[:size])
+        else:
+            with pytest.raises(WireError, match="master"):
+                wire.decode_flow(record)
+
+
 @pytest.mark.parametrize("ranges", [((3, 5),), ((6, 6),), ((6, 8), (7, 9)), ((9, 10), (6, 8))])
 def test_ack_ranges_that_overlap_or_go_back_are_refused(ranges: tuple[tuple[int, int], ...]) -> None:
     _kind, payload = next(wire.iter_tlv(wire.encode_ack(wire.Ack(5, 600, ranges))))
