@@ -6,19 +6,21 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import logging
 import os
 import selectors
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
 from . import __version__, control, ctnetlink, engine, netlink, readiness, render, service, vrrp
-from .config import Config
+from .config import Config, parse, read
 from .control import ControlError
 from .crypto import LibraryCrypto
-from .errors import NetlinkError
+from .errors import ConfigError, NetlinkError
 from .flow import Flow
 from .link import Link
 from .session import Session
@@ -39,9 +41,13 @@ NANOSECONDS = 1_000_000_000
 class Daemon:
     """Edges, engine and loop of one running daemon."""
 
-    def __init__(self, config: Config, secrets: dict[int, bytes]) -> None:
+    def __init__(self, config: Config, secrets: dict[int, bytes], path: str = "", digest: str = "") -> None:
+        """``path``: the configuration's file, for reloads; ``digest``: SHA-256 of its text."""
         now = time.monotonic()
         self.config = config
+        self._path = path
+        self._digest = digest
+        self._not_reloaded = ""  # why the file's newest text is not in use
         self.started = now
         self.stopping = False
         self._virtual_ips = [(vip.interface, vip.address, vip.packed) for vip in config.virtual_ips]
@@ -60,13 +66,7 @@ class Daemon:
             now=now,
         )
         self._engine = engine.Engine(
-            engine.Settings(
-                mode=config.mode,
-                replicate=config.replicate,
-                unreplied=config.udp == "all",
-                park_timeout_s=config.park_timeout_s,
-                ignore=tuple(str(network) for network in config.ignore_addresses),
-            ),
+            _settings(config),
             self._session,
             now,
         )
@@ -76,7 +76,9 @@ class Daemon:
         self._signals = service.Signals(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         self._selector = selectors.DefaultSelector()
         self._requests = netlink.RequestSocket()
-        self._events = netlink.EventSocket(config.netlink_buffer_bytes, ignore_portids=(self._requests.portid,))
+        self._events = netlink.EventSocket(
+            config.netlink_buffer_bytes, (self._requests.portid,), self._engine.filter.events
+        )
         self._event_buffer = config.netlink_buffer_bytes
         self._events_at: float | None = None  # events wait; the window ends then
         self._addresses = netlink.AddressMonitor()
@@ -252,19 +254,54 @@ class Daemon:
         role = readiness.ACTIVE if self._held == virtual else readiness.TRANSITION if self._held else readiness.BACKUP
         if role != self._engine.role:
             LOG.info("role %s: holds %d of %d virtual IPs", role, len(self._held), len(virtual))
+            self._engine.timeouts = netlink.protocol_timeouts()
             self._engine.set_role(role, now)
             self._write_gate(now)
 
     def _read_signals(self, now: float) -> None:
         for number in self._signals.read():
             if number == signal.SIGHUP:
-                LOG.info("SIGHUP: the kernel's table is read again; changed configuration needs a restart")
                 self._notifier.reloading()
-                self._engine.resync()
+                self._reload(now)
                 self._notifier.ready(self._status_line())
             else:
                 LOG.info("stopping on signal %d", number)
                 self.stopping = True
+
+    def _reload(self, now: float) -> None:
+        """Read the configuration again; what is wrong, or needs a restart, leaves everything as it is."""
+        try:
+            text = read(self._path)
+            new = parse(text, source=self._path)
+        except ConfigError as error:
+            for problem in error.problems:
+                LOG.error("SIGHUP: %s", problem)
+            more = f" (and {len(error.problems) - 1} more)" if len(error.problems) > 1 else ""
+            self._not_reloaded = f"the configuration was not reloaded: {error.problems[0]}{more}"
+            return
+        changed = self.config.differences(new)
+        fixed = [option.key for option in changed if not option.live]
+        if fixed:
+            names = ", ".join(fixed)
+            self._not_reloaded = f"the configuration was not reloaded: changes of {names} need a restart of ctsyncd"
+            LOG.error("SIGHUP: %s", self._not_reloaded)
+            return
+        self._not_reloaded = ""
+        self._digest = fingerprint(text)
+        self._apply(new, now)
+        LOG.info("SIGHUP: configuration reloaded: %s", ", ".join(option.key for option in changed) or "no change")
+
+    def _apply(self, new: Config, now: float) -> None:
+        """Use a configuration that differs from the present one in live options only."""
+        old, self.config = self.config, new
+        logging.getLogger().setLevel(new.log_level.upper())
+        self._session.set_timers(new.hello_interval_ms / 1000, new.dead_after_ms / 1000)
+        if new.netlink_buffer_bytes != old.netlink_buffer_bytes:
+            self._event_buffer = new.netlink_buffer_bytes
+            self._events.grow(new.netlink_buffer_bytes)
+        self._engine.reconfigure(_settings(new), now)
+        # before the table is read again, which closes the gap between the two filters
+        self._events.set_filter((self._requests.portid,), self._engine.filter.events)
 
     def _read_events(self, now: float) -> None:
         messages = self._events.read(EVENTS_PER_TURN)
@@ -273,11 +310,23 @@ class Daemon:
                 self._overrun(now)
             elif message.flow is not None:
                 self._engine.kernel_event(message.flow, message.kind == ctnetlink.Kind.DESTROY, now)
+        for flow in self._engine.take_unclear():
+            self._look_up(flow, now)
         if len(messages) >= EVENTS_PER_TURN:
             self._events_at = now
         else:
             self._events_at = None
             self._selector.register(self._events, selectors.EVENT_READ, self._events)
+
+    def _look_up(self, flow: Flow, now: float) -> None:
+        """Give the engine the kernel's whole entry of a flow whose event did not say enough."""
+        try:
+            found = self._requests.lookup(flow)
+        except NetlinkError as error:
+            self._log.warning("lookup", now, "looking up a flow: %s", error)
+            return
+        if found is not None:
+            self._engine.kernel_event(found, False, now)
 
     def _overrun(self, now: float) -> None:
         self._engine.kernel_overrun()
@@ -335,7 +384,7 @@ class Daemon:
 
     def _report(self, now: float) -> None:
         self._engine.problem = self._link.problem
-        self._engine.impaired = tuple(filter(None, (self._fifo.problem, self._track.problem)))
+        self._engine.impaired = tuple(filter(None, (self._not_reloaded, self._fifo.problem, self._track.problem)))
         verdict = self._engine.verdict(now)
         if verdict != self._verdict:
             if verdict[0] != self._verdict.verdict:
@@ -372,6 +421,7 @@ class Daemon:
                 {"interface": interface, "address": address, "held": packed in self._held}
                 for interface, address, packed in self._virtual_ips
             ],
+            "configuration": {"path": self._path, "digest": self._digest, "problem": self._not_reloaded},
             "replicate": self.config.replicate,
             "mode": self.config.mode,
             "peers": [{**self._engine.peer_status(now), "address": self.config.peer.address}],
@@ -555,6 +605,8 @@ def _message(request: engine.Request) -> bytes:
         return ctnetlink.create(flow, timeout=request.timeout)
     if request.operation == engine.UPDATE:
         return ctnetlink.update(flow, timeout=request.timeout)
+    if request.operation == engine.TIMER and request.attempt:  # an update that could not set the status
+        return ctnetlink.update(flow, timeout=request.timeout, status=False)
     if request.operation == engine.TIMER:
         bare = flow._replace(
             state=None, tcp_wscale=None, tcp_flags=None, sctp_vtags=None, mark=None, labels=None, seqadj=None
@@ -563,9 +615,29 @@ def _message(request: engine.Request) -> bytes:
     return ctnetlink.delete(flow)
 
 
-def run(config: Config) -> int:
+def _settings(config: Config) -> engine.Settings:
+    return engine.Settings(
+        mode=config.mode,
+        replicate=config.replicate,
+        unreplied=config.udp == "all",
+        park_timeout_s=config.park_timeout_s,
+        ignore=tuple(str(network) for network in config.ignore_addresses),
+        filter=config.filter,
+        lag_limit_s=config.lag_limit_ms / 1000,
+    )
+
+
+def fingerprint(text: str) -> str:
+    """SHA-256 of a configuration's text, in hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def run(path: str) -> int:
     """Be the daemon until it is told to stop; returns the exit status.  Raises ConfigError, NetlinkError."""
+    text = read(path)
+    config = parse(text, source=path)
+    service.setup_logging(config.log_level, sys.stderr)
     directory = os.environ.get("CREDENTIALS_DIRECTORY")
     secrets = {key_id: service.read_key(config, key_id, directory) for key_id in config.keys}
-    Daemon(config, secrets).run()
+    Daemon(config, secrets, path, fingerprint(text)).run()
     return 0

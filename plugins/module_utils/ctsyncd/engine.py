@@ -15,23 +15,26 @@ from __future__ import annotations
 
 import collections
 import errno
-import ipaddress
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from . import readiness, wire
+from . import config, readiness, wire
 from .constants import (
-    AF_INET,
+    IPPROTO_DCCP,
+    IPPROTO_GRE,
+    IPPROTO_ICMP,
+    IPPROTO_ICMPV6,
     IPPROTO_SCTP,
     IPPROTO_TCP,
-    IPPROTO_VRRP,
+    IPPROTO_UDP,
+    IPPROTO_UDPLITE,
     IPS_ASSURED,
     IPS_SEEN_REPLY,
     SCTP_ESTABLISHED,
     TCP_ESTABLISHED,
-    TCP_TIME_WAIT,
 )
 from .errors import WireError
+from .filters import Filter
 from .flow import Flow, merge
 from .session import BlockReceived, PeerLeft, Session, SessionUp, StatusReceived
 from .tables import ExternalCache, Pending, Replica
@@ -53,13 +56,24 @@ FLUSH = "flush"
 DUMP_ROOM = 20_000  # changes or requests that may wait before a dump, or the link, is read on
 REQUEST_BULK_AFTER_S = 2.0
 PURGE_AFTER_S = 60.0
-LAG_LIMIT_S = 2.0
 
 _BULK_BEGIN = b"begin"
 _BULK_END = b"end"
 _BULK_REQUEST = b"request"
 _ADOPTING = 1  # attempt of an update whose success means: the kernel holds the replica
 _GONE = b"-"  # before a flow's key: its end, which must not be overtaken by a new flow with the same key
+
+_OPEN = {IPPROTO_TCP: TCP_ESTABLISHED, IPPROTO_SCTP: SCTP_ESTABLISHED}
+_TIMEOUT_NAMES = {  # of a flow that was replied to, and of one that is ASSURED
+    IPPROTO_TCP: ("tcp_timeout_established", "tcp_timeout_established"),
+    IPPROTO_SCTP: ("sctp_timeout_established", "sctp_timeout_established"),
+    IPPROTO_DCCP: ("dccp_timeout_open", "dccp_timeout_open"),
+    IPPROTO_UDP: ("udp_timeout", "udp_timeout_stream"),
+    IPPROTO_UDPLITE: ("udp_timeout", "udp_timeout_stream"),
+    IPPROTO_GRE: ("gre_timeout", "gre_timeout_stream"),
+    IPPROTO_ICMP: ("icmp_timeout", "icmp_timeout"),
+    IPPROTO_ICMPV6: ("icmpv6_timeout", "icmpv6_timeout"),
+}
 
 _KEPT_BITS = IPS_SEEN_REPLY | IPS_ASSURED
 _KEPT_FIELDS = ("mark", "labels", "seqadj", "tcp_wscale", "sctp_vtags")
@@ -73,13 +87,19 @@ _ROLE_NAMES = {code: name for name, code in _ROLE_CODES.items()}
 
 
 class Settings(NamedTuple):
-    """What the configuration decides about the engine.  ``park_timeout_s``: timer of a replica in the kernel."""
+    """What the configuration decides about the engine.
+
+    ``park_timeout_s``: timer of a replica in the kernel.  ``lag_limit_s``: older changes without acknowledgement show
+    in the verdict.  ``filter``, ``ignore`` and ``unreplied``: see :class:`filters.Filter`.
+    """
 
     mode: str = HOT_STANDBY
     replicate: bool = True
     unreplied: bool = False  # replicate flows without a reply (not TCP, SCTP) too
     park_timeout_s: int = 86_400
     ignore: tuple[str, ...] = ()  # networks whose flows are never replicated
+    filter: config.Filter = config.EVERYTHING
+    lag_limit_s: float = 2.0
     commit_at_takeover: bool = True
     table_limit: int = 1_048_576
 
@@ -115,10 +135,13 @@ class Engine:
         self.dump: Dump | None = None
         self.problem = ""  # what stops replication: the node cannot become ready
         self.impaired: tuple[str, ...] = ()  # what an operator should mend, but does not stop it
+        self.timeouts: Mapping[str, int] = {}  # this kernel's, in seconds: sysctls net.netfilter.nf_conntrack_NAME
         self.complete = False
         self._side = ""  # ACTIVE or BACKUP: the last role that was not a transition
-        self._own: frozenset[bytes] = frozenset()
-        self._ignore = [ipaddress.ip_network(text) for text in settings.ignore]
+        self.filter = _filter(settings)
+        self._parked_s = settings.park_timeout_s  # the longest timer that a replica may be parked with
+        self._excluded = 0  # flows of the peer's last bulk, and since, that this node's filter excludes
+        self._unclear: list[Flow] = []
         self._announced: set[bytes] = set()
         self._kernel: collections.deque[Request] = collections.deque()
         self._trim: collections.deque[bytes] = collections.deque()
@@ -137,6 +160,29 @@ class Engine:
         self._request_at = now
         self._purge_at: float | None = None
         self._now = now  # of the last poll
+
+    def reconfigure(self, settings: Settings, now: float) -> None:
+        """Other settings from now on; ``mode``, ``replicate`` and the limits of tables stay what they were.
+
+        Where the filter is another one the active node sends its whole table again, and the peer removes what is not in
+        it.  A backup removes the replicas that are excluded now (nobody else would) and asks for the whole table.
+        """
+        old, self.settings = self.settings, settings
+        self._parked_s = max(self._parked_s, settings.park_timeout_s)
+        if _filtering(old) == _filtering(settings):
+            return
+        own = self.filter.own
+        self.filter = _filter(settings)
+        self.filter.own = own
+        if self.active:
+            self._bulk_due = True
+            return
+        for key, replica in self.cache.items():
+            if not self.filter.concerns(wire.decode_flow(replica.record)):
+                self.counters["excluded_removed"] += 1
+                self._delete(key)
+        if self.session.established:
+            self.request_bulk(now)
 
     # --- role --------------------------------------------------------------------------------------------------------
 
@@ -192,6 +238,7 @@ class Engine:
         self._announced.clear()
         self._refused.clear()
         self.cache.clear()
+        self._excluded = 0
         self.complete = False
         self._completing = False
         self._session_since = now
@@ -202,7 +249,7 @@ class Engine:
 
     def set_addresses(self, own: Iterable[bytes]) -> None:
         """Addresses of this node, virtual IPs included (packed): flows that begin or end here are not replicated."""
-        self._own = frozenset(own)
+        self.filter.own = frozenset(own)
 
     def kernel_event(self, flow: Flow, destroyed: bool, now: float) -> None:
         """A conntrack event that this daemon did not cause."""
@@ -214,13 +261,27 @@ class Engine:
         if not self.settings.replicate or not self.session.established:
             return
         key = flow.key
-        if destroyed or self._is_half_open(flow):
-            if key in self._announced:
+        if key in self._announced:
+            if not destroyed and self.filter.keeps(flow):
+                self._announce(key, flow, now)
+            else:
                 self._announced.discard(key)
                 self.pending.drop(key)
                 self._queue(_GONE + key, wire.tlv(wire.RECORD_DELETE, key), now)
-        elif key in self._announced or self._is_worth(flow):
+        elif destroyed:
+            pass
+        elif self.filter.matches(flow):
             self._announce(key, flow, now)
+        elif self.filter.is_unclear(flow) and self.filter.concerns(flow):
+            self._unclear.append(flow)
+
+    def take_unclear(self) -> list[Flow]:
+        """Flows whose last event did not say enough to judge them.
+
+        The caller looks each up in the kernel and gives what it finds to :meth:`kernel_event`.
+        """
+        found, self._unclear = self._unclear, []
+        return found
 
     def _announce(self, key: bytes, flow: Flow, now: float) -> None:
         self._announced.add(key)
@@ -259,42 +320,9 @@ class Engine:
             self.counters["replicas_restored"] += 1
             self._make(key, replica)
 
-    def is_ours(self, flow: Flow) -> bool:
-        """A flow that passes through the firewall, by the addresses: not its own, not ignored."""
-        if flow.proto == IPPROTO_VRRP:
-            return False
-        source, server, target = flow.orig.src, flow.reply.src, flow.orig.dst
-        if source in self._own or server in self._own:
-            return False
-        if flow.family == AF_INET:
-            if source[0] == 127 or server[0] == 127 or target[0] >= 224:
-                return False
-        elif target[0] == 0xFF or target[:2] == b"\xfe\x80" or source[:2] == b"\xfe\x80":
-            return False
-        if self._ignore:
-            for address in (source, server):
-                parsed = ipaddress.ip_address(address)
-                if any(parsed in network for network in self._ignore):
-                    return False
-        return True
-
-    @staticmethod
-    def _is_half_open(flow: Flow) -> bool:
-        return flow.proto == IPPROTO_TCP and flow.state is not None and not TCP_ESTABLISHED <= flow.state < 9
-
-    def _is_worth(self, flow: Flow) -> bool:
-        """Is this flow announced to the peer?  Nothing half-open is, and nothing that is over."""
-        if not self.is_ours(flow):
-            return False
-        if flow.proto == IPPROTO_TCP:
-            return flow.state is not None and TCP_ESTABLISHED <= flow.state <= TCP_TIME_WAIT
-        if flow.proto == IPPROTO_SCTP:
-            return flow.state is not None and flow.state == SCTP_ESTABLISHED
-        return self.settings.unreplied or flow.replied
-
     def is_announced(self, flow: Flow) -> bool:
         """Does this entry of the kernel belong to the internal cache: replicated, and not the peer's?"""
-        return self._is_worth(flow) and (self.active or flow.key not in self.cache)
+        return self.filter.matches(flow) and (self.active or flow.key not in self.cache)
 
     # --- kernel: dumps -----------------------------------------------------------------------------------------------
 
@@ -360,21 +388,23 @@ class Engine:
                 self.counters["bulks_sent"] += 1
 
     def _bulk_flow(self, flow: Flow, now: float) -> None:
-        if self._is_worth(flow):
+        if self.filter.matches(flow):
             self._bulk_flows += 1
             key = flow.key
             self._announced.add(key)
             self._queue(key, wire.tlv(wire.RECORD_UPSERT, wire.encode_flow(flow)), now)
 
     def _reconcile_flow(self, flow: Flow, _now: float) -> None:
-        """Compare an entry of this backup's kernel with the external cache; the cache is right."""
-        if not self.is_ours(flow):
-            return
+        """Compare an entry of this backup's kernel with the external cache; the cache is right.
+
+        What the cache does not know and the filter excludes is not this daemon's to remove.
+        """
         key = flow.key
         replica = self.cache.get(key)
         if replica is None:
-            self.counters["stale_removed"] += 1
-            self._ask(DELETE, key, flow)
+            if self.filter.concerns(flow):
+                self.counters["stale_removed"] += 1
+                self._ask(DELETE, key, flow)
             return
         self._dump_seen.add(key)
         wanted = wire.decode_flow(replica.record)
@@ -392,7 +422,7 @@ class Engine:
                 self._make(key, replica)
 
     def _flush_flow(self, flow: Flow, _now: float) -> None:
-        if self.is_ours(flow):
+        if self.filter.concerns(flow):
             key = flow.key
             replica = self.cache.get(key)
             if replica is not None:
@@ -430,13 +460,26 @@ class Engine:
         if replica is None:
             return None
         flow = wire.decode_flow(replica.record)
+        lifetime = self._lifetime(flow)
         if not replica.injected:
-            return Request(CREATE, key, flow, flow.timeout)
+            return Request(CREATE, key, flow, lifetime)
         if _is_closing(replica.record):
-            return Request(UPDATE, key, flow, flow.timeout)
-        if (flow.timeout or 0) >= self.settings.park_timeout_s:
-            return None  # was never parked
-        return Request(TIMER, key, flow, flow.timeout)
+            return Request(UPDATE, key, flow, lifetime)
+        if (flow.timeout or 0) - (self._now - replica.since) >= self._parked_s:
+            return None  # was never parked, and has that much left
+        return Request(TIMER, key, flow, lifetime)
+
+    def _lifetime(self, flow: Flow) -> int | None:
+        """Seconds that a replica may live at take-over until a packet refreshes it.
+
+        The record may say too little: it tells what was left when the flow last made an event or a bulk named it, and
+        packets refresh the timer without an event.  So an open flow gets its protocol's time, as from a packet now.
+        """
+        if flow.proto in (IPPROTO_TCP, IPPROTO_SCTP) and flow.state is not None and flow.state != _OPEN[flow.proto]:
+            return flow.timeout
+        replied, streaming = _TIMEOUT_NAMES.get(flow.proto, ("generic_timeout", "generic_timeout"))
+        own = self.timeouts.get(streaming if flow.assured else replied)
+        return flow.timeout if own is None else max(own, flow.timeout or 0)
 
     def kernel_results(self, results: Iterable[tuple[Request, int]]) -> None:
         """Results, 0 or an errno, of requests."""
@@ -586,10 +629,12 @@ class Engine:
             self.counters["ignored_replication_off"] += 1
         elif kind == wire.RECORD_UPSERT:
             flow = wire.decode_flow(payload)
-            if not self.is_ours(flow):
+            if not self.filter.passes_through(flow):
                 self.counters["refused_own_addresses"] += 1
+            elif not self.filter.selects(flow):
+                self._exclude(flow)
             elif self.active:
-                self._ask(CREATE, flow.key, flow, flow.timeout)
+                self._ask(CREATE, flow.key, flow, self._lifetime(flow))
             else:
                 self._upsert(flow.key, flow, payload, now)
         elif kind == wire.RECORD_DELETE:
@@ -600,6 +645,7 @@ class Engine:
             wire.decode_bulk_begin(payload)
             if not self.active:
                 self.cache.begin_bulk()
+                self._excluded = 0
                 self._completing = False
                 self._adopting = self.settings.mode == HOT_STANDBY
         elif kind == wire.RECORD_BULK_END:
@@ -611,6 +657,13 @@ class Engine:
             self._bulk_due = self._bulk_due or self.active
         else:
             self.counters["skipped_unknown_record"] += 1
+
+    def _exclude(self, flow: Flow) -> None:
+        """The peer replicates what this node's filter excludes: the filters are different."""
+        self.counters["refused_by_filter"] += 1
+        if not self.active:
+            self._excluded += 1
+            self._delete(flow.key)
 
     def _upsert(self, key: bytes, flow: Flow, record: bytes, now: float) -> None:
         known = self.cache.get(key)
@@ -772,11 +825,17 @@ class Engine:
                 waiting=len(self._kernel) if len(self._kernel) > DUMP_ROOM else 0,
                 refused=len(self._refused),
                 lag_s=self.lag(now)[1],
-                lag_limit_s=LAG_LIMIT_S,
+                lag_limit_s=self.settings.lag_limit_s,
                 problem=self.problem,
-                impaired=self.impaired,
+                impaired=self._impairments(),
             )
         )
+
+    def _impairments(self) -> tuple[str, ...]:
+        if self.active or not self._excluded:
+            return self.impaired
+        text = f"{self.session.peer} replicates flows that this node's filter excludes: give both the same filter"
+        return (*self.impaired, text)
 
     def peer_status(self, now: float) -> dict[str, Any]:
         """The peer's part of ``status --json``."""
@@ -798,6 +857,14 @@ class Engine:
         """The external cache: flows and when their replication began (monotonic seconds)."""
         for _key, replica in self.cache.items():
             yield wire.decode_flow(replica.record), replica.since
+
+
+def _filtering(settings: Settings) -> tuple[object, ...]:
+    return settings.filter, settings.ignore, settings.unreplied
+
+
+def _filter(settings: Settings) -> Filter:
+    return Filter(settings.filter, settings.ignore, settings.unreplied)
 
 
 def _is_closing(record: bytes) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import array
 import errno
+import glob
 import os
 import select
 import socket
@@ -18,8 +19,10 @@ import struct
 from typing import Collection, Iterator, NamedTuple, Sequence, TypeVar
 
 from . import ctnetlink
+from .constants import IPPROTO_SCTP, IPPROTO_TCP, IPS_SEEN_REPLY
 from .ctnetlink import Event, Kind, Message
 from .errors import NetlinkError
+from .filters import EventFilter
 from .flow import Flow
 
 # <linux/netlink.h>
@@ -54,10 +57,14 @@ IFA_F_TENTATIVE = 0x40
 # <linux/filter.h>: classic BPF
 _BPF_LD_W_ABS = 0x20
 _BPF_LD_H_ABS = 0x28
+_BPF_LD_W_IND = 0x40
+_BPF_LD_H_IND = 0x48
 _BPF_LD_B_IND = 0x50
 _BPF_LD_IMM = 0x00
 _BPF_LDX_IMM = 0x01
+_BPF_JA = 0x05
 _BPF_JEQ_K = 0x15
+_BPF_JSET_K = 0x45
 _BPF_RET_K = 0x06
 _BPF_TAX = 0x07
 _SKF_AD_NLATTR = 0xFFFFF000 + 12  # offset of attribute X at or behind A, 0 if there is none
@@ -70,6 +77,8 @@ _IFADDRMSG = struct.Struct("=BBBBi")
 DEFAULT_EVENT_BUFFER = 64 << 20
 """Bytes.  A queued event takes 1280 of them, so this is about 100,000 events (it is only used when they queue)."""
 
+PASS_ALL = EventFilter()
+
 _ANSWER_BUFFER = 4 << 20
 _READ_SIZE = 64 << 10  # the kernel fills at most 32 KiB of it in a dump
 _EVENT_SIZE = 4 << 10  # one event with everything in it has less than 1 KiB
@@ -77,41 +86,108 @@ _SLICE_BYTES = 64 << 10  # of requests per system call; well below the default s
 _ROUTE_TIMEOUT = 5  # seconds
 
 
-def event_filter(ignore_portids: Collection[int] = (), tcp_states: Collection[int] | None = None) -> bytes:
+def event_filter(ignore_portids: Collection[int] = (), unwanted: EventFilter = PASS_ALL) -> bytes:
     """Classic BPF program (array of struct sock_filter) for a socket of conntrack events.
 
-    Drops the events caused by requests from the given netlink ports and, with ``tcp_states``, those with another TCP
-    state.  Every other DESTROY and every event without TCP protocol information passes.  BPF loads are big-endian while
-    the netlink header is in host order, so the constants are turned around.
+    Drops the events caused by requests from the given netlink ports and what ``unwanted`` describes.  BPF loads are
+    big-endian while the netlink header is in host order, so the constants are turned around.
     """
-    code: list[tuple[int, int, str]] = []  # operation, operand, label to jump to if equal
+    code = _Assembler()
     if ignore_portids:
-        code.append((_BPF_LD_W_ABS, 12, ""))  # nlmsg_pid
-        code += [(_BPF_JEQ_K, _swapped(portid, "I"), "drop") for portid in ignore_portids]
-    if tcp_states is not None:
+        code.add(_BPF_LD_W_ABS, 12)  # nlmsg_pid
+        for portid in ignore_portids:
+            code.add(_BPF_JEQ_K, _swapped(portid, "I"), "drop")
+    if unwanted != PASS_ALL:
         destroy = ctnetlink.NFNL_SUBSYS_CTNETLINK << 8 | ctnetlink.IPCTNL_MSG_CT_DELETE
-        code.append((_BPF_LD_H_ABS, 4, ""))  # nlmsg_type
-        code.append((_BPF_JEQ_K, _swapped(destroy, "H"), "pass"))
-        code.append((_BPF_LD_IMM, ctnetlink.HEADER_LEN + 4, ""))  # the first attribute, behind struct nfgenmsg
-        for kind, find in (
-            (ctnetlink.CTA_PROTOINFO, _SKF_AD_NLATTR),
-            (ctnetlink.CTA_PROTOINFO_TCP, _SKF_AD_NLATTR_NEST),
-            (ctnetlink.CTA_PROTOINFO_TCP_STATE, _SKF_AD_NLATTR_NEST),
-        ):
-            code.append((_BPF_LDX_IMM, kind, ""))
-            code.append((_BPF_LD_W_ABS, find, ""))
-            code.append((_BPF_JEQ_K, 0, "pass"))
-        code.append((_BPF_TAX, 0, ""))
-        code.append((_BPF_LD_B_IND, 4, ""))  # the value, behind struct nlattr
-        code += [(_BPF_JEQ_K, state, "pass") for state in sorted(tcp_states)]
-        code.append((_BPF_RET_K, 0, ""))
-    targets = {"pass": len(code), "drop": len(code) + 1}
-    code.append((_BPF_RET_K, 0xFFFFFFFF, ""))
-    code.append((_BPF_RET_K, 0, ""))
-    return b"".join(
-        _INSTRUCTION.pack(operation, targets[label] - at - 1 if label else 0, 0, operand)
-        for at, (operation, operand, label) in enumerate(code)
+        code.add(_BPF_LD_H_ABS, 4)  # nlmsg_type
+        code.add(_BPF_JEQ_K, _swapped(destroy, "H"), "pass")
+        _zone_instructions(code, unwanted.zones)
+        _protocol_instructions(code, unwanted)
+    code.label("pass")
+    code.add(_BPF_RET_K, 0xFFFFFFFF)
+    code.label("drop")
+    code.add(_BPF_RET_K, 0)
+    return code.program()
+
+
+class _Assembler:
+    """Instructions of classic BPF with named jump targets."""
+
+    def __init__(self) -> None:
+        self._code: list[tuple[int, int, str]] = []  # operation, operand, label to jump to
+        self._labels: dict[str, int] = {}
+
+    def add(self, operation: int, operand: int = 0, label: str = "") -> None:
+        """An instruction; of a conditional jump ``label`` is where to go if the condition is true."""
+        self._code.append((operation, operand, label))
+
+    def label(self, name: str) -> None:
+        self._labels[name] = len(self._code)
+
+    def find(self, *path: int, missing: str) -> None:
+        """A = offset of the attribute at ``path``; without it go to ``missing``."""
+        self.add(_BPF_LD_IMM, ctnetlink.HEADER_LEN + 4)  # the first attribute, behind struct nfgenmsg
+        for place, kind in enumerate(path):
+            self.add(_BPF_LDX_IMM, kind)
+            self.add(_BPF_LD_W_ABS, _SKF_AD_NLATTR_NEST if place else _SKF_AD_NLATTR)
+            self.add(_BPF_JEQ_K, 0, missing)
+
+    def load(self, operation: int, *path: int, missing: str) -> None:
+        """A = value of the attribute at ``path``, behind its struct nlattr."""
+        self.find(*path, missing=missing)
+        self.add(_BPF_TAX)
+        self.add(operation, 4)
+
+    def program(self) -> bytes:
+        out = []
+        for at, (operation, operand, label) in enumerate(self._code):
+            distance = self._labels[label] - at - 1 if label else 0
+            if operation == _BPF_JA:
+                out.append(_INSTRUCTION.pack(operation, 0, 0, distance))
+            else:
+                out.append(_INSTRUCTION.pack(operation, distance, 0, operand))
+        return b"".join(out)
+
+
+def _zone_instructions(code: _Assembler, zones: Collection[int]) -> None:
+    if not zones:
+        return
+    code.load(_BPF_LD_H_IND, ctnetlink.CTA_ZONE, missing="no zone")
+    for zone in zones:
+        code.add(_BPF_JEQ_K, zone, "zone wanted")
+    code.add(_BPF_JA, label="drop")
+    code.label("no zone")
+    if 0 not in zones:
+        code.find(ctnetlink.CTA_TUPLE_ORIG, ctnetlink.CTA_TUPLE_ZONE, missing="drop")
+        # a zone of one direction only: rare, and judged by the reader
+    code.label("zone wanted")
+
+
+def _protocol_instructions(code: _Assembler, unwanted: EventFilter) -> None:
+    code.load(
+        *(_BPF_LD_B_IND, ctnetlink.CTA_TUPLE_ORIG, ctnetlink.CTA_TUPLE_PROTO, ctnetlink.CTA_PROTO_NUM), missing="pass"
     )
+    for protocol in unwanted.protocols:
+        code.add(_BPF_JEQ_K, protocol, "protocol wanted")
+    if unwanted.protocols:
+        code.add(_BPF_JA, label="drop")
+    code.label("protocol wanted")
+    code.add(_BPF_JEQ_K, IPPROTO_TCP, "tcp")
+    code.add(_BPF_JEQ_K, IPPROTO_SCTP, "pass")
+    if unwanted.replied_only:
+        code.load(_BPF_LD_W_IND, ctnetlink.CTA_STATUS, missing="pass")
+        code.add(_BPF_JSET_K, IPS_SEEN_REPLY, "pass")
+        code.add(_BPF_JA, label="drop")
+    else:
+        code.add(_BPF_JA, label="pass")
+    code.label("tcp")
+    if unwanted.tcp_states:
+        code.load(
+            *(_BPF_LD_B_IND, ctnetlink.CTA_PROTOINFO, ctnetlink.CTA_PROTOINFO_TCP, ctnetlink.CTA_PROTOINFO_TCP_STATE),
+            missing="pass",
+        )
+        for state in unwanted.tcp_states:
+            code.add(_BPF_JEQ_K, state, "drop")
 
 
 def _swapped(value: int, size: str) -> int:
@@ -170,30 +246,30 @@ class _Socket:
 class EventSocket(_Socket):
     """Conntrack events of this network namespace.
 
-    ``ignore_portids``: netlink ports whose doings are not reported (our own :class:`RequestSocket`).  ``tcp_states``:
-    see :func:`event_filter`.  ``overruns`` and ``malformed`` count lost-event marks and undecodable events.
+    ``ignore_portids``: netlink ports whose doings are not reported (our own :class:`RequestSocket`).  ``unwanted``:
+    other events that are not reported.  ``overruns`` and ``malformed`` count lost-event marks and undecodable events.
     """
 
     def __init__(
         self,
         receive_buffer: int = DEFAULT_EVENT_BUFFER,
         ignore_portids: Collection[int] = (),
-        tcp_states: Collection[int] | None = None,
+        unwanted: EventFilter = PASS_ALL,
     ) -> None:
         super().__init__(NETLINK_NETFILTER, receive_buffer)
         self.overruns = 0
         self.malformed = 0
         try:
-            self.set_filter(ignore_portids, tcp_states)
+            self.set_filter(ignore_portids, unwanted)
             groups = NF_NETLINK_CONNTRACK_NEW | NF_NETLINK_CONNTRACK_UPDATE | NF_NETLINK_CONNTRACK_DESTROY
             self._sock.bind((0, groups))
         except OSError:
             self.close()
             raise
 
-    def set_filter(self, ignore_portids: Collection[int] = (), tcp_states: Collection[int] | None = None) -> None:
+    def set_filter(self, ignore_portids: Collection[int] = (), unwanted: EventFilter = PASS_ALL) -> None:
         """Replace the kernel-side filter; events that are already queued are not affected."""
-        program = array.array("B", event_filter(ignore_portids, tcp_states))
+        program = array.array("B", event_filter(ignore_portids, unwanted))
         address, length = program.buffer_info()
         # struct sock_fprog; the kernel copies the program before setsockopt returns
         fprog = struct.pack("@HP", length // _INSTRUCTION.size, address)
@@ -391,6 +467,21 @@ def dump_flows(family: int = 0) -> Iterator[list[Flow]]:
                 yield flows
         if walk.interrupted:
             raise NetlinkError("the conntrack table changed during the dump", errno.EINTR)
+
+
+def protocol_timeouts() -> dict[str, int]:
+    """The timers in seconds that this network namespace gives flows: sysctl net.netfilter.nf_conntrack_NAME by NAME.
+
+    A file that cannot be read is left out.
+    """
+    timeouts: dict[str, int] = {}
+    for path in glob.glob("/proc/sys/net/netfilter/nf_conntrack_*_timeout*"):
+        try:
+            with open(path, encoding="ascii") as stream:
+                timeouts[os.path.basename(path)[len("nf_conntrack_") :]] = int(stream.read())
+        except (OSError, ValueError):
+            continue
+    return timeouts
 
 
 class InterfaceAddress(NamedTuple):

@@ -475,6 +475,55 @@ def test_take_over_makes_nothing_and_sets_true_states_closing_flows_first() -> N
     assert len(sim.fw2.up.cache) == 0
 
 
+KERNEL_TIMEOUTS = {"tcp_timeout_established": 432_000, "udp_timeout": 40, "udp_timeout_stream": 150, "gre_timeout": 50}
+
+
+@pytest.mark.parametrize("injected", [True, False])
+def test_take_over_never_gives_an_open_flow_less_than_its_protocols_time(injected: bool) -> None:
+    """What the record says was left when the flow last made an event; packets may have refreshed it since."""
+    sim = Simulation().start()
+    kernel = sim.fw1.kernel
+    assured = k.IPS_CONFIRMED | k.IPS_SEEN_REPLY | k.IPS_ASSURED
+    wanted = {
+        kernel.open(tcp(1001, timeout=200_000)).key: 432_000,
+        kernel.open(tcp(1002, timeout=50)).key: 432_000,
+        kernel.open(tcp(1003, timeout=500_000)).key: 500_000,  # set by a timeout policy
+        kernel.open(tcp(1004, state=k.TCP_TIME_WAIT, timeout=100)).key: 100,
+        kernel.open(udp(1005, timeout=3)).key: 40,
+        kernel.open(udp(1006)._replace(timeout=3, status=assured)).key: 150,
+        kernel.open(udp(1007)._replace(proto=k.IPPROTO_GRE, timeout=600)).key: 600,
+        kernel.open(udp(1008)._replace(proto=k.IPPROTO_ICMPV6, timeout=7)).key: 7,  # this kernel does not say
+    }
+    sim.converge(sim.fw1, sim.fw2)
+    if not injected:
+        sim.fw2.kernel.table.clear()
+        sim.fw2.kernel.table.ends.clear()
+        for _key, replica in sim.fw2.up.cache.items():
+            replica.injected = False
+    sim.fw1.kill()
+    sim.fw2.up.timeouts = KERNEL_TIMEOUTS
+    sim.fw2.set_role(readiness.ACTIVE, sim.now)
+    sim.run(1.0)
+    held = {key: flow.timeout for key, flow in sim.fw2.kernel.table.items()}
+    if injected:
+        wanted[tcp(1001).key] = 200_000  # longer than a parked timer: left as it is
+    assert held == wanted
+
+
+def test_long_timer_that_ran_down_on_the_backup_is_renewed_at_the_take_over() -> None:
+    """The peer's packets refreshed the original for days while the replica's timer ran."""
+    sim = Simulation().start()
+    flow = sim.fw1.kernel.open(tcp(1001))
+    sim.converge(sim.fw1, sim.fw2)
+    sim.fw1.kill()
+    sim.now += 431_000
+    sim.fw2.kernel.table[flow.key] = flow._replace(timeout=999)
+    sim.fw2.up.timeouts = KERNEL_TIMEOUTS
+    sim.fw2.set_role(readiness.ACTIVE, sim.now)
+    sim.run(1.0)
+    assert sim.fw2.kernel.table[flow.key].timeout == 432_000
+
+
 def test_replica_that_was_under_way_at_the_take_over_gets_its_true_timer() -> None:
     sim = Simulation().start()
     sim.fw2.requests_per_turn = 0
