@@ -40,6 +40,7 @@ CONFIG_OPTIONS = (
     "hello_interval_ms",
     "dead_after_ms",
     "window_ms",
+    "lag_limit_ms",
     "datagram_bytes",
     "netlink_buffer_bytes",
     "park_timeout_s",
@@ -77,6 +78,7 @@ def key_file(key_id: int) -> str:
 def render_config(params: Mapping[str, Any]) -> str:
     """``ctsyncd.conf`` from the module's options; options without a value are left to the daemon's defaults."""
     document = {name: params[name] for name in CONFIG_OPTIONS if params.get(name) is not None}
+    document["filter"] = {key: value for key, value in (params.get("filter") or {}).items() if value is not None}
     document["peers"] = [{key: peer[key] for key in ("node", "address")} for peer in params["peers"]]
     document["link"] = {key: params["link"][key] for key in ("interface", "address", "port")}
     document["virtual_ips"] = [

@@ -29,6 +29,48 @@ options:
     description: Whether the daemon is started at boot.
     type: bool
     default: true
+  filter:
+    description:
+      - What is replicated, the same on both nodes. A flow must meet every list that is not empty.
+      - Flows that are not selected are also never removed from the backup's kernel.
+    type: dict
+    default: {}
+    suboptions:
+      addresses:
+        description: Networks. The client or the server of the flow is in one of them.
+        type: list
+        elements: str
+        default: []
+      marks:
+        description: Connection marks. The flow has one of them. No mark is mark 0.
+        type: list
+        elements: dict
+        default: []
+        suboptions:
+          mask:
+            description: Which bits of the mark count.
+            type: int
+            default: 4294967295
+          value:
+            description: The mark's bits under the mask.
+            type: int
+            required: true
+      protocols:
+        description: Protocols, by name (such as V(tcp), V(udp), V(icmp), V(sctp), V(gre)) or IANA number.
+        type: list
+        elements: str
+        default: []
+      tcp_states:
+        description: TCP states. A flow that leaves them is removed from the peer.
+        type: list
+        elements: str
+        choices: [ESTABLISHED, FIN_WAIT, CLOSE_WAIT, LAST_ACK, TIME_WAIT, CLOSE]
+        default: []
+      zones:
+        description: Conntrack zones. No zone is zone 0.
+        type: list
+        elements: int
+        default: []
   hello_interval_ms:
     description: Time between two signs of life on an idle link, in milliseconds.
     type: int
@@ -60,6 +102,12 @@ options:
         description: Base64 of at least 32 random bytes, as C(openssl rand -base64 32) prints it.
         type: str
         required: true
+  lag_limit_ms:
+    description:
+      - Age, in milliseconds, of the oldest change that the peer has not acknowledged from which on the active node says
+        that it is degraded.
+    type: int
+    default: 2000
   link:
     description: This node's end of the sync link. Required with O(state=present).
     type: dict
@@ -296,6 +344,30 @@ def argument_spec() -> dict[str, Any]:
         "dead_after_ms": {"type": "int", "default": 1000},
         "datagram_bytes": {"type": "int", "default": 1400},
         "enabled": {"type": "bool", "default": True},
+        "filter": {
+            "type": "dict",
+            "default": {},
+            "options": {
+                "addresses": {"type": "list", "elements": "str", "default": []},
+                "marks": {
+                    "type": "list",
+                    "elements": "dict",
+                    "default": [],
+                    "options": {
+                        "mask": {"type": "int", "default": 4294967295},
+                        "value": {"type": "int", "required": True},
+                    },
+                },
+                "protocols": {"type": "list", "elements": "str", "default": []},
+                "tcp_states": {
+                    "type": "list",
+                    "elements": "str",
+                    "choices": ["ESTABLISHED", "FIN_WAIT", "CLOSE_WAIT", "LAST_ACK", "TIME_WAIT", "CLOSE"],
+                    "default": [],
+                },
+                "zones": {"type": "list", "elements": "int", "default": []},
+            },
+        },
         "hello_interval_ms": {"type": "int", "default": 200},
         "ignore_addresses": {"type": "list", "elements": "str", "default": []},
         "interpreter": {"type": "path", "default": "/usr/bin/python3"},
@@ -308,6 +380,7 @@ def argument_spec() -> dict[str, Any]:
                 "key": {"type": "str", "required": True, "no_log": True},
             },
         },
+        "lag_limit_ms": {"type": "int", "default": 2000},
         "link": {
             "type": "dict",
             "options": {

@@ -239,11 +239,9 @@ def _version(chosen: Invocation) -> int:
 
 def _run(chosen: Invocation) -> int:
     """Be the daemon."""
-    settings = config.load(chosen.path)
-    service.setup_logging(settings.log_level, sys.stderr)
     from .daemon import run  # noqa: PLC0415 - the client commands do without the daemon's rooms
 
-    return run(settings)
+    return run(chosen.path)
 
 
 def _check_config(chosen: Invocation) -> int:

@@ -17,6 +17,7 @@ import types
 from dataclasses import dataclass
 from typing import Any, Callable, Mapping, NamedTuple, Union
 
+from .constants import IPPROTO_VRRP, PROTOCOL_NAMES, TCP_CLOSE, TCP_ESTABLISHED, TCP_STATE_NAMES
 from .errors import ConfigError
 
 DEFAULT_PATH = "/etc/ctsyncd/ctsyncd.conf"
@@ -26,7 +27,10 @@ MODES = ("hot-standby", "external-cache")
 UDP_CHOICES = ("replied", "all")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
-_INTERFACE = re.compile(r"[^\s/:%\x00-\x1f\x7f]{1,15}")  # IFNAMSIZ is 16 with the final NUL
+FILTER_TCP_STATES = TCP_STATE_NAMES[TCP_ESTABLISHED : TCP_CLOSE + 1]
+FILTER_PROTOCOLS = {name: number for number, name in PROTOCOL_NAMES.items() if number != IPPROTO_VRRP}
+
+_INTERFACE = re.compile(r"[!-$&-.0-9;-~]{1,15}")  # printable ASCII less / : %; IFNAMSIZ is 16 bytes with the final NUL
 _NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _CREDENTIAL = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,254}")
 _SUN_PATH_BYTES = 107  # <linux/un.h>: UNIX_PATH_MAX less the final NUL
@@ -44,7 +48,10 @@ REQUIRED: Any = _Required()
 
 
 class Option(NamedTuple):
-    """One row of an option table.  ``minimum`` and ``maximum`` are inclusive and for integers."""
+    """One row of an option table.  ``minimum`` and ``maximum`` are inclusive and for integers.
+
+    ``live``: a reload (SIGHUP) applies a change; any other needs a restart.
+    """
 
     key: str
     kind: str
@@ -53,6 +60,7 @@ class Option(NamedTuple):
     minimum: int = 0
     maximum: int = 0
     choices: tuple[str, ...] = ()
+    live: bool = False
 
 
 class Peer(NamedTuple):
@@ -88,6 +96,25 @@ class VirtualIp(NamedTuple):
         return ipaddress.ip_address(self.address).packed
 
 
+class Mark(NamedTuple):
+    """Connection marks whose bits under ``mask`` are ``value``."""
+
+    value: int
+    mask: int
+
+
+class Filter(NamedTuple):
+    """What is replicated; an empty list restricts nothing.  Protocols and TCP states are numbers."""
+
+    protocols: tuple[int, ...] = ()
+    addresses: tuple[Network, ...] = ()
+    tcp_states: tuple[int, ...] = ()
+    marks: tuple[Mark, ...] = ()
+    zones: tuple[int, ...] = ()
+
+
+EVERYTHING = Filter()
+
 OPTIONS: tuple[Option, ...] = (
     Option("node", "node", REQUIRED, "Name of this node, as the peer knows it."),
     Option("peers", "peers", REQUIRED, "The other node: a list with exactly one object (this version)."),
@@ -105,7 +132,20 @@ OPTIONS: tuple[Option, ...] = (
     Option("control_socket", "socket_path", "/run/ctsyncd/ctsyncd.sock", "Control socket of the daemon, mode 0600."),
     Option("notify_fifo", "path", "/run/ctsync/notify.fifo", "FIFO that keepalived writes its transitions to."),
     Option("track_file", "path", "/run/ctsync/not-ready", "File that keepalived tracks: 1 is not ready, 0 is ready."),
-    Option("ignore_addresses", "networks", (), "Networks whose flows are not replicated, besides all own addresses."),
+    Option(
+        "ignore_addresses",
+        "networks",
+        (),
+        "Networks whose flows are not replicated, besides all own addresses.",
+        live=True,
+    ),
+    Option(
+        "filter",
+        "filter",
+        EVERYTHING,
+        "What is replicated, the same on both nodes: flows that meet every list that is not empty.",
+        live=True,
+    ),
     Option("replicate", "boolean", True, "`false` switches replication off; the node then says NOT READY."),
     Option(
         "udp",
@@ -113,10 +153,22 @@ OPTIONS: tuple[Option, ...] = (
         "replied",
         "Which flows without a state machine (UDP, ICMP, others) are replicated: those with a reply, or all.",
         choices=UDP_CHOICES,
+        live=True,
     ),
-    Option("hello_interval_ms", "integer", 200, "Time between two signs of life on an idle link.", 20, 10_000),
-    Option("dead_after_ms", "integer", 1000, "Silence after which the peer counts as dead.", 100, 60_000),
-    Option("window_ms", "integer", 5, "Changes of one flow within this time are sent as one.", 0, 1000),
+    Option(
+        "hello_interval_ms", "integer", 200, "Time between two signs of life on an idle link.", 20, 10_000, live=True
+    ),
+    Option("dead_after_ms", "integer", 1000, "Silence after which the peer counts as dead.", 100, 60_000, live=True),
+    Option("window_ms", "integer", 5, "Changes of one flow within this time are sent as one.", 0, 1000, live=True),
+    Option(
+        "lag_limit_ms",
+        "integer",
+        2000,
+        "Age of the oldest change that the peer has not acknowledged from which on the active node is DEGRADED.",
+        100,
+        600_000,
+        live=True,
+    ),
     Option("datagram_bytes", "integer", 1400, "Largest UDP payload sent on the sync link.", 512, 8900),
     Option(
         "netlink_buffer_bytes",
@@ -125,6 +177,7 @@ OPTIONS: tuple[Option, ...] = (
         "Receive buffer for the kernel's events.",
         1 << 16,
         1 << 30,
+        live=True,
     ),
     Option(
         "park_timeout_s",
@@ -133,8 +186,9 @@ OPTIONS: tuple[Option, ...] = (
         "Kernel timeout of a replica while the peer lives; true timers return at take-over.",
         600,
         2_147_483,
+        live=True,
     ),
-    Option("log_level", "choice", "info", "Least severity that is logged.", choices=LOG_LEVELS),
+    Option("log_level", "choice", "info", "Least severity that is logged.", choices=LOG_LEVELS, live=True),
 )
 PEER_OPTIONS: tuple[Option, ...] = (
     Option("node", "node", REQUIRED, "Name of the peer."),
@@ -148,6 +202,23 @@ LINK_OPTIONS: tuple[Option, ...] = (
 VIRTUAL_IP_OPTIONS: tuple[Option, ...] = (
     Option("interface", "interface", REQUIRED, "Interface that carries the virtual IP."),
     Option("address", "address", REQUIRED, "The virtual IP, without a prefix length."),
+)
+FILTER_OPTIONS: tuple[Option, ...] = (
+    Option("protocols", "protocols", (), "Protocols, by name or IANA number."),
+    Option("addresses", "networks", (), "Networks; the client or the server of the flow is in one of them."),
+    Option(
+        "tcp_states",
+        "tcp_states",
+        (),
+        "TCP states; a flow that leaves them is removed from the peer.",
+        choices=FILTER_TCP_STATES,
+    ),
+    Option("marks", "marks", (), "Connection marks; a flow has one of them. No mark is mark 0."),
+    Option("zones", "zones", (), "Conntrack zones. No zone is zone 0.", 0, 65_535),
+)
+MARK_OPTIONS: tuple[Option, ...] = (
+    Option("value", "integer", REQUIRED, "The mark's bits under the mask.", 0, 0xFFFFFFFF),
+    Option("mask", "integer", 0xFFFFFFFF, "Which bits of the mark count.", 1, 0xFFFFFFFF),
 )
 
 
@@ -166,11 +237,13 @@ class Config:
     notify_fifo: str = "/run/ctsync/notify.fifo"
     track_file: str = "/run/ctsync/not-ready"
     ignore_addresses: tuple[Network, ...] = ()
+    filter: Filter = EVERYTHING
     replicate: bool = True
     udp: str = "replied"
     hello_interval_ms: int = 200
     dead_after_ms: int = 1000
     window_ms: int = 5
+    lag_limit_ms: int = 2000
     datagram_bytes: int = 1400
     netlink_buffer_bytes: int = 64 << 20
     park_timeout_s: int = 86_400
@@ -181,9 +254,18 @@ class Config:
         """The only peer of this version."""
         return self.peers[0]
 
+    def differences(self, other: Config) -> list[Option]:
+        """Rows of the options in which ``other`` is different."""
+        return [option for option in OPTIONS if getattr(self, option.key) != getattr(other, option.key)]
+
 
 def load(path: str) -> Config:
     """Read and check the file ``path``; :class:`ConfigError` also when it cannot be read."""
+    return parse(read(path), source=path)
+
+
+def read(path: str) -> str:
+    """The text of the file ``path``; :class:`ConfigError` when it cannot be read."""
     try:
         with open(path, "rb") as stream:
             raw = stream.read(MAX_BYTES + 1)
@@ -194,10 +276,9 @@ def load(path: str) -> Config:
     if len(raw) > MAX_BYTES:
         raise ConfigError([f"{path}: is larger than {MAX_BYTES} bytes: this is not a configuration of ctsyncd"])
     try:
-        text = raw.decode("utf-8")
+        return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError([f"{path}: byte {error.start} is not UTF-8: save the file as UTF-8"]) from error
-    return parse(text, source=path)
 
 
 def parse(text: str, source: str = "configuration") -> Config:
@@ -220,6 +301,8 @@ def parse(text: str, source: str = "configuration") -> Config:
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}"
         raise ConfigError([f"{source}: {where}: not valid JSON: {error.msg}: correct it there"]) from error
+    except ValueError as error:  # from Python 3.11 on: an integer of more than 4300 digits
+        raise ConfigError([f"{source}: not valid JSON: a number is too long: correct it"]) from error
     except RecursionError as error:
         raise ConfigError([f"{source}: nested too deeply: write one flat JSON object"]) from error
     values = _object(document, "", OPTIONS, problems)
@@ -235,12 +318,14 @@ class _Problems:
 
     def __init__(self, source: str) -> None:
         self.source = source
-        self.found: list[str] = []
+        self._found: dict[str, None] = {}
+
+    @property
+    def found(self) -> list[str]:
+        return list(self._found)
 
     def add(self, where: str, sentence: str) -> None:
-        text = f"{self.source}: {where}: {sentence}" if where else f"{self.source}: {sentence}"
-        if text not in self.found:
-            self.found.append(text)
+        self._found[f"{self.source}: {where}: {sentence}" if where else f"{self.source}: {sentence}"] = None
 
 
 _BAD: Any = object()  # a value that was reported already
@@ -316,8 +401,16 @@ def _read_choice(value: Any, where: str, option: Option, problems: _Problems) ->
     return _BAD
 
 
+def _is_encodable(path: str) -> bool:
+    """Can this be the name of a file?  Not with NUL bytes and what JSON's \\u escapes can write besides characters."""
+    try:
+        return b"\0" not in path.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+
+
 def _read_path(value: Any, where: str, option: Option, problems: _Problems) -> Any:
-    if not isinstance(value, str) or not value.startswith("/") or value.endswith("/") or "\x00" in value:
+    if not isinstance(value, str) or not value.startswith("/") or value.endswith("/") or not _is_encodable(value):
         problems.add(where, f"{_show(value)} is not an absolute path of a file: write one that begins with /")
         return _BAD
     return value
@@ -325,7 +418,7 @@ def _read_path(value: Any, where: str, option: Option, problems: _Problems) -> A
 
 def _read_socket_path(value: Any, where: str, option: Option, problems: _Problems) -> Any:
     path = _read_path(value, where, option, problems)
-    if path is not _BAD and len(path.encode("utf-8", "surrogatepass")) > _SUN_PATH_BYTES:
+    if path is not _BAD and len(path.encode("utf-8")) > _SUN_PATH_BYTES:
         problems.add(where, f"{_show(value)} is too long for a socket: shorten it to {_SUN_PATH_BYTES} bytes")
         return _BAD
     return path
@@ -353,7 +446,7 @@ def _read_networks(value: Any, where: str, option: Option, problems: _Problems) 
     if not isinstance(value, list):
         problems.add(where, f"{_show(value)} is not a list: write a list of networks such as 192.168.100.0/24")
         return _BAD
-    networks: list[Network] = []
+    networks: dict[Network, None] = {}
     for index, item in enumerate(value):
         try:
             if not isinstance(item, str):
@@ -365,9 +458,63 @@ def _read_networks(value: Any, where: str, option: Option, problems: _Problems) 
         if interface.ip != interface.network.network_address:
             problems.add(f"{where}[{index}]", f"{_show(item)} has host bits set: write {interface.network}")
             continue
-        if interface.network not in networks:
-            networks.append(interface.network)
+        networks[interface.network] = None
     return tuple(networks)
+
+
+def _read_list(
+    what: str, item: Callable[[Any, str, Option, _Problems], Any]
+) -> Callable[[Any, str, Option, _Problems], Any]:
+    """A list, each of whose items ``item`` reads; those that are wrong are left out (and reported)."""
+
+    def read(value: Any, where: str, option: Option, problems: _Problems) -> Any:
+        if not isinstance(value, list):
+            problems.add(where, f"{_show(value)} is not a list: write a list of {what}")
+            return _BAD
+        read = (item(entry, f"{where}[{index}]", option, problems) for index, entry in enumerate(value))
+        return tuple(dict.fromkeys(entry for entry in read if entry is not _BAD))
+
+    return read
+
+
+def _read_protocol(value: Any, where: str, option: Option, problems: _Problems) -> Any:
+    """A protocol's number, out of its name, its number, or its number as text (YAML and Ansible make one of it)."""
+    if isinstance(value, str) and value.lower() in FILTER_PROTOCOLS:
+        return FILTER_PROTOCOLS[value.lower()]
+    number = int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]{1,3}", value, re.ASCII) else value
+    if isinstance(number, int) and not isinstance(number, bool) and 0 <= number <= 255:
+        if number != IPPROTO_VRRP:
+            return number
+        problems.add(where, f"{_show(value)} is VRRP, which is never replicated: remove it")
+        return _BAD
+    close = difflib.get_close_matches(value.lower(), FILTER_PROTOCOLS, n=1) if isinstance(value, str) else []
+    remedy = f"did you mean {close[0]}?" if close else f"write {', '.join(FILTER_PROTOCOLS)}, or a number from 0 to 255"
+    problems.add(where, f"{_show(value)} is not a protocol: {remedy}")
+    return _BAD
+
+
+def _read_tcp_state(value: Any, where: str, option: Option, problems: _Problems) -> Any:
+    name = _read_choice(value, where, option, problems)
+    return _BAD if name is _BAD else TCP_STATE_NAMES.index(name)
+
+
+def _read_mark(value: Any, where: str, option: Option, problems: _Problems) -> Any:
+    fields = _object(value, where, MARK_OPTIONS, problems)
+    if fields is None or _BAD in fields.values():
+        return _BAD
+    mark = Mark(**fields)
+    if mark.value & ~mark.mask:
+        problems.add(
+            where,
+            f"value {mark.value:#x} has bits outside of mask {mark.mask:#x}: no mark is like this: correct either",
+        )
+        return _BAD
+    return mark
+
+
+def _read_filter(value: Any, where: str, option: Option, problems: _Problems) -> Any:
+    fields = _object(value, where, FILTER_OPTIONS, problems)
+    return _BAD if fields is None or _BAD in fields.values() else Filter(**fields)
 
 
 def _read_rows(
@@ -445,7 +592,8 @@ _READERS: dict[str, _Reader] = {
         _NODE,
     ),
     "interface": _read_text(
-        "an interface's name: write 1 to 15 characters without spaces, slashes, colons and percent signs", _INTERFACE
+        "an interface's name: write 1 to 15 characters of ASCII without spaces, slashes, colons and percent signs",
+        _INTERFACE,
     ),
     "boolean": _read_boolean,
     "integer": _read_integer,
@@ -455,6 +603,11 @@ _READERS: dict[str, _Reader] = {
     "socket_path": _read_socket_path,
     "address": _read_address,
     "networks": _read_networks,
+    "filter": _read_filter,
+    "protocols": _read_list("protocols such as tcp", _read_protocol),
+    "tcp_states": _read_list("TCP states such as ESTABLISHED", _read_tcp_state),
+    "marks": _read_list("objects with the keys value, mask", _read_mark),
+    "zones": _read_list("zone numbers", _read_integer),
     "peers": _read_peers,
     "link": _read_link,
     "virtual_ips": _read_virtual_ips,
@@ -522,16 +675,22 @@ def _check_addresses(good: dict[str, Any], problems: _Problems) -> None:
 
 def reference() -> str:
     """The option tables as Markdown, for ``docs/ctsyncd.md``."""
-    lines = ["| option | value | default | meaning |", "|---|---|---|---|"]
+    lines = ["| option | value | default | change needs | meaning |", "|---|---|---|---|---|"]
     for prefix, table in (
         ("", OPTIONS),
         ("peers[].", PEER_OPTIONS),
         ("link.", LINK_OPTIONS),
         ("virtual_ips[].", VIRTUAL_IP_OPTIONS),
+        ("filter.", FILTER_OPTIONS),
+        ("filter.marks[].", MARK_OPTIONS),
     ):
+        live = prefix.startswith("filter.")
         for option in table:
-            default = _default_text(option)
-            lines.append(f"| `{prefix}{option.key}` | {_value_text(option)} | {default} | {option.help} |")
+            needs = "reload" if live or option.live else "restart"
+            lines.append(
+                f"| `{prefix}{option.key}` | {_value_text(option)} | {_default_text(option)} | {needs} "
+                f"| {option.help} |"
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -543,6 +702,9 @@ _KIND_TEXTS = {
     "socket_path": "absolute path",
     "address": "IPv4 or IPv6 address",
     "networks": "list of networks",
+    "filter": "object",
+    "protocols": "list of names or numbers",
+    "marks": "list of objects",
     "peers": "list of objects",
     "link": "object",
     "virtual_ips": "list of objects",
@@ -552,7 +714,10 @@ _KIND_TEXTS = {
 
 def _value_text(option: Option) -> str:
     if option.choices:
-        return ", ".join(f"`{choice}`" for choice in option.choices)
+        choices = ", ".join(f"`{choice}`" for choice in option.choices)
+        return f"list of {choices}" if option.kind == "tcp_states" else choices
+    if option.kind == "zones":
+        return f"list of {option.minimum} to {option.maximum}"
     if option.maximum:
         return f"{option.minimum} to {option.maximum}"
     return _KIND_TEXTS[option.kind]
@@ -563,4 +728,4 @@ def _default_text(option: Option) -> str:
         return "required"
     if option.default is None:
         return "the only key"
-    return f"`{json.dumps(option.default)}`"
+    return "`{}`" if isinstance(option.default, Filter) else f"`{json.dumps(option.default)}`"

@@ -170,6 +170,11 @@ class Session:
         self._retransmit: collections.deque[int] = collections.deque()
         self._probing = False  # the peer was silent when retransmissions were last due
 
+    def set_timers(self, hello_interval_s: float, dead_after_s: float) -> None:
+        """Other timers, from the next sign of life on."""
+        self._interval = hello_interval_s
+        self._dead_after = dead_after_s
+
     # --- what the engine asks ----------------------------------------------------------------------------------------
 
     @property

@@ -65,14 +65,23 @@ def test_every_option_of_the_daemon_is_an_option_of_the_module_with_the_same_def
             continue
         given = spec[row.key]
         default = None if row.default is daemon_config.REQUIRED else row.default
+        if default == daemon_config.EVERYTHING:
+            default = {}
         assert given.get("default") == (list(default) if isinstance(default, tuple) else default), row.key
         assert tuple(given.get("choices", ())) == row.choices, row.key
     for name, table in (
         ("peers", daemon_config.PEER_OPTIONS),
         ("link", daemon_config.LINK_OPTIONS),
         ("virtual_ips", daemon_config.VIRTUAL_IP_OPTIONS),
+        ("filter", daemon_config.FILTER_OPTIONS),
     ):
         assert set(spec[name]["options"]) == {row.key for row in table}, name
+    selection = spec["filter"]["options"]
+    marks = selection["marks"]["options"]
+    assert {name: option.get("default") for name, option in marks.items()} == {
+        row.key: None if row.default is daemon_config.REQUIRED else row.default for row in daemon_config.MARK_OPTIONS
+    }
+    assert tuple(selection["tcp_states"]["choices"]) == daemon_config.FILTER_TCP_STATES
 
 
 def test_documentation_and_argument_spec_are_the_same():
