@@ -269,15 +269,15 @@ def test_port_that_is_taken_on_the_backup_is_named_and_harms_no_other(cluster: C
     clashing = lab._accepted(client, lab.listener)
     assert clashing.server.getpeername() == (VIP, taken)
     others = [lab.session() for _ in range(5)]
-    wait_for(lambda: lab.fw2.status()["reasons"] == ["the kernel refuses 1 flows"], "the refusal")
+    reason = "the kernel refuses 1 flows (1: their translated addresses and ports are taken)"
+    wait_for(lambda: lab.fw2.status()["reasons"] == [reason], "the refusal")
     status = lab.fw2.status()
     assert status["verdict"] == "DEGRADED"
-    assert status["counters"]["kernel_refused_create_eexist"] == 1
+    assert status["counters"]["kernel_refused_create_eexist"] >= 1
     table = lab.pair.fw2.conntrack("-L", "-p", "tcp")
     for session in others:
         assert re.search(rf"src=192\.168\.0\.3 .*sport={port_of(session)} .*dst=192\.168\.1\.100 ", table)
-    lab.fw2.ask("-n")  # the next bulk shows what is stale here
-    lab.ready(lab.fw1, lab.fw2)
+    lab.ready(lab.fw1, lab.fw2)  # by itself: the next attempt finds out that the other entry is stale
     lab.replicated(lab.fw1, lab.fw2)
     lab.power_cut(lab.fw1, lab.fw2)
     for session in (clashing, *others):

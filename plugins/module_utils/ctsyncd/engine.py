@@ -56,6 +56,8 @@ FLUSH = "flush"
 DUMP_ROOM = 20_000  # changes or requests that may wait before a dump, or the link, is read on
 REQUEST_BULK_AFTER_S = 2.0
 PURGE_AFTER_S = 60.0
+RETRY_REFUSED_S = 10.0  # at first; the wait doubles from one vain attempt to the next
+RETRY_REFUSED_MAX_S = 600.0
 
 _BULK_BEGIN = b"begin"
 _BULK_END = b"end"
@@ -146,7 +148,9 @@ class Engine:
         self._kernel: collections.deque[Request] = collections.deque()
         self._trim: collections.deque[bytes] = collections.deque()
         self._asked = 0  # requests handed out whose result is not here yet
-        self._refused: set[bytes] = set()
+        self._refused: dict[bytes, int] = {}  # replicas that the kernel does not take, and the errno
+        self._refused_wait_s = RETRY_REFUSED_S
+        self._refused_at: float | None = None  # when they are tried again
         self._dumps = 0
         self._dump_queue: collections.deque[str] = collections.deque()
         self._dump_seen: set[bytes] = set()
@@ -517,7 +521,7 @@ class Engine:
         self.counters[_DONE[request.operation]] += 1
         if request.operation != CREATE and request.attempt != _ADOPTING:
             return
-        self._refused.discard(request.key)
+        self._refused.pop(request.key, None)
         replica = self.cache.get(request.key)
         if replica is None:
             if self.active and self.settings.replicate and self.session.established:
@@ -583,7 +587,9 @@ class Engine:
         replica = self.cache.get(request.key)
         if replica is not None and (request.operation == CREATE or request.attempt == _ADOPTING):
             replica.injected, replica.asked = False, None
-            self._refused.add(request.key)
+            self._refused[request.key] = error
+            if self._refused_at is None:
+                self._refused_at = self._now + self._refused_wait_s
 
     # --- the peer ----------------------------------------------------------------------------------------------------
 
@@ -686,7 +692,7 @@ class Engine:
 
     def _delete(self, key: bytes) -> None:
         replica = self.cache.pop(key)
-        self._refused.discard(key)
+        self._refused.pop(key, None)
         if replica is not None and self.settings.mode == HOT_STANDBY:
             self._ask(DELETE, key, wire.decode_flow(replica.record))
 
@@ -759,13 +765,15 @@ class Engine:
 
     def next_deadline(self) -> float:
         """When :meth:`poll` wants to be called next (monotonic seconds)."""
-        deadline = self.session.next_deadline()
-        return deadline if self._purge_at is None else min(deadline, self._purge_at)
+        times = (self.session.next_deadline(), self._purge_at, self._refused_at)
+        return min(moment for moment in times if moment is not None)
 
     def _housekeeping(self, now: float) -> None:
         if self._purge_at is not None and now >= self._purge_at:
             self._purge_at = None
             self.resync()
+        if self._refused_at is not None and now >= self._refused_at:
+            self._retry_refused()
         taken_over = self.settings.mode == HOT_STANDBY or self.settings.commit_at_takeover
         if self.active and taken_over and len(self.cache) and not self._busy_with_kernel:
             self.cache.clear()  # these flows are this node's own now
@@ -783,6 +791,17 @@ class Engine:
         ):
             self.request_bulk(now)
         self._next_dump(now)
+
+    def _retry_refused(self) -> None:
+        """What stood in the way may be gone, and what is stale here goes by the comparison."""
+        self._refused_at = None
+        if self.active or not self._refused:
+            self._refused_wait_s = RETRY_REFUSED_S
+            return
+        self.counters["refused_tried_again"] += len(self._refused)
+        self._refused_wait_s = min(self._refused_wait_s * 2, RETRY_REFUSED_MAX_S)
+        self._refused_at = self._now + self._refused_wait_s
+        self._reconcile()
 
     def _send_pending(self, now: float) -> None:
         session = self.session
@@ -823,7 +842,7 @@ class Engine:
                 peer_complete=bool(self._peer.flags & wire.STATUS_COMPLETE),
                 complete=self.complete,
                 waiting=len(self._kernel) if len(self._kernel) > DUMP_ROOM else 0,
-                refused=len(self._refused),
+                refused=collections.Counter(self._refused.values()),
                 lag_s=self.lag(now)[1],
                 lag_limit_s=self.settings.lag_limit_s,
                 problem=self.problem,

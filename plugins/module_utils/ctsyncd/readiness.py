@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import errno
+import os
+from typing import Mapping, NamedTuple
 
 READY = "READY"
 DEGRADED = "DEGRADED"
@@ -32,7 +34,7 @@ class Facts(NamedTuple):
     peer_complete: bool
     complete: bool  # a bulk ended and everything it named is where it belongs
     waiting: int  # replicas that wait for this node's kernel
-    refused: int  # replicas that this node's kernel refuses to hold
+    refused: Mapping[int, int]  # replicas that this node's kernel refuses to hold: how many, by errno
     lag_s: float  # age of the oldest change that the peer has not acknowledged
     lag_limit_s: float
     problem: str  # what stops replication: no sync socket
@@ -90,7 +92,7 @@ def _judge_standby(facts: Facts) -> Verdict:
     if facts.waiting:
         reasons.append(f"{facts.waiting} flows wait for the kernel")
     if facts.refused:
-        reasons.append(f"the kernel refuses {facts.refused} flows")
+        reasons.append(_why_refused(facts.refused))
     reasons.extend(facts.impaired)
     return Verdict(DEGRADED if reasons else READY, tuple(reasons), False)
 
@@ -105,6 +107,21 @@ def _why_incomplete(facts: Facts) -> str:
     if facts.peer_role != ACTIVE:
         return f"{facts.peer} is not active: nobody has a table to give"
     return f"the table of {facts.peer} is not complete here yet"
+
+
+_REFUSALS = {
+    errno.EEXIST: "their translated addresses and ports are taken",
+    errno.ENOMEM: "its table is full (net.netfilter.nf_conntrack_max)",
+    errno.ENOENT: "their helper or master connection is missing",
+    errno.EOPNOTSUPP: "it does not support them",
+}
+
+
+def _why_refused(refused: Mapping[int, int]) -> str:
+    """The reasons, the most frequent first."""
+    ordered = sorted(refused.items(), key=lambda item: (-item[1], item[0]))
+    reasons = (f"{count}: {_REFUSALS.get(number) or os.strerror(number)}" for number, count in ordered)
+    return f"the kernel refuses {sum(refused.values())} flows ({'; '.join(reasons)})"
 
 
 def _for(seconds: float | None) -> str:

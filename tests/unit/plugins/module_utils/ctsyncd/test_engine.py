@@ -416,7 +416,7 @@ def test_reply_tuple_that_is_taken_by_a_stale_entry_is_refused_and_healed_by_the
     sim.fw2.kernel.table[tcp(9).key] = tcp(9, 40_000)
     sim.fw1.kernel.open(tcp(1001, 40_000))
     sim.run(2.0)
-    assert "the kernel refuses 1 flows" in sim.fw2.up.verdict(sim.now).reasons[0]
+    assert "the kernel refuses 1 flows (1: their translated addresses" in sim.fw2.up.verdict(sim.now).reasons[0]
     assert sim.fw2.up.counters["kernel_refused_create_eexist"] == 1
     sim.fw2.up.request_bulk(sim.now)
     sim.converge(sim.fw1, sim.fw2)
@@ -445,10 +445,45 @@ def test_what_the_kernel_refuses_is_said_and_tried_again() -> None:
     sim.run(1.0)
     assert sim.fw2.up.counters["kernel_refused_create_enomem"] == 1
     verdict = sim.fw2.up.verdict(sim.now)
-    assert (verdict.verdict, verdict.reasons) == (readiness.DEGRADED, ("the kernel refuses 1 flows",))
+    assert verdict.verdict == readiness.DEGRADED
+    assert verdict.reasons == ("the kernel refuses 1 flows (1: its table is full (net.netfilter.nf_conntrack_max))",)
     sim.fw2.kernel.refuse.clear()
     sim.fw2.up.resync()
     sim.converge(sim.fw1, sim.fw2)
+
+
+def test_refused_flows_are_tried_again_less_and_less_often_and_harm_no_other() -> None:
+    """A full table: it takes what comes when there is room again, without a command or a bulk."""
+    sim = Simulation().start()
+    refused = [sim.fw1.kernel.open(tcp(port)) for port in range(1001, 1011)]
+    sim.fw2.kernel.refuse.update((flow.key, errno.ENOMEM) for flow in refused)
+    busy(sim, range(2000, 2010))
+    sim.run(60.0)
+    counters = sim.fw2.up.counters
+    assert len(sim.fw2.kernel.table) == 10
+    assert counters["refused_tried_again"] == 20  # after 10 and 30 seconds
+    assert counters["kernel_refused_create_enomem"] == 30
+    sim.fw2.kernel.refuse.clear()
+    sim.run(30.0)
+    sim.converge(sim.fw1, sim.fw2)
+    assert sim.fw2.up.verdict(sim.now).verdict == readiness.READY
+    assert counters["bulks_received"] == 1
+    dumps = counters["dumps"]
+    sim.run(200.0)
+    assert counters["dumps"] == dumps
+
+
+def test_stale_entry_in_the_way_goes_with_the_next_attempt() -> None:
+    sim = Simulation().start()
+    flow = tcp(1001, 40_000)
+    stale = tcp(2001, 40_000)
+    sim.fw2.kernel.table[stale.key] = stale
+    sim.fw1.kernel.open(flow)
+    sim.run(1.0)
+    assert flow.key not in sim.fw2.kernel.table
+    sim.run(20.0)
+    sim.converge(sim.fw1, sim.fw2)
+    assert sim.fw2.kernel.table[flow.key].reply == flow.reply
 
 
 # --- taking over -----------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 import pytest
@@ -34,7 +35,7 @@ GOOD = Facts(
     peer_complete=False,
     complete=True,
     waiting=0,
-    refused=0,
+    refused={},
     lag_s=0.0,
     lag_limit_s=2.0,
     problem="",
@@ -61,7 +62,12 @@ def test_all_is_well() -> None:
         (INCOMPLETE, NOT_READY, "the table of fw2 is not complete here yet"),
         ({"peer_alive": False, "peer_silent_s": 3.25}, DEGRADED, "fw2 is silent for 3.2 s"),
         ({"waiting": 21_000}, DEGRADED, "21000 flows wait for the kernel"),
-        ({"refused": 2}, DEGRADED, "the kernel refuses 2 flows"),
+        (
+            {"refused": {errno.EEXIST: 2, errno.ENOMEM: 3, errno.EINVAL: 1}},
+            DEGRADED,
+            "the kernel refuses 6 flows (3: its table is full (net.netfilter.nf_conntrack_max); "
+            "2: their translated addresses and ports are taken; 1: Invalid argument)",
+        ),
         ({"impaired": ("no FIFO",)}, DEGRADED, "no FIFO"),
     ],
 )
@@ -101,7 +107,7 @@ _BOOLEANS = ("replicate", "session", "peer_alive", "peer_replicates", "peer_comp
         {
             "role": st.sampled_from((ACTIVE, BACKUP, TRANSITION)),
             "peer_role": st.sampled_from((ACTIVE, BACKUP, TRANSITION, "")),
-            "refused": st.integers(0, 2),
+            "refused": st.dictionaries(st.sampled_from([errno.EEXIST, errno.EINVAL]), st.integers(1, 2)),
             "lag_s": st.floats(0, 10),
             "problem": st.sampled_from(("", "broken")),
             **{name: st.booleans() for name in _BOOLEANS},
