@@ -8,6 +8,7 @@ There is no internal cache: the kernel's table is it.  Records are compact bytes
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterator
 
 
@@ -20,7 +21,8 @@ class Pending:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.oldest: float | None = None
-        self._records: dict[bytes, tuple[bytes, float]] = {}
+        # not a dict: to find the first entry of one it walks over all that were removed before
+        self._records: collections.OrderedDict[bytes, tuple[bytes, float]] = collections.OrderedDict()
         self._moved: float | None = None  # the oldest birth among changes that moved to the end
 
     def __len__(self) -> int:
