@@ -343,10 +343,11 @@ class Session:
     def _receive_ack(self, session: _Established, ack: wire.Ack, now: float) -> None:
         if ack.expected > session.next_block or (ack.ranges and ack.ranges[-1][1] > session.next_block):
             raise WireError("malformed", "acknowledges what was never sent")
-        session.limit = max(session.limit, ack.limit)
+        session.limit = max(session.limit, min(ack.limit, ack.expected + WINDOW_BLOCKS))  # a bound for in_flight
         acked = [number for number in session.in_flight if number < ack.expected]
+        oldest = next(iter(session.in_flight), session.next_block)  # a range may begin long before what is in flight
         for first, end in ack.ranges:
-            acked.extend(number for number in range(first, end) if number in session.in_flight)
+            acked.extend(number for number in range(max(first, oldest), end) if number in session.in_flight)
         if not acked:
             return
         for number in acked:
