@@ -141,6 +141,8 @@ LABELS_MAX_LEN = 16
 FALLBACK_TIMEOUT = 300
 """Seconds given to a created entry whose timeout is not known: an offloaded flow (IPS_OFFLOAD) reports none."""
 
+_MAX_ERRNO = 4095  # <linux/err.h>: MAX_ERRNO
+
 # TCP flags that mean something on another machine.  The others describe window data that is not replicated.
 _TCP_FLAGS_CARRIED = TCP_FLAG_WINDOW_SCALE | TCP_FLAG_SACK_PERM | TCP_FLAG_CLOSE_INIT | TCP_FLAG_BE_LIBERAL
 
@@ -253,7 +255,10 @@ def parse_errno(payload: bytes, required: bool = False) -> int:
         if required or payload:
             raise NetlinkError(f"an error number of {len(payload)} bytes")
         return 0
-    return -int(_INT.unpack_from(payload)[0])
+    number = -int(_INT.unpack_from(payload)[0])
+    if not 0 <= number <= _MAX_ERRNO:
+        raise NetlinkError(f"error number {number}")
+    return number
 
 
 def attributes(data: bytes, start: int = 0) -> dict[int, bytes]:
@@ -309,7 +314,9 @@ def decode_flow(payload: bytes) -> Flow:
     if orig_value is None or reply_value is None:
         raise NetlinkError("conntrack entry without its two tuples")
     proto, orig, zone = _decode_tuple(orig_value, family)
-    reply = _decode_tuple(reply_value, family)[1]
+    reply_proto, reply, _zone = _decode_tuple(reply_value, family)
+    if reply_proto != proto or len(reply.l4) != len(orig.l4):
+        raise NetlinkError(f"tuples of protocols {proto} and {reply_proto}, {len(orig.l4)} and {len(reply.l4)} bytes")
     status = timeout = mark = ident = start = master = seqadj = helper = None
     state: int | None = None
     wscale = flags = vtags = None
@@ -327,7 +334,12 @@ def decode_flow(payload: bytes) -> Flow:
     if (part := value(CTA_ID)) is not None:
         ident = _u32(part, "CTA_ID")
     if (part := value(CTA_HELP)) is not None and (part := attributes(part).get(CTA_HELP_NAME)) is not None:
-        helper = part.split(b"\0", 1)[0].decode("latin-1")
+        name = part.split(b"\0", 1)[0]
+        if len(name) >= HELPER_NAME_LEN or not name.isascii():
+            raise NetlinkError(f"helper name of {len(name)} bytes")
+        helper = name.decode("ascii")
+    if (labels := value(CTA_LABELS)) is not None and len(labels) > LABELS_MAX_LEN:
+        raise NetlinkError(f"{len(labels)} bytes of labels")
     if (part := value(CTA_TUPLE_MASTER)) is not None:
         master_proto, master, _zone = _decode_tuple(part, family)
     if (part := value(CTA_SEQ_ADJ_ORIG)) is not None and (other := value(CTA_SEQ_ADJ_REPLY)) is not None:
@@ -347,7 +359,7 @@ def decode_flow(payload: bytes) -> Flow:
         flags,
         vtags,
         mark,
-        value(CTA_LABELS),
+        labels,
         helper,
         master,
         master_proto,

@@ -438,7 +438,7 @@ def flows(draw: st.DrawFn) -> Flow:
     family = draw(st.sampled_from((k.AF_INET, k.AF_INET6)))
     proto = draw(st.integers(0, 255))
     known = proto in k.PORT_PROTOCOLS | k.ICMP_PROTOCOLS
-    l4 = st.binary(min_size=4, max_size=4) if known else st.sampled_from((b"", b"\1\2\3\4"))
+    l4 = st.binary(min_size=4, max_size=4) if known else st.just(draw(st.sampled_from((b"", b"\1\2\3\4"))))
     orig, reply = (Tuple(draw(addresses[family]), draw(addresses[family]), draw(l4)) for _ in range(2))
     u32 = st.integers(0, 0xFFFFFFFF)
     return Flow(
