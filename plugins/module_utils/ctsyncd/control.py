@@ -458,9 +458,9 @@ def _lines(sock: socket.socket, path: str, timeout_s: float) -> Iterator[str]:
             held = line
     try:
         end = json.loads(held) if held is not None and not rest else None
-    except ValueError:
+    except (ValueError, RecursionError):
         end = None
-    if not isinstance(end, dict) or not isinstance(end.get("ok"), bool):
+    if not isinstance(end, dict) or not isinstance(end.get("ok"), bool) or not isinstance(end.get("exit"), int):
         raise ControlError("the answer of ctsyncd is incomplete: it was stopped meanwhile, or dropped us for slowness")
     if not end["ok"]:
-        raise ControlError(str(end.get("error", "failed without a reason")), int(end.get("exit", 1)))
+        raise ControlError(str(end.get("error", "failed without a reason")), end["exit"])
