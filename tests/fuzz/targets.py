@@ -1,0 +1,979 @@
+# Copyright: (c) 2026, The ctsync authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The parsers of foreign bytes, each with good inputs, and with what must hold for any input whatever.
+
+A runner takes one input after the other and tells whether it was accepted.  It lets pass the one documented error of
+its parser and raises for everything else: another exception, a broken promise, a table that grew beyond its bound.
+"""
+
+from __future__ import annotations
+
+import base64
+import errno
+import functools
+import itertools
+import json
+import logging
+import os
+import random
+import struct
+import zlib
+from types import SimpleNamespace
+from typing import Any, Callable, Iterator, NamedTuple
+
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import (
+    config,
+    control,
+    crypto,
+    ctnetlink,
+    daemon,
+    engine,
+    netlink,
+    readiness,
+    render,
+    service,
+    session,
+    vrrp,
+    wire,
+)
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import constants as k
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.errors import (
+    ConfigError,
+    NetlinkError,
+    WireError,
+)
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import Flow, SeqAdj, Tuple
+
+from .mutate import Grammar, netlink_lengths, tlv_lengths
+
+Runner = Callable[[bytes], bool]
+
+SECRET = bytes(range(32))
+OWN = (bytes((192, 168, 0, 1)), bytes((192, 168, 1, 1)), bytes((192, 168, 0, 100)))
+PAYLOAD = 1400
+TABLE_LIMIT = 64
+WINDOW_BLOCKS = 512  # docs/protocol.md
+
+
+class Target(NamedTuple):
+    """A parser.  ``fresh`` makes a runner; ``batch`` inputs go to one runner; ``share`` of all inputs, in parts.
+
+    ``work``: most lines of Python that an input may cost: so many, and so many more per byte.
+    """
+
+    name: str
+    grammar: Callable[[], Grammar]
+    fresh: Callable[[], Runner]
+    batch: int
+    share: int
+    work: tuple[int, int]
+
+
+def check(condition: object, what: str) -> None:
+    """A promise."""
+    if not condition:
+        raise AssertionError(what)
+
+
+# --- flows ---
+
+ALIVE = k.IPS_SEEN_REPLY | k.IPS_ASSURED | k.IPS_CONFIRMED
+SNAT = k.IPS_SRC_NAT | k.IPS_SRC_NAT_DONE | k.IPS_DST_NAT_DONE
+
+
+def _ports(one: int, two: int) -> bytes:
+    return struct.pack("!HH", one, two)
+
+
+def _v6(last: int) -> bytes:
+    return bytes.fromhex("fd00c0de") + bytes(11) + bytes((last,))
+
+
+_A, _B, _VIP = bytes((192, 168, 0, 3)), bytes((192, 168, 1, 3)), bytes((192, 168, 1, 100))
+
+FLOWS = (
+    Flow(
+        *(k.AF_INET, k.IPPROTO_TCP, 0, Tuple(_A, _B, _ports(51356, 22)), Tuple(_B, _VIP, _ports(22, 40000))),
+        *(ALIVE | SNAT, 431999, k.TCP_ESTABLISHED),
+        tcp_wscale=(7, 9),
+        tcp_flags=(0x23, 0x33),
+        mark=0,
+    ),
+    Flow(
+        *(
+            k.AF_INET6,
+            k.IPPROTO_TCP,
+            9,
+            Tuple(_v6(3), _v6(9), _ports(1025, 80)),
+            Tuple(_v6(9), _v6(3), _ports(80, 1025)),
+        ),
+        *(ALIVE, 60, k.TCP_TIME_WAIT),
+        tcp_wscale=(1, 2),
+        tcp_flags=(3, 3),
+        mark=0xFFFFFFFF,
+        labels=bytes(range(16)),
+    ),
+    Flow(
+        *(k.AF_INET, k.IPPROTO_ICMP, 0, Tuple(_A, _B, b"\0\x4d\x08\0"), Tuple(_B, _VIP, b"\x04\x35\0\0")),
+        *(ALIVE | SNAT, 30),
+    ),
+    Flow(
+        *(
+            k.AF_INET6,
+            k.IPPROTO_ICMPV6,
+            0,
+            Tuple(_v6(3), _v6(9), b"\0\x4e\x80\0"),
+            Tuple(_v6(9), _v6(3), b"\0\x4e\x81\0"),
+        ),
+        *(ALIVE, 30),
+    ),
+    Flow(
+        *(k.AF_INET, k.IPPROTO_SCTP, 0, Tuple(_A, _B, _ports(9899, 2905)), Tuple(_B, _A, _ports(2905, 9899))),
+        *(ALIVE, 210, k.SCTP_ESTABLISHED),
+        sctp_vtags=(0xDEADBEEF, 7),
+    ),
+    Flow(*(k.AF_INET, 50, 0, Tuple(_A, _B, b""), Tuple(_B, _A, b""), ALIVE, None)),
+    Flow(
+        *(k.AF_INET, k.IPPROTO_TCP, 0, Tuple(_B, _VIP, _ports(20, 1026)), Tuple(_A, _B, _ports(1026, 20))),
+        *(ALIVE | k.IPS_EXPECTED | k.IPS_DST_NAT | k.IPS_SEQ_ADJUST, 300, k.TCP_ESTABLISHED),
+        helper="ftp",
+        master=Tuple(_A, _B, _ports(51357, 21)),
+        master_proto=k.IPPROTO_TCP,
+        seqadj=(SeqAdj(0x80000001, 0, -3), SeqAdj(5, 2, 4)),
+    ),
+    Flow(
+        *(k.AF_INET, k.IPPROTO_UDP, 0, Tuple(_A, _B, _ports(5000, 53)), Tuple(_B, _A, _ports(53, 5000))),
+        *(ALIVE, 120),
+    ),
+    Flow(*(k.AF_INET, k.IPPROTO_DCCP, 0, Tuple(_A, _B, _ports(1, 2)), Tuple(_B, _A, _ports(2, 1)), ALIVE, 120, 3)),
+)
+
+
+def shown(flow: Flow) -> None:
+    """Every way to show and to write a flow that came from outside."""
+    render.line(flow, 5).encode()
+    render.xml(flow).encode()
+    check("\n" not in render.line(flow) and "\n" not in render.xml(flow), "a flow is one line")
+    json.loads(render.json_line(flow, None))
+
+
+def requested(request: engine.Request) -> int:
+    """The request as the kernel would get it; 0, or the errno that the daemon takes if it cannot be expressed."""
+    try:
+        message = daemon._message(request)
+    except NetlinkError as error:
+        return error.errno or errno.EINVAL
+    pieces = list(ctnetlink.split(message))
+    check(len(pieces) == 1 and len(message) < 4096, "one request is one short message")
+    ctnetlink.attributes(pieces[0][4], 4)
+    return 0
+
+
+# --- the sync protocol: codecs ---
+
+
+def _wire_seeds() -> list[bytes]:
+    hello = wire.Hello(bytes(range(16)), "fw2", 0, "0.1.0")
+    flows = [wire.encode_flow(flow) for flow in FLOWS]
+    records = b"".join(wire.tlv(wire.RECORD_UPSERT, flow) for flow in flows[:4])
+    return [
+        wire.encode_header(wire.HELLO, 1, bytes(range(16)), 7) + bytes(40),
+        wire.encode_header(wire.DATA, 1, bytes(range(16)), 1 << 40) + bytes(40),
+        wire.encode_hello(hello),
+        wire.encode_ack(wire.Ack(5, 517, ((7, 9), (12, 13))))[wire.TLV_BYTES :],
+        wire.encode_status(wire.Status(wire.ROLE_ACTIVE, 3, 1000))[wire.TLV_BYTES :],
+        wire.encode_block(9, records)[wire.TLV_BYTES :],
+        wire.encode_bulk_end(3, 9)[wire.TLV_BYTES :],
+        records,
+        *flows,
+        *(flow.key for flow in FLOWS),
+    ]
+
+
+def _tlv_wrap(kind: int, inner: bytes) -> bytes:
+    return wire.tlv(kind, inner)
+
+
+def wire_grammar() -> Grammar:
+    return Grammar(_wire_seeds(), tlv_lengths, _tlv_wrap, tuple(range(12)), (b"\0\0\0", b"\xff\xff\xff", bytes(16)))
+
+
+def _round_trip(value: Any, encode: Callable[[Any], bytes], decode: Callable[[bytes], Any], skip: int) -> None:
+    check(decode(encode(value)[skip:]) == value, f"{value!r} changes when it is written and read again")
+
+
+def wire_runner() -> Runner:
+    """Every decoder of the sync protocol, with the same bytes."""
+
+    def flow(data: bytes) -> None:
+        found = wire.decode_flow(data)
+        _round_trip(found, wire.encode_flow, wire.decode_flow, 0)
+        check(wire.decode_key(found.key)[3] == found.orig, "the key names the tuple")
+        shown(found)
+        for operation in (engine.CREATE, engine.UPDATE, engine.TIMER, engine.DELETE):
+            requested(engine.Request(operation, found.key, found, found.timeout))
+
+    def tlvs(data: bytes) -> None:
+        size = sum(wire.TLV_BYTES + len(payload) for _kind, payload in wire.iter_tlv(data))
+        check(size == len(data), "records cover their bytes")
+
+    def hello(data: bytes) -> None:
+        _round_trip(wire.decode_hello(data), wire.encode_hello, wire.decode_hello, 0)
+
+    def ack(data: bytes) -> None:
+        _round_trip(wire.decode_ack(data), wire.encode_ack, wire.decode_ack, wire.TLV_BYTES)
+
+    def status(data: bytes) -> None:
+        _round_trip(wire.decode_status(data), wire.encode_status, wire.decode_status, wire.TLV_BYTES)
+
+    decoders: tuple[Callable[[bytes], Any], ...] = (
+        *(flow, tlvs, hello, ack, status, wire.decode_header, wire.decode_block, wire.decode_key),
+        *(wire.decode_bulk_begin, wire.decode_bulk_end),
+    )
+
+    def run(data: bytes) -> bool:
+        accepted = False
+        for decode in decoders:
+            try:
+                decode(data)
+                accepted = accepted or decode in (flow, hello, ack, status)
+            except WireError as error:
+                check(error.kind in ("malformed", "truncated", "wrong_version"), f"kind {error.kind}")
+        return accepted
+
+    return run
+
+
+# --- the sync protocol: behind the authentication ---
+
+
+class OpenCrypto:
+    """No cryptography: the tag is 16 zeros.  What the mutations make goes straight to what reads the plaintext."""
+
+    def derive(self, _secret: bytes, _salt: bytes, _info: bytes) -> OpenCrypto:
+        return self
+
+    def seal(self, _nonce: bytes, plaintext: bytes, _header: bytes) -> bytes:
+        return plaintext + bytes(wire.TAG_BYTES)
+
+    def open(self, _nonce: bytes, sealed: bytes, _header: bytes) -> bytes:
+        return sealed[: -wire.TAG_BYTES]
+
+
+def _engine(
+    name: str, peer: str, crypt: crypto.Crypto, seed: int, *, mode: str = engine.HOT_STANDBY, secret: bytes = SECRET
+) -> engine.Engine:
+    chance = random.Random(seed)
+    made = session.Session(
+        *(name, peer),
+        crypto=crypt,
+        secrets={1: secret, 2: secret[::-1]},
+        send_key=1,
+        random=lambda count: bytes(chance.getrandbits(8) for _dummy in range(count)),
+        version="0",
+        payload=PAYLOAD,
+        now=0.0,
+    )
+    settings = engine.Settings(mode=mode, ignore=("192.168.100.0/24", "fd00:1::/64"), table_limit=TABLE_LIMIT)
+    one = engine.Engine(settings, made, 0.0)
+    one.set_addresses(OWN)
+    return one
+
+
+_ECHO = b"\xec" * wire.NONCE_BYTES  # in an input: the nonce that the engine waits for
+_DO_HELLO, _DO_ROLE, _DO_WAIT, _DO_EVENT, _DO_BARE = range(5)  # first byte of an input; more: a DATA datagram
+_ERRNOS = (0, 0, 0, 0, errno.EEXIST, errno.ENOENT, errno.EBUSY, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOMEM)
+
+
+class Peer:
+    """The other end of an engine's session, without cryptography, and the engine's kernel."""
+
+    def __init__(self, mode: str = engine.HOT_STANDBY) -> None:
+        self.now = 1.0
+        self.engine = _engine("fw1", "fw2", OpenCrypto(), 1, mode=mode)
+        self.engine.set_role(readiness.BACKUP, 0.0)
+        self._nonces = itertools.count(1)
+        self._number = 0
+        self._sender = b""
+        self.hello(wire.encode_hello(wire.Hello(_ECHO, "fw2", 0, "0")))
+        check(self.engine.session.established, "the handshake works")
+
+    def hello(self, plaintext: bytes) -> None:
+        sender = next(self._nonces).to_bytes(wire.NONCE_BYTES // 2, "big") * 2
+        plaintext = plaintext.replace(_ECHO, self.engine.session._hello.nonce)
+        header = wire.encode_header(wire.HELLO, 1, sender, 0)
+        self.engine.receive(header + plaintext + bytes(wire.TAG_BYTES), self.now)
+        known = self.engine.session._established
+        if known is not None and known.peer_nonce == sender:
+            self._sender, self._number = sender, 0
+
+    def data(self, frames: bytes) -> None:
+        header = wire.encode_header(wire.DATA, 1, self._sender, self._number)
+        self._number += 1
+        self.engine.receive(header + frames + bytes(wire.TAG_BYTES), self.now)
+
+    def turn(self, chance: random.Random) -> None:
+        """What the daemon does after input: datagrams, requests to the kernel and their results."""
+        one = self.engine
+        out = one.poll(self.now)
+        check(len(out) <= 2 * WINDOW_BLOCKS + 64, f"{len(out)} datagrams at once")
+        check(all(len(datagram) <= PAYLOAD for datagram in out), "no datagram is longer than configured")
+        if one.dump is not None:
+            one.dump_slice(FLOWS[: int(chance.random() * len(FLOWS))], self.now)
+            one.dump_finished(chance.random() < 0.8, self.now)
+        for _dummy in range(200):
+            requests = one.kernel_requests(256)
+            if not requests:
+                break
+            one.kernel_results([(request, requested(request) or chance.choice(_ERRNOS)) for request in requests])
+        else:
+            raise AssertionError("requests to the kernel breed requests without end")
+        check(len(one.session._out) == 0, "everything was handed out")
+
+    def bounded(self) -> None:
+        one, known = self.engine, self.engine.session._established
+        check(len(one.cache) <= TABLE_LIMIT and len(one.pending) <= TABLE_LIMIT, "the tables keep their bounds")
+        check(len(one._announced) <= 1000 + TABLE_LIMIT and len(one._refused) <= TABLE_LIMIT, "so do the sets")
+        check(len(one.counters) < 120 and len(one.session.counters) < 40, "no input makes up counters")
+        if known is not None:
+            check(len(known.early) <= WINDOW_BLOCKS, "blocks ahead are bounded by the credit given")
+            check(len(known.in_flight) <= WINDOW_BLOCKS, "blocks in flight are bounded, whatever the peer says")
+            check(known.limit <= known.next_block + WINDOW_BLOCKS, "credit is bounded, whatever the peer says")
+
+
+def _blocks(*records: bytes) -> Iterator[bytes]:
+    for number, record in enumerate(records):
+        yield wire.encode_block(number, record)
+
+
+def session_grammar() -> Grammar:
+    upserts = [wire.tlv(wire.RECORD_UPSERT, wire.encode_flow(flow)) for flow in FLOWS]
+    bulk = wire.encode_bulk_begin(1) + b"".join(upserts) + wire.encode_bulk_end(1, len(upserts))
+    deletes = b"".join(wire.tlv(wire.RECORD_DELETE, flow.key) for flow in FLOWS)
+    changed = wire.tlv(wire.RECORD_UPSERT, wire.encode_flow(FLOWS[0]._replace(reply=FLOWS[7].reply, mark=5)))
+    status = wire.encode_status(wire.Status(wire.ROLE_ACTIVE, wire.STATUS_REPLICATES, 9))
+    ack = wire.encode_ack(wire.Ack(1, 513, ((3, 5),)))
+    hello = wire.encode_hello(wire.Hello(_ECHO, "fw2", 0, "0.1.0"))
+    blank = wire.encode_hello(wire.Hello(wire.NO_NONCE, "fw2", 0, "0.1.0"))
+    frames = [
+        *_blocks(bulk, b"".join(upserts), deletes, changed, upserts[6], deletes[:30] + changed),
+        *(wire.encode_block(number, upserts[number % 9]) for number in (6, 7, 9, 500, 511, 512, 600)),
+        wire.encode_block(0, wire.tlv(wire.RECORD_BULK_REQUEST)),
+        wire.encode_block(1, wire.encode_bulk_begin(2)),
+        wire.encode_block(2, wire.encode_bulk_end(2, 0)),
+        *(status, ack, status + ack, wire.tlv(wire.FRAME_BYE), wire.encode_ack(wire.Ack(0, 1 << 63, ()))),
+        wire.encode_ack(wire.Ack(0, 2, ((1, 2),))) + wire.encode_block(1, upserts[0]),
+    ]
+    seeds = [bytes((what,)) + frame for frame in frames for what in (5, 100, 252)]
+    seeds += [bytes((_DO_HELLO,)) + hello, bytes((_DO_HELLO,)) + blank]
+    seeds += [bytes((_DO_ROLE,)) + status, bytes((_DO_WAIT,)) + ack, bytes((_DO_EVENT,)) + upserts[0][3:]]
+    seeds += [bytes((_DO_EVENT,)) + upsert[3:] for upsert in upserts] + [bytes((_DO_BARE,)) + bulk]
+    numbers = tuple(struct.pack("!Q", number) for number in (0, 1, 2, 3, 511, 512, 1 << 63, (1 << 64) - 1))
+    return Grammar(seeds, functools.partial(tlv_lengths, start=1), _tlv_wrap, tuple(range(10)), (_ECHO, *numbers))
+
+
+def _numbered(one: engine.Engine, frames: bytes, what: int) -> bytes:
+    """Often the block at the beginning gets the number that the engine waits for, or one near it."""
+    known = one.session._established
+    if known is None or what < 100 or len(frames) < 11 or frames[0] != wire.FRAME_BLOCK:
+        return frames
+    return frames[:3] + struct.pack("!Q", known.expected + max(0, what - 250)) + frames[11:]
+
+
+def _session_runner(mode: str) -> Runner:
+    peer = Peer(mode)
+    block = itertools.count()
+
+    def run(data: bytes) -> bool:
+        what, rest = (data[0], data[1:]) if data else (9, b"")
+        chance = random.Random(zlib.crc32(data))
+        taken = peer.engine.session.counters["blocks_received"]
+        peer.now += 0.003
+        if what == _DO_HELLO:
+            peer.hello(rest)
+        elif what == _DO_EVENT:
+            try:
+                flow = wire.decode_flow(rest)
+            except WireError:
+                return False
+            peer.engine.kernel_event(flow, chance.random() < 0.3, peer.now)
+        elif what == _DO_BARE:  # records in a block of the right number
+            known = peer.engine.session._established
+            peer.data(wire.encode_block(known.expected if known else next(block), rest[:9000]))
+        else:
+            if what == _DO_ROLE:
+                roles = (readiness.ACTIVE, readiness.BACKUP, readiness.TRANSITION)
+                peer.engine.set_role(roles[len(rest) % 3], peer.now)
+            elif what == _DO_WAIT:
+                peer.now += 1.0
+            peer.data(_numbered(peer.engine, rest, what))
+        peer.turn(chance)
+        peer.bounded()
+        if chance.random() < 0.05:
+            for flow, _since in peer.engine.external_flows():
+                shown(flow)
+            peer.engine.verdict(peer.now)
+            json.dumps(peer.engine.peer_status(peer.now))
+        return peer.engine.session.counters["blocks_received"] > taken
+
+    return run
+
+
+# --- the sync protocol: before the authentication ---
+
+
+class _Exchange(NamedTuple):
+    """An engine in a session, and datagrams that must not do anything to it any more."""
+
+    engine: engine.Engine
+    peer: engine.Engine
+    dead: list[bytes]
+
+
+def _exchange() -> _Exchange:
+    """A session with real cryptography, state replicated, everything delivered once; then the datagrams of it, of an
+    older session, of the engine itself, of other keys, nodes and versions."""
+    dead: list[bytes] = []
+    crypt = crypto.LibraryCrypto()
+    one = _engine("fw1", "fw2", crypt, 11)
+    one.set_role(readiness.BACKUP, 0.0)
+    two = _engine("fw2", "fw1", crypt, 12)
+    for life in range(2):
+        two = _engine("fw2", "fw1", crypt, 20 + life)
+        two.set_role(readiness.ACTIVE, 0.0)
+        now = 1.0 + 100 * life
+        for step in range(60):
+            now += 0.05
+            if step == 20:
+                two.kernel_event(FLOWS[0], False, now)
+                two.kernel_event(FLOWS[2], False, now)
+            for datagram in two.poll(now):
+                one.receive(datagram, now)
+                dead.append(datagram)
+            for datagram in one.poll(now):
+                two.receive(datagram, now)
+                dead.append(datagram)
+            if two.dump is not None:
+                two.dump_slice(FLOWS, now)
+                two.dump_finished(True, now)
+            if one.dump is not None:
+                one.dump_finished(True, now)
+            one.kernel_results([(request, 0) for request in one.kernel_requests(999)])
+    check(len(one.cache) >= 5 and one.complete, "the exchange replicated something")
+    for name, secret in (("fw2", bytes(32)), ("fw3", SECRET)):
+        stranger = _engine(name, "fw1", crypt, 40, secret=secret)
+        dead += stranger.poll(1.0)
+    unique = list(dict.fromkeys(dead))
+    return _Exchange(one, two, unique)
+
+
+@functools.lru_cache(maxsize=1)
+def _dead_datagrams() -> tuple[bytes, ...]:
+    dead = _exchange().dead
+    hellos = [datagram for datagram in dead if datagram[1] == wire.HELLO]
+    data = sorted((datagram for datagram in dead if datagram[1] == wire.DATA), key=len)
+    return (*hellos[:8], *hellos[-8:], *data[:20], *data[-20:], *data[len(data) // 2 :][:20])
+
+
+def sealed_grammar() -> Grammar:
+    return Grammar(_dead_datagrams(), None, None, (), (b"\1\1\1\0", b"\1\2\1\0", b"\1\2\2\0", b"\2\2\1\0"))
+
+
+def _state(one: engine.Engine) -> tuple[Any, ...]:
+    known = one.session._established
+    part: tuple[Any, ...] = ()
+    if known is not None:
+        part = (id(known), known.highest, known.seen, known.expected, len(known.early), known.limit, known.next_block)
+    return (
+        *part,
+        [(key, replica.record, replica.injected) for key, replica in one.cache.items()],
+        *(len(one.pending), len(one._kernel), one.dump, one.complete, one.role, one._peer, one.session.last_seen),
+        one.session._hello.nonce,
+    )
+
+
+def sealed_runner() -> Runner:
+    """Datagrams as they come from the link.  None of them may change anything but counters."""
+    one = _exchange().engine
+    before = _state(one)
+
+    def run(data: bytes) -> bool:
+        counters = one.session.counters
+        dropped = sum(count for name, count in counters.items() if name.startswith("dropped_"))
+        hellos = counters["hellos_received"]
+        one.receive(data, 300.0)
+        heard = counters["hellos_received"] > hellos  # a true HELLO of the past: heard, perhaps answered, no more
+        now_dropped = sum(count for name, count in counters.items() if name.startswith("dropped_"))
+        check(heard or now_dropped == dropped + 1, "what is dropped is counted")
+        check(_state(one) == before, "a datagram that fails authentication changed the state")
+        check(len(one.session._out) <= 1, "at most one answer")
+        one.session._out.clear()
+        return False
+
+    return run
+
+
+# --- netlink ---
+
+
+class _FakeSocket:
+    """What a netlink socket reads, datagram by datagram; then nothing is there."""
+
+    def __init__(self) -> None:
+        self.waiting: list[bytes] = []
+
+    def recvfrom(self, size: int, _flags: int = 0) -> tuple[bytes, tuple[int, int]]:
+        if not self.waiting:
+            raise BlockingIOError
+        return self.waiting.pop(0)[:size], (0, 0)
+
+
+def event(flow: Flow, what: int, flags: int, portid: int = 0) -> bytes:
+    """The kernel's own layout: as :func:`ctnetlink.create` writes it, with what only the kernel says."""
+    body = bytearray(ctnetlink.create(flow, liberal=False))
+    body += ctnetlink.attribute(ctnetlink.CTA_ID, b"\1\2\3\4")
+    start = ctnetlink.attribute(ctnetlink.CTA_TIMESTAMP_START, struct.pack(">Q", 1_700_000_000 * 10**9))
+    body += ctnetlink.attribute(ctnetlink.CTA_TIMESTAMP | ctnetlink.NLA_F_NESTED, start)
+    struct.pack_into("=IHHII", body, 0, len(body), 1 << 8 | what, flags, 7, portid)
+    return bytes(body)
+
+
+def netlink_grammar() -> Grammar:
+    seeds = [event(flow, 0, ctnetlink.NLM_F_CREATE) for flow in FLOWS]
+    seeds += [event(flow, 0, 0) for flow in FLOWS[:3]] + [event(flow, 2, 0) for flow in FLOWS]
+    dump = b"".join(event(flow, 0, ctnetlink.NLM_F_MULTI, 99) for flow in FLOWS)
+    done = struct.pack("=IHHIIi", 20, ctnetlink.NLMSG_DONE, 2, 7, 99, 0)
+    seeds += [dump, dump + done, done, struct.pack("=IHHIIi", 20, ctnetlink.NLMSG_DONE, 2, 7, 99, -4)]
+    seeds += [struct.pack("=IHHIIi", 36, ctnetlink.NLMSG_ERROR, 0, 7, 99, number) + bytes(16) for number in (0, -17)]
+    seeds += [struct.pack("=IHHII", 16, ctnetlink.NLMSG_OVERRUN, 0, 0, 0)]
+    words = (*(struct.pack("=HH", 4, kind) for kind in (1, 2, 4, 0x8001, 0x8004)), b"\xff\xff\xff\xff", bytes(4))
+
+    def wrap(kind: int, inner: bytes) -> bytes:
+        return ctnetlink.attribute(kind | 0x8000, inner)
+
+    return Grammar(seeds, netlink_lengths, wrap, (1, 2, 4, 5, 13, 14, 15, 20, 22), words, limit=32768)
+
+
+def netlink_runner() -> Runner:
+    """Events to an active engine, the same bytes as a slice of a dump, and as the answer to a batch."""
+    peer = Peer()
+    peer.engine.set_role(readiness.ACTIVE, 0.0)
+    events = netlink.EventSocket.__new__(netlink.EventSocket)
+    events.overruns = events.malformed = 0
+    walk = netlink.TableDump.__new__(netlink.TableDump)
+    source = _FakeSocket()
+    events._sock = walk._sock = source  # type: ignore[assignment]
+
+    def run(data: bytes) -> bool:
+        peer.now += 0.001
+        source.waiting = [data]
+        found = 0
+        for message in events.read():
+            check(0 <= message.errno <= 4095, f"errno {message.errno}")
+            if message.flow is None:
+                continue
+            found += 1
+            flow = message.flow
+            timeout = None if flow.timeout is None else min(flow.timeout, 0xFFFFFFFE)  # the greatest that travels
+            plain = flow._replace(start=None, ident=None, timeout=timeout)
+            check(wire.decode_flow(wire.encode_flow(flow)) == plain, f"{flow!r} does not survive the sync link")
+            shown(flow)
+            requested(engine.Request(engine.CREATE, flow.key, flow, flow.timeout))
+            peer.engine.kernel_event(flow, message.kind == ctnetlink.Kind.DESTROY, peer.now)
+        check(found * 40 <= len(data), "no flow comes from nothing")
+        walk.done = walk.interrupted = False
+        walk.malformed = 0
+        source.waiting = [data]
+        try:
+            check(len(walk.read()) * 40 <= len(data), "no flow comes from nothing")
+        except NetlinkError as error:
+            check(0 <= error.errno <= 4095, f"errno {error.errno}")
+        if found:
+            peer.turn(random.Random(zlib.crc32(data)))
+            peer.data(wire.encode_ack(_all_received(peer.engine)))
+            if len(peer.engine._announced) > 900:
+                peer.engine.set_role(readiness.BACKUP, peer.now)
+                peer.engine.set_role(readiness.ACTIVE, peer.now)
+            peer.bounded()
+        return found > 0
+
+    return run
+
+
+def _all_received(one: engine.Engine) -> wire.Ack:
+    known = one.session._established
+    number = known.next_block if known is not None else 0
+    return wire.Ack(number, number + WINDOW_BLOCKS, ())
+
+
+def rtnetlink_grammar() -> Grammar:
+    def link(index: int, name: bytes) -> bytes:
+        body = struct.pack("=BxHiII", 0, 1, index, 0x1043, 0) + ctnetlink.attribute(netlink.IFLA_IFNAME, name + b"\0")
+        return struct.pack("=IHHII", 16 + len(body), netlink.RTM_NEWLINK, 2, 1, 9) + body
+
+    def address(family: int, packed: bytes, index: int, flags: int) -> bytes:
+        body = struct.pack("=BBBBi", family, 24, flags & 255, 0, index)
+        body += ctnetlink.attribute(netlink.IFA_ADDRESS, packed) + ctnetlink.attribute(netlink.IFA_LOCAL, packed)
+        body += ctnetlink.attribute(netlink.IFA_FLAGS, struct.pack("=I", flags))
+        return struct.pack("=IHHII", 16 + len(body), netlink.RTM_NEWADDR, 2, 1, 9) + body
+
+    done = struct.pack("=IHHIIi", 20, ctnetlink.NLMSG_DONE, 2, 1, 9, 0)
+    links = link(1, b"lo") + link(2, b"eth0")
+    addresses = address(k.AF_INET, b"\x7f\0\0\1", 1, 0x80) + address(k.AF_INET, _A, 2, 0x80)
+    addresses += address(k.AF_INET6, _v6(3), 2, 0x40)
+    error = struct.pack("=IHHIIi", 36, ctnetlink.NLMSG_ERROR, 0, 1, 9, -1) + bytes(16)
+    seeds = [links + addresses + done, addresses + links + done, links + done, addresses + done, done + links, error]
+    return Grammar(seeds, netlink_lengths, None, (), (done, error, b"\xff\xff\xff\xff", bytes(4)), limit=32768)
+
+
+class _RouteSocket(netlink._Socket):
+    """A routing socket that answers every request with the input, once, and then nothing in time."""
+
+    answer = b""
+
+    def __init__(self, _protocol: int, _receive_buffer: int = 0) -> None:
+        self._sock = SimpleNamespace(settimeout=lambda _s: None, send=self._ask, close=lambda: None)  # type: ignore
+        self._left: list[bytes] = []
+
+    def _ask(self, _message: bytes) -> None:
+        self._left = [self.answer]
+
+    def _receive(self, _flags: int = 0, _size: int = 0) -> bytes | None:
+        if not self._left:
+            raise TimeoutError("the kernel does not answer")
+        return self._left.pop()
+
+
+def rtnetlink_runner() -> Runner:
+    def run(data: bytes) -> bool:
+        _RouteSocket.answer = data
+        real, netlink._Socket = netlink._Socket, _RouteSocket  # type: ignore[misc]
+        try:
+            found = netlink.interface_addresses()
+        except (OSError, NetlinkError):
+            return False
+        finally:
+            netlink._Socket = real  # type: ignore[misc]
+        for entry in found:
+            check(
+                entry.family not in (2, 10) or len(entry.address) in (4, 16), f"address of {len(entry.address)} bytes"
+            )
+        return True
+
+    return run
+
+
+# --- control socket ---
+
+
+def control_grammar() -> Grammar:
+    commands = [
+        name[len("_command_") :].replace("_", "-") for name in dir(daemon.Daemon) if name.startswith("_command_")
+    ]
+    requests: list[dict[str, Any]] = [{"command": name} for name in commands]
+    requests += [{"command": "external", "format": name} for name in ("text", "json", "xml", "yaml")]
+    requests += [{"command": "stats", "section": "network"}, {"command": "flush", "which": "external"}]
+    seeds = [json.dumps(request).encode() + b"\n" for request in requests]
+    words = (
+        b"\n",
+        b"{",
+        b"}",
+        b"[" * 5000,
+        b'{"command":' * 3000,
+        b"\xff\xfe",
+        b"\0",
+        b'"\\ud800"',
+        b"1" * 5000,
+        b"NaN",
+    )
+    return Grammar(seeds, words=words, text=True, limit=140_000)
+
+
+class _ClientSocket:
+    """A connected client: sends its request in two parts, takes every answer."""
+
+    def __init__(self, request: bytes) -> None:
+        middle = len(request) // 2
+        self._parts = [part for part in (request[:middle], request[middle:]) if part]
+        self.answer = bytearray()
+        self.closed = False
+
+    def recv(self, size: int) -> bytes:
+        if not self._parts:
+            raise BlockingIOError
+        part = self._parts.pop(0)
+        if len(part) > size:
+            self._parts.insert(0, part[size:])
+        return part[:size]
+
+    def send(self, data: memoryview, _flags: int) -> int:
+        self.answer += data
+        return len(data)
+
+    def fileno(self) -> int:
+        return 9
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class _Commands(daemon.Daemon):
+    """The daemon's commands without its sockets.  What is not set here is an empty text."""
+
+    def __getattr__(self, name: str) -> str:
+        if name.startswith("_command_"):
+            raise AttributeError(name)
+        return ""
+
+
+def control_runner() -> Runner:
+    """The control server with the daemon's own commands."""
+    one = _Commands.__new__(_Commands)
+    one.config = config.parse(CONFIG)
+    one.started = 0.0
+    one._virtual_ips = [(vip.interface, vip.address, vip.packed) for vip in one.config.virtual_ips]
+    one._held = set()
+    one._event_buffer = 1
+    one._events = one._fifo = SimpleNamespace(malformed=0, garbage=0)  # type: ignore[assignment]
+    one._link = SimpleNamespace(counters={}, is_open=True)  # type: ignore[assignment]
+    one._internal = lambda line: iter((b"", None, line(FLOWS[0], 1).encode() + b"\n"))  # type: ignore[method-assign]
+    server = control.ControlServer("/nonexistent", one._command)
+    server.counters["failed"] = 0
+
+    def run(data: bytes) -> bool:
+        peer = Peer()
+        peer.data(wire.encode_block(0, wire.tlv(wire.RECORD_UPSERT, wire.encode_flow(FLOWS[0]))))
+        one._engine, one._session = peer.engine, peer.engine.session
+        sock = _ClientSocket(data)
+        client = control._Client(sock, 5.0)  # type: ignore[arg-type]
+        server._clients = {9: client}
+        requests = server.counters["requests"]
+        server._receive(client, 0.0)
+        for now in range(1, 60):  # a handler that waits is asked again
+            if sock.closed:
+                break
+            if client.wake_at is not None:
+                peer.turn(random.Random(0))
+            server.tick(float(now) / 20)
+            if client.pieces is not None and client.wake_at is None:
+                server._send(client, float(now) / 20)
+        if b"\n" in data[: control.MAX_REQUEST_BYTES] or len(data) > control.MAX_REQUEST_BYTES + 1:
+            check(sock.closed, "a request is answered and the connection closed")
+            lines = bytes(sock.answer).split(b"\n")
+            end = json.loads(lines[-2])
+            check(
+                lines[-1] == b"" and isinstance(end["ok"], bool) and isinstance(end["exit"], int), "a trailer ends it"
+            )
+            check("internal error" not in end.get("error", ""), f"internal error: {_Caught.text}")
+        else:
+            check(not sock.answer and len(client.request) <= control.MAX_REQUEST_BYTES, "half a request waits, bounded")
+        return server.counters["requests"] > requests
+
+    return run
+
+
+class _Caught(logging.Handler):
+    """Keeps the last thing that was logged with a traceback."""
+
+    text = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info:
+            _Caught.text = logging.Formatter().formatException(record.exc_info)
+
+
+def answer_grammar() -> Grammar:
+    line = json.dumps(render.as_dict(FLOWS[0], 5)).encode()
+    seeds = [line + b"\n" + control.trailer(), control.trailer("refused", 2), line + b"\n" * 3 + control.trailer("x")]
+    seeds += [b"text\n" * 9 + control.trailer(), b'{"ok": false, "exit": 3}\n']
+    words = (b"\n", b'"exit": "x"', b'"exit": null', b'"ok": 1', b"[" * 5000, b"\xff", b"1" * 5000)
+    return Grammar(seeds, words=words, limit=80_000)
+
+
+def answer_runner() -> Runner:
+    """The client's side: what came back over the socket."""
+
+    def run(data: bytes) -> bool:
+        parts = [data[: len(data) // 3], data[len(data) // 3 :], b""]
+        sock = SimpleNamespace(recv=lambda _size: parts.pop(0) or (parts.pop(0) if parts else b""))
+        try:
+            size = sum(len(line) for line in control._lines(sock, "/run/x", 1.0))  # type: ignore[arg-type]
+        except control.ControlError as error:
+            check(isinstance(error.exit, int), "an exit status is a number")
+            return False
+        check(size <= 3 * len(data), "the answer is no longer than what was read")
+        return True
+
+    return run
+
+
+# --- files ---
+
+CONFIG = json.dumps(
+    {
+        "node": "fw1",
+        "peers": [{"node": "fw2", "address": "192.168.100.2"}],
+        "link": {"interface": "eth2", "address": "192.168.100.1", "port": 3781},
+        "virtual_ips": [
+            {"interface": "eth1", "address": "192.168.0.100"},
+            {"interface": "eth0", "address": "fd00:c0de:1::100"},
+        ],
+        "keys": {"1": "key-1", "2": "/etc/ctsyncd/keys/2.key"},
+        "send_key": 1,
+        "mode": "hot-standby",
+        "control_socket": "/run/ctsyncd/ctsyncd.sock",
+        "notify_fifo": "/run/ctsync/notify.fifo",
+        "track_file": "/run/ctsync/not-ready",
+        "ignore_addresses": ["192.168.100.0/24", "fd00:c0de:64::/64"],
+        "replicate": True,
+        "udp": "replied",
+        "hello_interval_ms": 200,
+        "dead_after_ms": 1000,
+        "window_ms": 5,
+        "datagram_bytes": 1400,
+        "netlink_buffer_bytes": 67108864,
+        "park_timeout_s": 86400,
+        "log_level": "info",
+    }
+)
+
+
+def _memory_file() -> tuple[int, str]:
+    descriptor = os.memfd_create("fuzz")
+    os.fchmod(descriptor, 0o600)
+    return descriptor, f"/proc/self/fd/{descriptor}"
+
+
+def config_grammar() -> Grammar:
+    least = {key: json.loads(CONFIG)[key] for key in ("node", "peers", "link", "virtual_ips", "keys", "send_key")}
+    seeds = [CONFIG.encode(), CONFIG.encode(), json.dumps(least).encode(), b"{}"]
+    words = (b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"NaN", b"-Infinity", b"1" * 5000, b"[" * 2000, b'"\\ud800"')
+    return Grammar(seeds, words=words, text=True, limit=200_000)
+
+
+def config_runner() -> Runner:
+    """A file, read, checked, and put to use."""
+    descriptor, path = _memory_file()
+
+    def run(data: bytes) -> bool:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, data, 0)
+        try:
+            found = config.load(path)
+        except ConfigError as error:
+            check(error.problems and all(isinstance(text, str) and text for text in error.problems), "it says what")
+            check(sum(map(len, error.problems)) <= 2000 + 400 * len(data), "it says so in reasonable length")
+            str(error).encode("utf-8", "backslashreplace")
+            return False
+        engine.Engine(engine.Settings(ignore=tuple(map(str, found.ignore_addresses))), _QUIET, 0.0)
+        for vip in (*found.virtual_ips, found.link):
+            check(1 <= len(vip.interface.encode()) <= 15 and len(vip.packed) in (4, 16), "interfaces and addresses fit")
+        for file in (found.control_socket, found.notify_fifo, found.track_file, *found.keys.values()):
+            os.fsencode(file)
+        check(found.send_key in found.keys and len(found.peers) == 1, "the key is there")
+        return True
+
+    return run
+
+
+_QUIET = Peer().engine.session
+
+
+def key_grammar() -> Grammar:
+    seeds = [base64.b64encode(bytes(range(count))) + b"\n" for count in (32, 33, 48, 64, 31, 0)]
+    words = (b"=", b"==", b"\n", b"\0", b"\xff", b"-", b"_", b" ")
+    return Grammar(seeds, words=words, limit=70_000)
+
+
+def key_runner() -> Runner:
+    descriptor, path = _memory_file()
+    where = config.parse(CONFIG.replace("/etc/ctsyncd/keys/2.key", path))
+
+    def run(data: bytes) -> bool:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, data, 0)
+        try:
+            key = service.read_key(where, 2, None)
+        except ConfigError as error:
+            text = str(error).encode("utf-8", "backslashreplace")
+            check(len(data.strip()) < 8 or data.strip()[:8] not in text, "an error tells nothing of a key")
+            return False
+        digits = [text.rstrip(b"=")[:-1] for text in (base64.b64encode(key), data.strip())]  # the last has unused bits
+        check(len(key) >= 32 and digits[0] == digits[1], "the key is what the file says")
+        return True
+
+    return run
+
+
+def fifo_grammar() -> Grammar:
+    seeds = [b'INSTANCE "inside" MASTER 150\n', b'GROUP "firewall" BACKUP 0\n', b'INSTANCE "outside" FAULT 150\n']
+    seeds += [b"".join(seeds), b'INSTANCE "inside" MASTER_RX_LOWER_PRI 150\nGROUP "firewall" STOP\n']
+    words = (b"\n", b'"', b" ", b"\0", b"\xff", b"MASTER", b"GROUP", b"9999", b"x" * 600, b"\xd9\xa3")
+    return Grammar(seeds, words=words, limit=60_000)
+
+
+def fifo_runner() -> Runner:
+    """A reader whose writer wrote the input in two parts; then comes a good line, which must be understood."""
+    reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    reader = vrrp.FifoReader("/nonexistent")
+    reader.fd = reading
+    good = b'\nINSTANCE "inside" BACKUP 1\n'
+
+    def run(data: bytes) -> bool:
+        found = []
+        middle = len(data) // 2
+        for part in (data[:middle], data[middle:], good):
+            if part:
+                os.write(writing, part)
+                found += reader.read()
+            check(len(reader._partial) <= vrrp.LINE_BYTES, "a half line is bounded")
+        check(len(found) <= data.count(b"\n") + 2, "a line gives one transition")
+        check(found[-1] == vrrp.Transition("INSTANCE", "inside", "BACKUP", 1), "after garbage the next line counts")
+        for transition in found:
+            check(transition.state in vrrp.STATES and 0 <= transition.priority <= 999, repr(transition))
+        return len(found) > 1
+
+    return run
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("wire", wire_grammar, wire_runner, 1000, 28, (4000, 120)),
+        Target(
+            "session", session_grammar, functools.partial(_session_runner, engine.HOT_STANDBY), 400, 14, (300_000, 300)
+        ),
+        Target(
+            *("session-classic", session_grammar, functools.partial(_session_runner, engine.EXTERNAL_CACHE)),
+            *(400, 4, (300_000, 300)),
+        ),
+        Target("sealed", sealed_grammar, sealed_runner, 2000, 12, (3000, 5)),
+        Target("netlink", netlink_grammar, netlink_runner, 1000, 14, (60_000, 300)),
+        Target("rtnetlink", rtnetlink_grammar, rtnetlink_runner, 1000, 10, (4000, 60)),
+        Target("control", control_grammar, control_runner, 200, 2, (20_000, 20)),
+        Target("answer", answer_grammar, answer_runner, 500, 4, (4000, 20)),
+        Target("config", config_grammar, config_runner, 200, 2, (30_000, 300)),
+        Target("key", key_grammar, key_runner, 1000, 4, (1000, 2)),
+        Target("fifo", fifo_grammar, fifo_runner, 1000, 6, (2000, 20)),
+    )
+}
+
+
+def quiet() -> Callable[[], None]:
+    """Keep the daemon's log from the terminal; tracebacks in it are kept for the report.  Returns how to undo that."""
+    package = logging.getLogger(daemon.__name__.rsplit(".", 1)[0])
+    handlers, propagate = package.handlers[:], package.propagate
+    package.handlers[:], package.propagate = [_Caught()], False
+
+    def undo() -> None:
+        package.handlers[:], package.propagate = handlers, propagate
+
+    return undo
+
+
+def replay(name: str, *inputs: str) -> None:
+    """Give inputs (hexadecimal) to a fresh runner, one after the other; raises what the last one raises."""
+    run = TARGETS[name].fresh()
+    for text in inputs:
+        run(bytes.fromhex(text))
