@@ -23,7 +23,7 @@ from typing import Any, Iterator
 import pytest
 from integration import traffic
 from integration.netns import Namespace, Pair, run, wait_for
-from integration.test_daemon import Cluster
+from integration.test_daemon import Cluster, Daemon
 
 pytestmark = pytest.mark.netns
 
@@ -120,9 +120,9 @@ class Lab(Cluster):
         def done() -> Any:
             asked = time.monotonic()
             active, backup = self.active.status(), self.backup.status()
-            if (active["role"], backup["role"]) != ("active", "backup"):
-                return None
             if active["verdict"] != "READY" or backup["verdict"] != "READY":
+                return None
+            if (active["role"], backup["role"]) != ("active", "backup"):
                 return None
             age = active["peers"][0]["lag"]["age_s"]
             return active if backup["flows"]["external"] >= SESSIONS and asked - age > began else None
@@ -212,6 +212,20 @@ def _record(**values: Any) -> None:
             log.write(json.dumps(values) + "\n")
 
 
+def _cpu_seconds(daemon: Daemon) -> float:
+    """CPU time of the daemon's present life (user and system)."""
+    assert daemon.process is not None
+    fields = Path(f"/proc/{daemon.process.pid}/stat").read_text(encoding="ascii").rsplit(")", 1)[1].split()
+    return round((int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), 2)
+
+
+def _resident(daemon: Daemon) -> int:
+    """Resident memory of the daemon, in KiB."""
+    assert daemon.process is not None
+    lines = Path(f"/proc/{daemon.process.pid}/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
+
+
 # what becomes of the node that was cut, before the other one is cut: its daemon and its table
 JOURNEY = (("restarted", "kept"), ("ran on", "kept"), ("restarted", "empty"))
 
@@ -234,6 +248,8 @@ def test_no_session_is_lost_there_and_back_and_there(pair: Pair, tmp_path: Path,
                 **{**result, "lost": dict(list(result["lost"].items())[:20]), "lost_count": len(result["lost"])},
                 retransmitted=before["counters"].get("blocks_retransmitted", 0),
                 lag=before["peers"][0]["lag"],
+                cpu_s={daemon.space.label: _cpu_seconds(daemon) for daemon in (lab.fw1, lab.fw2)},
+                rss_kib={daemon.space.label: _resident(daemon) for daemon in (lab.fw1, lab.fw2)},
             )
             assert result["lost"] == {}, f"cut {number + 1}: {len(result['lost'])} lost"
             assert (result["proved"], result["resets"]) == (SESSIONS, 0)
