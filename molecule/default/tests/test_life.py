@@ -34,10 +34,10 @@ class Node:
         return self.run("cat /run/ctsync/not-ready").strip() == "1"
 
     def journal_since(self, mark, unit):
-        return self.run(f"journalctl --no-pager -o cat -u {unit} --after-cursor='{mark}'")
+        return self.run(f"journalctl --no-pager -q -o cat -u {unit} --since=@{mark}")
 
     def mark(self):
-        return self.run("journalctl --no-pager -n 1 --show-cursor -q").rpartition("-- cursor: ")[2].strip()
+        return self.run("date +%s.%6N").strip()
 
 
 def wait_for(what, condition):
