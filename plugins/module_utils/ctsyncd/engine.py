@@ -160,6 +160,7 @@ class Engine:
         self._completing = False
         self._adopting = False
         self._peer = wire.Status(wire.ROLE_UNKNOWN, 0, 0)
+        self._peer_left = False
         self._session_since = now
         self._request_at = now
         self._purge_at: float | None = None
@@ -600,10 +601,12 @@ class Engine:
                 self._receive_records(event.records, now)
             elif isinstance(event, StatusReceived):
                 self._peer = event.status
+                self._peer_left = False
             elif isinstance(event, SessionUp):
                 self._session_up(now)
             elif isinstance(event, PeerLeft):
                 self.counters["peer_left"] += 1
+                self._peer_left = True
                 self._peer = wire.Status(wire.ROLE_UNKNOWN, 0, 0)
 
     def _session_up(self, now: float) -> None:
@@ -836,6 +839,7 @@ class Engine:
                 peer=self.session.peer,
                 session=self.session.established,
                 peer_alive=self.session.alive(now),
+                peer_left=self._peer_left,
                 peer_silent_s=None if self.session.last_seen is None else max(0.0, now - self.session.last_seen),
                 peer_role=_ROLE_NAMES.get(self._peer.role, ""),
                 peer_replicates=bool(self._peer.flags & wire.STATUS_REPLICATES),

@@ -28,6 +28,7 @@ class Facts(NamedTuple):
     peer: str
     session: bool  # keys are agreed on with the peer
     peer_alive: bool
+    peer_left: bool  # it said that it stops
     peer_silent_s: float | None
     peer_role: str
     peer_replicates: bool
@@ -65,6 +66,8 @@ def _judge_active(facts: Facts) -> Verdict:
         reasons.append("replication is off: a failure loses every session")
     elif not facts.session:
         reasons.append(f"no session with {facts.peer}: a failure loses every session")
+    elif facts.peer_left:
+        reasons.append(f"ctsyncd on {facts.peer} has stopped: changes are not replicated")
     elif not facts.peer_alive:
         reasons.append(f"{facts.peer} is silent{_for(facts.peer_silent_s)}: changes are not replicated")
     elif facts.peer_role == ACTIVE:
@@ -87,7 +90,9 @@ def _judge_standby(facts: Facts) -> Verdict:
     if not facts.complete:
         return Verdict(NOT_READY, (_why_incomplete(facts),), True)
     reasons = []
-    if not facts.peer_alive:
+    if facts.peer_left:
+        reasons.append(f"ctsyncd on {facts.peer} has stopped: the table is as old as that")
+    elif not facts.peer_alive:
         reasons.append(f"{facts.peer} is silent{_for(facts.peer_silent_s)}: the table is as old as that")
     if facts.waiting:
         reasons.append(f"{facts.waiting} flows wait for the kernel")
@@ -100,6 +105,8 @@ def _judge_standby(facts: Facts) -> Verdict:
 def _why_incomplete(facts: Facts) -> str:
     if not facts.session:
         return f"no session with {facts.peer}"
+    if facts.peer_left:
+        return f"ctsyncd on {facts.peer} stopped before its table was here"
     if not facts.peer_alive:
         return f"{facts.peer} fell silent before its table was here"
     if not facts.peer_replicates:

@@ -29,6 +29,7 @@ GOOD = Facts(
     peer="fw2",
     session=True,
     peer_alive=True,
+    peer_left=False,
     peer_silent_s=0.1,
     peer_role=ACTIVE,
     peer_replicates=True,
@@ -61,6 +62,8 @@ def test_all_is_well() -> None:
         ({**INCOMPLETE, "peer_role": BACKUP}, NOT_READY, "nobody has a table to give"),
         (INCOMPLETE, NOT_READY, "the table of fw2 is not complete here yet"),
         ({"peer_alive": False, "peer_silent_s": 3.25}, DEGRADED, "fw2 is silent for 3.2 s"),
+        ({"peer_left": True}, DEGRADED, "ctsyncd on fw2 has stopped: the table is as old as that"),
+        ({**INCOMPLETE, "peer_left": True}, NOT_READY, "ctsyncd on fw2 stopped before its table was here"),
         ({"waiting": 21_000}, DEGRADED, "21000 flows wait for the kernel"),
         (
             {"refused": {errno.EEXIST: 2, errno.ENOMEM: 3, errno.EINVAL: 1}},
@@ -86,6 +89,7 @@ def test_standby(role: str, changes: dict[str, Any], verdict: str, reason: str) 
         ({"replicate": False}, "replication is off: a failure loses every session"),
         ({"session": False}, "no session with fw2: a failure loses every session"),
         ({"peer_alive": False, "peer_silent_s": None}, "fw2 is silent: changes are not replicated"),
+        ({"peer_left": True, "peer_alive": False}, "ctsyncd on fw2 has stopped: changes are not replicated"),
         ({"peer_role": ACTIVE}, "split brain"),
         ({"peer_replicates": False}, "replication is off on fw2"),
         ({"peer_complete": False}, "does not hold the complete table yet"),
@@ -99,7 +103,7 @@ def test_active(changes: dict[str, Any], reason: str) -> None:
     assert any(reason in text for text in judged.reasons)
 
 
-_BOOLEANS = ("replicate", "session", "peer_alive", "peer_replicates", "peer_complete", "complete")
+_BOOLEANS = ("replicate", "session", "peer_alive", "peer_left", "peer_replicates", "peer_complete", "complete")
 
 
 @given(
