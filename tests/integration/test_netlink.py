@@ -467,7 +467,16 @@ def test_without_the_capability_it_is_said(net: Net) -> None:
         "except errors.NetlinkError as error: print(error.errno)\n"
     )
     done = space.run(
-        "setpriv", "--reuid", "65534", "--clear-groups", sys.executable, "-c", source, *sys.path, check=False
+        "setpriv",
+        "--bounding-set",
+        "-net_admin",
+        "--inh-caps",
+        "-net_admin",
+        sys.executable,
+        "-c",
+        source,
+        *sys.path,
+        check=False,
     )
     assert done.stdout == f"{errno.EPERM}\n", done.stderr
 
