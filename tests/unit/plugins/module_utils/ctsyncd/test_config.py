@@ -117,6 +117,22 @@ def test_defaults_of_the_table_are_those_of_the_object() -> None:
         ("ignore_addresses", "10.0.0.0/8", ["ignore_addresses", "list"]),
         ("ignore_addresses", ["10.0.0.1/8"], ["ignore_addresses[0]", "host bits", "10.0.0.0/8"]),
         ("ignore_addresses", ["ten"], ["ignore_addresses[0]", '"ten"', "network"]),
+        ("filter", [], ["filter", "not an object", "protocols, addresses, tcp_states, marks, zones"]),
+        ("filter", {"protocol": ["tcp"]}, ["filter.protocol", "did you mean protocols?"]),
+        ("filter", {"protocols": "tcp"}, ["filter.protocols", '"tcp"', "list"]),
+        ("filter", {"protocols": ["tpc"]}, ["filter.protocols[0]", '"tpc"', "did you mean tcp?"]),
+        ("filter", {"protocols": ["tcp", 256]}, ["filter.protocols[1]", "256", "from 0 to 255"]),
+        ("filter", {"protocols": [True]}, ["filter.protocols[0]", "true"]),
+        ("filter", {"protocols": ["112"]}, ["filter.protocols[0]", "VRRP", "never replicated"]),
+        ("filter", {"addresses": ["10.0.0.1/8"]}, ["filter.addresses[0]", "host bits"]),
+        ("filter", {"tcp_states": ["SYN_SENT"]}, ["filter.tcp_states[0]", "SYN_SENT", "ESTABLISHED, FIN_WAIT"]),
+        ("filter", {"tcp_states": ["ESTABLISHD"]}, ["filter.tcp_states[0]", "did you mean ESTABLISHED?"]),
+        ("filter", {"marks": [1]}, ["filter.marks[0]", "value, mask"]),
+        ("filter", {"marks": [{"mask": 1}]}, ["filter.marks[0].value", "is missing"]),
+        ("filter", {"marks": [{"value": 1, "mask": 0}]}, ["filter.marks[0].mask", "from 1 to 4294967295"]),
+        ("filter", {"marks": [{"value": 3, "mask": 2}]}, ["filter.marks[0]", "0x3", "outside of mask 0x2"]),
+        ("filter", {"zones": [0, 65536]}, ["filter.zones[1]", "65536", "from 0 to 65535"]),
+        ("lag_limit_ms", 0, ["lag_limit_ms", "from 100 to 600000"]),
         ("dead_after_ms", 300, ["dead_after_ms", "300", "at least 400"]),
         ("log_level", "trace", ["log_level", "trace", "debug, info, warning, error"]),
     ],
@@ -195,3 +211,30 @@ def test_load_reports_files_that_cannot_be_read(tmp_path: pathlib.Path) -> None:
 def test_the_reference_manual_has_the_table() -> None:
     manual = pathlib.Path(__file__).parents[5] / "docs" / "ctsyncd.md"
     assert config.reference() in manual.read_text(encoding="utf-8")
+
+
+def test_filter_is_read_into_numbers_each_once() -> None:
+    selection = {
+        "protocols": ["TCP", "6", 17, "gre"],
+        "addresses": ["10.0.0.0/8"],
+        "tcp_states": ["ESTABLISHED", "TIME_WAIT"],
+        "marks": [{"value": 5}, {"value": 1, "mask": 255}],
+        "zones": [7, 0, 7],
+    }
+    read = config.parse(json.dumps({**GOOD, "filter": selection})).filter
+    assert read.protocols == (6, 17, 47)
+    assert [str(network) for network in read.addresses] == ["10.0.0.0/8"]
+    assert read.tcp_states == (3, 7)
+    assert read.marks == (config.Mark(5, 0xFFFFFFFF), config.Mark(1, 255))
+    assert read.zones == (7, 0)
+
+
+def test_differences_tell_what_a_reload_can_do() -> None:
+    old = config.parse(json.dumps(GOOD))
+    new = config.parse(json.dumps({**GOOD, "window_ms": 9, "filter": {"zones": [1]}, "mode": "external-cache"}))
+    assert {option.key: option.live for option in old.differences(new)} == {
+        "window_ms": True,
+        "filter": True,
+        "mode": False,
+    }
+    assert old.differences(old) == []
