@@ -608,9 +608,7 @@ def _message(request: engine.Request) -> bytes:
     if request.operation == engine.TIMER and request.attempt:  # an update that could not set the status
         return ctnetlink.update(flow, timeout=request.timeout, status=False)
     if request.operation == engine.TIMER:
-        bare = flow._replace(
-            state=None, tcp_wscale=None, tcp_flags=None, sctp_vtags=None, mark=None, labels=None, seqadj=None
-        )
+        bare = flow._replace(status=0, state=None, sctp_vtags=None, mark=None, labels=None, seqadj=None)
         return ctnetlink.update(bare, timeout=request.timeout, status=False)
     return ctnetlink.delete(flow)
 

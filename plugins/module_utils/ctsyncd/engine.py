@@ -263,9 +263,11 @@ class Engine:
             if destroyed:
                 self._replica_vanished(flow)
             return
+        key = flow.key
+        if self._trim and (destroyed or not _is_open(flow)):
+            self.cache.pop(key)  # it ends here already: the kernel knows its state and timer better
         if not self.settings.replicate or not self.session.established:
             return
-        key = flow.key
         if key in self._announced:
             if not destroyed and self.filter.keeps(flow):
                 self._announce(key, flow, now)
@@ -480,7 +482,7 @@ class Engine:
         The record may say too little: it tells what was left when the flow last made an event or a bulk named it, and
         packets refresh the timer without an event.  So an open flow gets its protocol's time, as from a packet now.
         """
-        if flow.proto in (IPPROTO_TCP, IPPROTO_SCTP) and flow.state is not None and flow.state != _OPEN[flow.proto]:
+        if not _is_open(flow):
             return flow.timeout
         replied, streaming = _TIMEOUT_NAMES.get(flow.proto, ("generic_timeout", "generic_timeout"))
         own = self.timeouts.get(streaming if flow.assured else replied)
@@ -554,6 +556,8 @@ class Engine:
         elif operation in (UPDATE, TIMER):
             if error == errno.ENOENT and replica is not None and operation == UPDATE and self.active:
                 self._ask(CREATE, key, flow, timeout, 1)
+            elif error == errno.ENOENT and self.active:
+                pass  # it ended meanwhile
             elif error == errno.ENOENT and replica is not None and (attempt == _ADOPTING or replica.asked is None):
                 self._make(key, replica, 1)
             elif error == errno.EBUSY and operation == UPDATE:
@@ -888,6 +892,11 @@ def _filtering(settings: Settings) -> tuple[object, ...]:
 
 def _filter(settings: Settings) -> Filter:
     return Filter(settings.filter, settings.ignore, settings.unreplied)
+
+
+def _is_open(flow: Flow) -> bool:
+    """Neither half-open nor closing, as far as the flow says."""
+    return flow.state is None or flow.state == _OPEN.get(flow.proto, flow.state)
 
 
 def _is_closing(record: bytes) -> bool:

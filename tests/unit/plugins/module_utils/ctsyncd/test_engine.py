@@ -545,6 +545,27 @@ def test_take_over_never_gives_an_open_flow_less_than_its_protocols_time(injecte
     assert held == wanted
 
 
+def test_flow_that_ends_while_others_get_their_timers_is_not_brought_back() -> None:
+    """Packets pass from the moment the virtual IPs are here; the true timers follow at their leisure."""
+    sim = Simulation().start()
+    flows = [sim.fw1.kernel.open(tcp(port, timeout=100)) for port in range(1001, 1021)]
+    sim.converge(sim.fw1, sim.fw2)
+    sim.fw1.kill()
+    sim.fw2.requests_per_turn = 1
+    sim.fw2.up.timeouts = KERNEL_TIMEOUTS
+    sim.fw2.set_role(readiness.ACTIVE, sim.now)
+    kernel = sim.fw2.kernel
+    kernel.change(flows[18].key, state=k.TCP_TIME_WAIT, timeout=120)
+    kernel.close(flows[19].key)
+    del kernel.table[flows[0].key]  # its event comes too late
+    sim.run(2.0)
+    assert len(kernel.table) == 18
+    assert {flow.timeout for flow in kernel.table.values()} == {432_000, 120}
+    assert kernel.table[flows[18].key].timeout == 120
+    assert sim.fw2.up.idle
+    assert len(sim.fw2.up.cache) == 0
+
+
 def test_long_timer_that_ran_down_on_the_backup_is_renewed_at_the_take_over() -> None:
     """The peer's packets refreshed the original for days while the replica's timer ran."""
     sim = Simulation().start()
