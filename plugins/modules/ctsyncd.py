@@ -15,6 +15,8 @@ description:
   - Writes its configuration (checked by the new daemon before it replaces the old one), its key files, the runtime
     files that it shares with keepalived, and a hardened systemd unit; then enables and starts it.
   - Restarts the daemon when something that it reads at its start has changed. A restart does not move the virtual IPs.
+  - Options that may change while it runs (C(docs/ctsyncd.md) says which) are reloaded instead. When the daemon does not
+    say that it uses the new configuration, it is restarted after all.
   - When the new version or configuration does not start, the former one is put back and runs again.
 options:
   dead_after_ms:
@@ -266,7 +268,7 @@ action:
   description: What was done to the service, or would be done in check mode.
   returned: always
   type: str
-  choices: [none, started, restarted, stopped]
+  choices: [none, started, reloaded, restarted, stopped]
   sample: restarted
 changes:
   description: What was changed, or would be in check mode, in the order of the work.
@@ -304,6 +306,7 @@ version:
 import contextlib
 import functools
 import grp
+import hashlib
 import json
 import os
 import pwd
@@ -316,6 +319,8 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils import _ctsyncd_files as layout
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils import _files, _systemd, _zipapp
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils import ctsyncd as daemon
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import config as daemon_config
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.errors import ConfigError
 
 if TYPE_CHECKING:
     # Ansible reads this line to find the daemon's files and ships them; Python never executes it.
@@ -324,6 +329,7 @@ if TYPE_CHECKING:
 MINIMUM_SYSTEMD = 247  # LoadCredential=
 MINIMUM_PYTHON = (3, 9)
 RESTART_PENDING = "/run/ctsyncd.restart-pending"  # files are newer than the running daemon, even after a crash of ours
+RELOAD_TIMEOUT_S = 5.0
 REQUIRED = ("node", "peers", "link", "virtual_ips", "keys")
 PROBE = """\
 import json, sys
@@ -442,6 +448,7 @@ class Work:
         self.steps: list[tuple[str, Callable[[], object]]] = []
         self.diff: list[dict[str, str]] = []
         self.restart = False
+        self.reload = False
 
     def add(self, name: str, before: str, after: str, do: Callable[[], object], restart: bool = False) -> None:
         self.steps.append((name, do))
@@ -487,7 +494,7 @@ class Installation:
             "config": json.loads(config),
         }
         if not self.module.check_mode:
-            self._apply_present(state, action)
+            action = self._apply_present(state, action, hashlib.sha256(config.encode()).hexdigest())
         self._exit(action, **result)
 
     def _check_host(self) -> None:
@@ -586,7 +593,7 @@ class Installation:
         for number, key in sorted(keys.items()):
             self._plan_file(layout.key_file(number), f"{key}\n".encode(), 0o600, show="(hidden)\n", restart=True)
         self._plan_file(layout.UNIT_FILE, unit.encode(), 0o644, restart=True)
-        self._plan_file(layout.CONFIG, config.encode(), 0o640, group=True, restart=True)
+        self._plan_config(config)
         self._plan_link(program, app.digest)
         self._plan_old_keys(set(keys))
         self._plan_old_programs(program)
@@ -642,6 +649,17 @@ class Installation:
             return
         before = "" if not found.exists else "(other contents, hidden)\n" if show else _text(found.content)
         self.work.add(path, before, show or _text(content), do, restart)
+
+    def _plan_config(self, config: str) -> None:
+        """A restart, unless a reload will do: every option that changes may change while the daemon runs."""
+        found = _files.look(layout.CONFIG)
+        try:
+            old = daemon_config.parse(_text(found.content)) if found.kind == stat.S_IFREG else None
+            live = old is not None and all(row.live for row in old.differences(daemon_config.parse(config)))
+        except ConfigError:
+            live = False  # of another version, or edited
+        self._plan_file(layout.CONFIG, config.encode(), 0o640, group=True, restart=not live)
+        self.work.reload = live and layout.CONFIG in self.work.names
 
     def _plan_link(self, program: str, digest: str) -> None:
         found = _files.look(layout.COMMAND)
@@ -735,21 +753,26 @@ class Installation:
             return "stopped" if state.active else "none"
         if not state.active:
             return "started"
-        return "restarted" if self.work.restart or os.path.exists(RESTART_PENDING) else "none"
+        if self.work.restart or os.path.exists(RESTART_PENDING):
+            return "restarted"
+        return "reloaded" if self.work.reload else "none"
 
-    def _apply_present(self, state: _systemd.State, action: str) -> None:
+    def _apply_present(self, state: _systemd.State, action: str, digest: str) -> str:
+        """Do the work; returns what was done to the service.  ``digest``: SHA-256 of the new configuration."""
         for path in (layout.CONFIG, layout.UNIT_FILE, layout.COMMAND, *_key_files()):
             self.earlier[path] = _files.look(path)
         for entry in self.params["keys"]:
             self.earlier.setdefault(layout.key_file(entry["id"]), _files.Snapshot())
         try:
-            if self.work.restart and state.active:
+            if (self.work.restart or self.work.reload) and state.active:
                 _files.write(RESTART_PENDING, b"", 0o600)
             for name, do in self.work.steps:
                 if name == layout.UNIT + " at boot":
                     self._reload_manager()
                 do()
             self._reload_manager()
+            if action == "reloaded" and not self._reload(digest):
+                action = "restarted"
             if action in ("started", "restarted"):
                 self.service.restart()
             elif action == "stopped":
@@ -757,6 +780,26 @@ class Installation:
             _files.remove(RESTART_PENDING)
         except (OSError, _systemd.SystemdError) as error:
             self._roll_back(state, error)
+        return action
+
+    def _reload(self, digest: str) -> bool:
+        """Have the daemon read its configuration again; does it say that it uses it?"""
+        self.service.reload()
+        deadline = time.monotonic() + RELOAD_TIMEOUT_S
+        while self._digest_in_use() != digest:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+        return True
+
+    def _digest_in_use(self) -> str:
+        """SHA-256 of the configuration that the running daemon uses; empty when it does not say."""
+        command = [layout.COMMAND, "-C", layout.CONFIG, "status", "--json"]
+        dummy, out, dummy = self.module.run_command(command, environ_update={"LC_ALL": "C"})
+        try:
+            return str(json.loads(out)["configuration"]["digest"])
+        except (ValueError, KeyError, TypeError):
+            return ""
 
     def _reload_manager(self) -> None:
         if layout.UNIT_FILE in self.work.names or self.service.state().need_reload:

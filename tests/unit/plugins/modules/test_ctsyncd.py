@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import hashlib
 import json
 import os
 import stat
@@ -206,6 +207,7 @@ class Host:
         self.read_unit = ""  # what systemd has read of the unit
         self.calls: list[str] = []
         self.running: dict[str, str] = {}  # what the daemon read when it started
+        self.deaf = False  # does not react to a reload
         self.refuse = ""  # a daemon does not start whose configuration has this word
         for folder in ("usr/lib", "usr/sbin", "etc/systemd/system", "etc/tmpfiles.d", "run"):
             (root / folder).mkdir(parents=True)
@@ -286,6 +288,11 @@ class PlayedService:
         self.host.calls.append("restart")
         self.host.start()
 
+    def reload(self):
+        self.host.calls.append("reload")
+        if not self.host.deaf:
+            self.host.running["config"] = Path(layout.CONFIG).read_text()
+
     def stop(self):
         self.host.calls.append("stop")
         self.host.active = False
@@ -309,6 +316,11 @@ def host(tmp_path, monkeypatch):
     for name in PATHS:
         monkeypatch.setattr(layout, name, played.path(getattr(layout, name)))
     monkeypatch.setattr(module_under_test, "RESTART_PENDING", played.path("/run/ctsyncd.restart-pending"))
+    monkeypatch.setattr(
+        module_under_test.Installation,
+        "_digest_in_use",
+        lambda installation: hashlib.sha256(played.running["config"].encode()).hexdigest(),
+    )
     monkeypatch.setattr(_systemd, "booted", lambda: True)
     monkeypatch.setattr(_systemd, "Service", lambda module, name: PlayedService(played))
 
@@ -401,6 +413,53 @@ def test_changed_option_restarts_and_shows_the_difference(host):
     assert '"replicate": true' in diff["before"]
     assert '"replicate": false' in diff["after"]
     assert '"replicate": false' in host.running["config"]
+
+
+LIVE = {"window_ms": 9, "filter": {"protocols": ["tcp"]}, "log_level": "debug"}
+
+
+@needs_root
+def test_options_that_may_change_while_it_runs_are_reloaded(host):
+    run()
+    host.calls.clear()
+    result = predicted_and_done(host, **LIVE)
+    assert (result["action"], result["changes"]) == ("reloaded", [layout.CONFIG])
+    assert host.calls == ["reload"]
+    assert '"window_ms": 9' in host.running["config"]
+    assert daemon_config.parse(host.running["config"]).filter.protocols == (6,)
+    assert predicted_and_done(host, **LIVE, mode="external-cache")["action"] == "restarted"
+    assert predicted_and_done(host, **{**LIVE, "interpreter": "/usr/bin/python3"})["action"] == "restarted"
+    assert predicted_and_done(host, **LIVE, running=False)["action"] == "stopped"
+    assert not os.path.exists(module_under_test.RESTART_PENDING)
+
+
+@needs_root
+def test_daemon_that_does_not_reload_is_restarted(host, monkeypatch):
+    run()
+    host.deaf = True
+    monkeypatch.setattr(module_under_test, "RELOAD_TIMEOUT_S", 0.0)
+    assert run(window_ms=9)["action"] == "restarted"
+    assert host.calls[-2:] == ["reload", "restart"]
+    assert '"window_ms": 9' in host.running["config"]
+
+
+@needs_root
+def test_module_killed_between_configuration_and_reload_is_completed_by_the_next_run(host, monkeypatch):
+    run()
+
+    class Killed(BaseException):
+        pass
+
+    def die(service):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PlayedService, "reload", die)
+        with pytest.raises(Killed):
+            run(window_ms=9)
+    assert '"window_ms": 9' not in host.running["config"]
+    assert run(window_ms=9)["action"] == "restarted"
+    assert '"window_ms": 9' in host.running["config"]
 
 
 @needs_root
