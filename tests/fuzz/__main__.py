@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -20,6 +20,7 @@ import signal
 import sys
 import time
 import traceback
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from types import FrameType
 from typing import Any, Iterator, NamedTuple, Sequence
@@ -236,36 +237,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     totals = {name: [0, 0, 0] for name in names}
     found: dict[tuple[str, str], Finding] = {}
     failing = 0
+    deadline = began + options.seconds if options.seconds is not None else float("inf")
     jobs = ((name, options.seed, number, size) for name, number, size in plan(names, inputs))
-
-    def until(deadline: float) -> Iterator[tuple[str, int, int, int]]:
-        for job in jobs:
-            if time.monotonic() > deadline:
-                return
-            slots.acquire()
-            yield job
-
     quiet()
-    slots = multiprocessing.Semaphore(4 * options.jobs)  # the pool would take all jobs at once
-    with multiprocessing.Pool(options.jobs, _start) as pool:
-        deadline = began + options.seconds if options.seconds is not None else float("inf")
-        for batch in pool.imap_unordered(_work, until(deadline)):
-            slots.release()
-            total = totals[batch.target]
-            total[0] += batch.inputs
-            total[1] += batch.accepted
-            total[2] = max(total[2], batch.work)
-            failing += len(batch.findings)
-            for finding in batch.findings:
-                key = (finding.target, finding.place)
-                if key not in found or sum(map(len, finding.inputs)) < sum(map(len, found[key].inputs)):
-                    found[key] = finding
+    with ProcessPoolExecutor(options.jobs, initializer=_start) as pool:
+        waiting = {pool.submit(_work, job) for job in itertools.islice(jobs, 3 * options.jobs)}
+        while waiting:
+            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            for batch in [future.result() for future in done]:
+                total = totals[batch.target]
+                total[0] += batch.inputs
+                total[1] += batch.accepted
+                total[2] = max(total[2], batch.work)
+                failing += len(batch.findings)
+                for finding in batch.findings:
+                    key = (finding.target, finding.place)
+                    if key not in found:
+                        print(f"{finding.target}: {finding.place}", flush=True)
+                    if key not in found or sum(map(len, finding.inputs)) < sum(map(len, found[key].inputs)):
+                        found[key] = finding
+            if time.monotonic() < deadline:
+                waiting |= {pool.submit(_work, job) for job in itertools.islice(jobs, len(done))}
             if time.monotonic() > told + 60:
                 told = time.monotonic()
-                print(
-                    f"{told - began:7.0f} s  {sum(t[0] for t in totals.values())} inputs, {len(found)} findings",
-                    flush=True,
-                )
+                sofar = sum(total[0] for total in totals.values())
+                print(f"{told - began:7.0f} s  {sofar} inputs, {len(found)} findings", flush=True)
     took = time.monotonic() - began
     everything = sum(total[0] for total in totals.values())
     print(f"{'target':<16} {'inputs':>10} {'accepted':>10} {'most lines':>10}")

@@ -627,7 +627,7 @@ def rtnetlink_grammar() -> Grammar:
     return Grammar(seeds, netlink_lengths, None, (), (done, error, b"\xff\xff\xff\xff", bytes(4)), limit=32768)
 
 
-class _RouteSocket(netlink._Socket):
+class RouteSocket(netlink._Socket):
     """A routing socket that answers every request with the input, once, and then nothing in time."""
 
     answer = b""
@@ -647,8 +647,8 @@ class _RouteSocket(netlink._Socket):
 
 def rtnetlink_runner() -> Runner:
     def run(data: bytes) -> bool:
-        _RouteSocket.answer = data
-        real, netlink._Socket = netlink._Socket, _RouteSocket  # type: ignore[misc]
+        RouteSocket.answer = data
+        real, netlink._Socket = netlink._Socket, RouteSocket  # type: ignore[misc]
         try:
             found = netlink.interface_addresses()
         except (OSError, NetlinkError):

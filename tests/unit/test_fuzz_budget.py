@@ -145,6 +145,22 @@ def test_what_the_sync_link_cannot_carry_is_malformed(kind: int, value: bytes) -
         ctnetlink.decode_flow(body + ctnetlink.attribute(kind, value))
 
 
+def test_an_address_of_a_strange_length_is_malformed() -> None:
+    seed = targets.rtnetlink_grammar().seeds[0]
+    address = ctnetlink.attribute(netlink.IFA_LOCAL, bytes((192, 168, 0, 3)))
+    assert seed.count(address) == 1
+    assert len(answered(seed)) == 3
+    with pytest.raises(NetlinkError, match="with 3 bytes"):
+        answered(seed.replace(address, b"\7" + address[1:]))
+
+
+def answered(data: bytes) -> list[netlink.InterfaceAddress]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(netlink, "_Socket", targets.RouteSocket)
+        patch.setattr(targets.RouteSocket, "answer", data)
+        return netlink.interface_addresses()
+
+
 @pytest.mark.parametrize("end", [b"[" * 100_000 + b"\n", b'{"ok": false, "exit": "x"}\n', b'{"ok": false}\n'])
 def test_an_answer_with_a_strange_end_is_incomplete(end: bytes) -> None:
     parts = [end, b""]

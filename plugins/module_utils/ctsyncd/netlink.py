@@ -73,6 +73,7 @@ _SKF_AD_NLATTR_NEST = 0xFFFFF000 + 16  # offset of attribute X inside the attrib
 _INSTRUCTION = struct.Struct("=HBBI")  # struct sock_filter: code, jt, jf, k
 _IFINFOMSG = struct.Struct("=BxHiII")
 _IFADDRMSG = struct.Struct("=BBBBi")
+_ADDRESS_LEN = {socket.AF_INET: 4, socket.AF_INET6: 16}
 
 DEFAULT_EVENT_BUFFER = 64 << 20
 """Bytes.  A queued event takes 1280 of them, so this is about 100,000 events (it is only used when they queue)."""
@@ -515,6 +516,8 @@ def interface_addresses() -> list[InterfaceAddress]:
         address = found.get(IFA_LOCAL) or found.get(IFA_ADDRESS)
         if len(found.get(IFA_FLAGS, b"")) == 4:
             flags = struct.unpack("=I", found[IFA_FLAGS])[0]
+        if address and len(address) != _ADDRESS_LEN.get(family, len(address)):
+            raise NetlinkError(f"address of family {family} with {len(address)} bytes")
         if address and not flags & IFA_F_DADFAILED:
             addresses.append(InterfaceAddress(ifindex, names.get(ifindex, ""), family, address, prefix_len, int(flags)))
     return addresses
