@@ -14,6 +14,7 @@ from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import 
     config,
     control,
     ctnetlink,
+    netlink,
     session,
     wire,
 )
