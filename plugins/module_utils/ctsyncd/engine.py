@@ -53,6 +53,7 @@ BULK = "bulk"
 RECONCILE = "reconcile"
 FLUSH = "flush"
 
+SORTED_PER_TURN = 5_000  # replicas looked at in search of closing flows
 DUMP_ROOM = 20_000  # changes or requests that may wait before a dump, or the link, is read on
 REQUEST_BULK_AFTER_S = 2.0
 PURGE_AFTER_S = 60.0
@@ -146,7 +147,9 @@ class Engine:
         self._unclear: list[Flow] = []
         self._announced: set[bytes] = set()
         self._kernel: collections.deque[Request] = collections.deque()
-        self._trim: collections.deque[bytes] = collections.deque()
+        self._trim: collections.deque[bytes] = collections.deque()  # replicas whose true state is due
+        self._closing: collections.deque[bytes] = collections.deque()  # those of them that go first
+        self._unsorted = 0  # how many of the first in _trim may be closing
         self._asked = 0  # requests handed out whose result is not here yet
         self._refused: dict[bytes, int] = {}  # replicas that the kernel does not take, and the errno
         self._refused_wait_s = RETRY_REFUSED_S
@@ -226,19 +229,17 @@ class Engine:
         self._bulk_due = True
 
     def _take_over(self) -> None:
-        closing: list[bytes] = []
-        living: list[bytes] = []
-        for key, replica in self.cache.items():
-            (closing if _is_closing(replica.record) else living).append(key)
         if self.settings.mode == HOT_STANDBY or self.settings.commit_at_takeover:
-            self._trim.extend(closing)
-            self._trim.extend(living)
+            self._trim.extend(self.cache.keys())
+            self._unsorted = len(self._trim)
 
     def _become_backup(self, now: float) -> None:
         """The virtual IPs are gone.  This node's flows belong to the new active node now; its bulk says which."""
         self._drop_dumps()
         self._bulk_due = False
         self._trim.clear()
+        self._closing.clear()
+        self._unsorted = 0
         self._kernel.clear()
         self._announced.clear()
         self._refused.clear()
@@ -264,7 +265,7 @@ class Engine:
                 self._replica_vanished(flow)
             return
         key = flow.key
-        if self._trim and (destroyed or not _is_open(flow)):
+        if (self._trim or self._closing) and (destroyed or not _is_open(flow)):
             self.cache.pop(key)  # it ends here already: the kernel knows its state and timer better
         if not self.settings.replicate or not self.session.established:
             return
@@ -440,7 +441,7 @@ class Engine:
 
     @property
     def _busy_with_kernel(self) -> bool:
-        return bool(self._kernel or self._trim or self._asked)
+        return bool(self._kernel or self._trim or self._closing or self._asked)
 
     @property
     def overloaded(self) -> bool:
@@ -454,11 +455,27 @@ class Engine:
             out.append(self._kernel.popleft())
         asked = bool(self._asked or out)
         # only when the kernel has what it was asked for before: a replica under way still gets a parked timer
-        while self._trim and len(out) < limit and not asked:
-            request = self._true_state(self._trim.popleft())
+        if not asked:
+            out = self._true_states(limit)
+        self._asked += len(out)
+        return out
+
+    def _true_states(self, limit: int) -> list[Request]:
+        """Some of what a take-over has to do, closing flows first; a large table must not stop the loop."""
+        out: list[Request] = []
+        for dummy in range(min(self._unsorted, SORTED_PER_TURN)):
+            self._unsorted -= 1
+            key = self._trim.popleft()
+            replica = self.cache.get(key)
+            if replica is not None:
+                (self._closing if _is_closing(replica.record) else self._trim).append(key)
+        for dummy in range(limit):
+            ready = self._closing or (self._trim if not self._unsorted else None)
+            if not ready:
+                break
+            request = self._true_state(ready.popleft())
             if request is not None:
                 out.append(request)
-        self._asked += len(out)
         return out
 
     def _true_state(self, key: bytes) -> Request | None:
@@ -900,5 +917,5 @@ def _is_open(flow: Flow) -> bool:
 
 
 def _is_closing(record: bytes) -> bool:
-    flow = wire.decode_flow(record)
-    return flow.proto == IPPROTO_TCP and flow.state is not None and flow.state > TCP_ESTABLISHED
+    state = wire.tcp_state(record)
+    return state is not None and state > TCP_ESTABLISHED

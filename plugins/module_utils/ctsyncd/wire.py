@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from .constants import AF_INET, AF_INET6
+from .constants import AF_INET, AF_INET6, IPPROTO_TCP
 from .errors import WireError
 from .flow import Flow, SeqAdj, Tuple
 
@@ -274,6 +274,7 @@ _F_HELPER = 7
 _F_MASTER = 8
 _F_SEQADJ = 9
 
+_STATE_HEADER = tlv(_F_STATE, b"\0")[:TLV_BYTES]
 _VTAGS = struct.Struct("!II")
 _SEQADJ = struct.Struct("!IiiIii")
 _MASTER = struct.Struct("!BB")
@@ -366,6 +367,16 @@ def decode_flow(data: bytes) -> Flow:
         )
     except (struct.error, IndexError, UnicodeDecodeError) as error:
         raise WireError("malformed", f"flow: {error!r}") from error
+
+
+def tcp_state(record: bytes) -> int | None:
+    """State of a TCP flow in a valid record, without decoding all of it; None for other protocols."""
+    if record[1] != IPPROTO_TCP:
+        return None
+    place = _FLOW.size + 4 * _ADDRESS_BYTES[record[0]] + 2 * record[4]
+    if record[place : place + TLV_BYTES] == _STATE_HEADER:  # where encode_flow puts it
+        return record[place + TLV_BYTES]
+    return decode_flow(record).state
 
 
 def decode_key(key: bytes) -> tuple[int, int, int, Tuple]:

@@ -545,6 +545,29 @@ def test_take_over_never_gives_an_open_flow_less_than_its_protocols_time(injecte
     assert held == wanted
 
 
+def test_take_over_of_a_large_table_does_not_stop_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is looked through in parts, and still closing flows come first."""
+    monkeypatch.setattr(engines, "SORTED_PER_TURN", 3)
+    sim = Simulation().start()
+    open_ones = [sim.fw1.kernel.open(tcp(port, timeout=100)) for port in range(1001, 1021)]
+    closing = [sim.fw1.kernel.open(tcp(port, state=k.TCP_TIME_WAIT, timeout=90)) for port in (2001, 2002)]
+    sim.converge(sim.fw1, sim.fw2)
+    sim.fw1.kill()
+    engine = sim.fw2.up
+    sim.fw2.kernel.done.clear()
+    engine.set_role(readiness.ACTIVE, sim.now)
+    turns = [engine.kernel_requests(5) for dummy in range(6)]
+    assert not any(turns)  # nothing but looking so far
+    while not engine.idle:
+        requests = engine.kernel_requests(5)
+        assert len(requests) <= 5
+        engine.kernel_results([(request, sim.fw2.kernel.request(request)) for request in requests])
+    done = sim.fw2.kernel.done
+    assert [request.key for request in done[:2]] == [flow.key for flow in closing]
+    assert {request.key for request in done[2:]} == {flow.key for flow in open_ones}
+    assert len(done) == 22
+
+
 def test_flow_that_ends_while_others_get_their_timers_is_not_brought_back() -> None:
     """Packets pass from the moment the virtual IPs are here; the true timers follow at their leisure."""
     sim = Simulation().start()

@@ -82,6 +82,17 @@ def test_flow_record_round_trip(flow: Flow) -> None:
 
 
 @given(flows())
+@example(tcp(1, state=k.TCP_TIME_WAIT))
+def test_state_is_found_without_decoding_the_record(flow: Flow) -> None:
+    assert wire.tcp_state(wire.encode_flow(flow)) == (flow.state if flow.proto == k.IPPROTO_TCP else None)
+
+
+def test_state_is_found_wherever_a_peer_puts_it() -> None:
+    record = wire.encode_flow(tcp(1)._replace(state=None)) + wire.tlv(1, bytes((k.TCP_CLOSE,)))
+    assert wire.tcp_state(record) == wire.decode_flow(record).state == k.TCP_CLOSE
+
+
+@given(flows())
 def test_key_in_a_delete_record_is_the_key_of_the_flow(flow: Flow) -> None:
     assert wire.decode_key(flow.key) == (flow.family, flow.proto, flow.zone, flow.orig)
 
