@@ -390,7 +390,7 @@ class Daemon:
             if verdict[0] != self._verdict.verdict:
                 LOG.info("%s", render.verdict_line(verdict._asdict()))
             self._verdict = verdict
-        self._write_gate(now)
+        self._set_gate(verdict.gate, now)
         if now >= self._status_at:
             self._status_at = now + STATUS_S
             self._notifier.status(self._status_line())
@@ -399,7 +399,9 @@ class Daemon:
             self._notifier.watchdog()
 
     def _write_gate(self, now: float) -> None:
-        gate = self._engine.verdict(now).gate
+        self._set_gate(self._engine.verdict(now).gate, now)
+
+    def _set_gate(self, gate: bool, now: float) -> None:
         if not self._track.write(gate):
             self._log.warning("track", now, "%s", self._track.problem)
 
