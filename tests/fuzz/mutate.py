@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import struct
@@ -225,7 +226,8 @@ def _document(rng: random.Random, data: bytearray, grammar: Grammar) -> bytearra
             where, key = places[int(rng.random() * len(places))]
             action = rng.random()
             if action < 0.5:
-                where[key] = _SCALARS[int(rng.random() * len(_SCALARS))]
+                value = _SCALARS[int(rng.random() * len(_SCALARS))]
+                where[key] = copy.deepcopy(value) if isinstance(value, (list, dict)) else value
             elif action < 0.65:
                 other, name = places[int(rng.random() * len(places))]
                 where[key] = json.loads(json.dumps(other[name]))
@@ -234,7 +236,7 @@ def _document(rng: random.Random, data: bytearray, grammar: Grammar) -> bytearra
             elif action < 0.9 and isinstance(where, dict):
                 name = _SCALARS[int(rng.random() * len(_SCALARS))]
                 where[str(name)] = where.pop(key)
-            elif isinstance(where, list):
+            elif isinstance(where, list) and len(where) < 1000:
                 where += where * (1 + int(rng.random() ** 4 * 50))
         text = json.dumps(document)
     except (ValueError, RecursionError):

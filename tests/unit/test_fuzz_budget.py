@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
+from random import Random
 from typing import Iterator
 
 import pytest
@@ -21,7 +22,7 @@ from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import 
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.errors import ConfigError, NetlinkError
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import Flow
 from fuzz import __main__ as fuzzer
-from fuzz import targets
+from fuzz import mutate, targets
 
 BUDGET = 1500  # inputs per target
 
@@ -93,7 +94,12 @@ def test_state_that_grows_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_same_seed_gives_the_same_inputs() -> None:
-    assert fuzzer.run_batch("session", 5, 3, 100) == fuzzer.run_batch("session", 5, 3, 100)
+    for name in ("session", "config"):
+        grammar = targets.TARGETS[name].grammar()
+        first, second = (
+            [mutate.mutated(chance, grammar) for _dummy in range(1000)] for chance in (Random(5), Random(5))
+        )
+        assert first == second  # no mutation leaves anything behind
     one, two = (list(fuzzer.plan(["wire", "key"], 5000)) for _dummy in range(2))
     assert one == two and sum(size for _name, _number, size in one) == 5000
 
