@@ -87,6 +87,12 @@ scale: root venv ## Ten times 10,000 sessions, a sync link that loses 30 %, the 
 .PHONY: test-all
 test-all: test scale ## make test, and what takes longer
 
+SEED ?= 1
+INPUTS ?= $(if $(SECONDS),,200000)
+.PHONY: fuzz
+fuzz: venv ## Fuzz the parsers of foreign bytes: make fuzz SECONDS=600, or INPUTS=10000000; SEED=1 (docs/fuzzing.md)
+	PYTHONPATH=collections:tests python3 -m fuzz --seed $(SEED) $(if $(SECONDS),--seconds $(SECONDS)) $(if $(INPUTS),--inputs $(INPUTS))
+
 .PHONY: molecule
 molecule: root venv ## The molecule scenario: deploy, deploy again, verify, fail over, verify (a lab of its own)
 	molecule test
