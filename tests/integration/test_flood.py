@@ -24,7 +24,7 @@ PORT = 3781
 PEER, VICTIM, FOREIGN = "192.168.100.1", "192.168.100.2", "192.168.100.77"
 ROUNDS = 12
 EACH = 150  # datagrams of a kind in a round
-CPU_S_EACH = 0.002  # processor time per datagram, many times what one costs
+CPU_S_EACH = 0.0005  # processor time per datagram, many times what one costs
 MEMORY_KIB = 48 << 10
 
 KINDS = {  # what the attacker sends: the counter that tells
@@ -174,7 +174,7 @@ def test_a_flood_on_the_sync_link_stops_nothing_and_gets_nothing_in(lab: Cluster
     assert dropped > count // 10  # most of the flood was looked at, not lost in a full socket
     cpu_now, memory_now = used(lab.fw2)
     assert memory_now - memory < MEMORY_KIB
-    assert cpu_now - cpu < 5 + count * CPU_S_EACH
+    assert cpu_now - cpu < 2 + count * CPU_S_EACH
     assert after["sessions"] == before["sessions"]  # no handshake was started anew
     assert after.get("records_malformed", 0) == 0
     lab.ready(lab.fw1, lab.fw2)
