@@ -84,11 +84,11 @@ def _judge_active(facts: Facts) -> Verdict:
 
 def _judge_standby(facts: Facts) -> Verdict:
     if facts.problem:
-        return Verdict(NOT_READY, (facts.problem,), True)
+        return Verdict(NOT_READY, (facts.problem, *facts.impaired), True)
     if not facts.replicate:
-        return Verdict(NOT_READY, ("replication is off",), True)
+        return Verdict(NOT_READY, ("replication is off", *facts.impaired), True)
     if not facts.complete:
-        return Verdict(NOT_READY, (_why_incomplete(facts),), True)
+        return Verdict(NOT_READY, (_why_incomplete(facts), *facts.impaired), True)
     reasons = []
     if facts.peer_left:
         reasons.append(f"ctsyncd on {facts.peer} has stopped: the table is as old as that")

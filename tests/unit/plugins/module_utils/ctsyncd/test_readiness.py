@@ -131,3 +131,10 @@ def test_gate_and_reasons(changes: dict[str, Any]) -> None:
 
 def test_exit_codes_cover_every_verdict() -> None:
     assert readiness.EXIT_CODES == {READY: 0, DEGRADED: 1, NOT_READY: 2}
+
+
+@pytest.mark.parametrize("changes", [{"problem": "no socket"}, {"replicate": False}, INCOMPLETE])
+def test_what_an_operator_should_mend_is_said_of_a_node_that_is_not_ready_too(changes: dict[str, Any]) -> None:
+    verdict, reasons, _gate = judge(GOOD._replace(**changes, impaired=("the configuration was not reloaded",)))
+    assert verdict == NOT_READY
+    assert len(reasons) == 2 and reasons[1] == "the configuration was not reloaded"
