@@ -16,9 +16,11 @@ from typing import Any, Callable, Iterator
 
 import pytest
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import constants as k
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import netlink
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.filters import Filter
-from integration.netns import Namespace, Pair, wait_for
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import ctnetlink, netlink
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.ctnetlink import Kind
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.filters import EventFilter, Filter
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import Flow, Tuple
+from integration.netns import CONNTRACK_SYSCTLS, Namespace, Net, Pair, wait_for
 from integration.test_daemon import Cluster, Daemon, Session
 
 pytestmark = pytest.mark.netns
@@ -236,3 +238,39 @@ def test_connection_that_takes_the_tuple_of_a_former_one_is_replicated(
         assert passed == [state for state in states if state >= k.TCP_ESTABLISHED]
     lab.power_cut(lab.fw1, lab.fw2)
     second.talk()
+
+
+def test_kernel_runs_the_program_as_meant(net: Net) -> None:
+    """Zones, protocols and replies: what an unfiltered socket hears, less what is not wanted."""
+    space = net.namespace("fw")
+    space.sysctl(CONNTRACK_SYSCTLS)
+    unwanted = EventFilter(protocols=(k.IPPROTO_UDP, k.IPPROTO_GRE), zones=(0, 7), replied_only=True)
+    flows = [
+        Flow(
+            *(k.AF_INET, proto, zone),
+            Tuple(b"\x0a\0\0" + bytes((number,)), b"\x0a\0\1\1", b"\x10\0\x20\0"),
+            Tuple(b"\x0a\0\1\1", b"\x0a\0\0" + bytes((number,)), b"\x20\0\x10\0"),
+            k.IPS_CONFIRMED | status,
+            600,
+            k.TCP_ESTABLISHED if proto == k.IPPROTO_TCP else None,
+        )
+        for number, (proto, zone, status) in enumerate(
+            (proto, zone, status)
+            for proto in (k.IPPROTO_TCP, k.IPPROTO_UDP, k.IPPROTO_UDPLITE)
+            for zone in (0, 7, 8)
+            for status in (0, k.IPS_SEEN_REPLY)
+        )
+    ]
+    with contextlib.ExitStack() as stack:
+        with space.inside():
+            requests = stack.enter_context(netlink.RequestSocket())
+            witness = stack.enter_context(netlink.EventSocket())
+            filtered = stack.enter_context(netlink.EventSocket(unwanted=unwanted))
+        assert requests.inject([ctnetlink.create(flow) for flow in flows]) == []
+        assert requests.inject([ctnetlink.delete(flow) for flow in flows]) == []
+        heard = [(event.kind, event.flow.key) for event in witness.read() if event.flow]
+        assert len(heard) == 2 * len(flows)
+        wanted = {f.key for f in flows if f.proto == k.IPPROTO_UDP and f.zone in (0, 7) and f.replied}
+        assert len(wanted) == 2
+        passed = [(event.kind, event.flow.key) for event in filtered.read() if event.flow]
+        assert passed == [one for one in heard if one[0] == Kind.DESTROY or one[1] in wanted]

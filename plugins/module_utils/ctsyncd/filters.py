@@ -70,7 +70,10 @@ class Prefixes:
         if not masks:
             return False
         number = int.from_bytes(packed, "big")
-        return any(number & mask in nets for mask, nets in masks)
+        for mask, nets in masks:  # noqa: SIM110 - a generator costs more than the loop
+            if number & mask in nets:
+                return True
+        return False
 
 
 class Filter:
@@ -84,8 +87,8 @@ class Filter:
         self, selection: Selection = EVERYTHING, ignore: Iterable[str | Network] = (), unreplied: bool = False
     ) -> None:
         self.own: frozenset[bytes] = frozenset()
-        self._ignore = Prefixes(ignore)
-        self._only = Prefixes(selection.addresses)
+        self._ignore = Prefixes(ignore) or None
+        self._only = Prefixes(selection.addresses) or None
         self._protocols = frozenset(selection.protocols)
         self._zones = frozenset(selection.zones)
         self._states = frozenset(selection.tcp_states)
@@ -104,7 +107,8 @@ class Filter:
                 return False
         elif target[0] == 0xFF or target[:2] == b"\xfe\x80" or source[:2] == b"\xfe\x80":
             return False
-        return not (self._ignore and (source in self._ignore or server in self._ignore))
+        ignore = self._ignore
+        return ignore is None or not (source in ignore or server in ignore)
 
     def selects(self, flow: Flow) -> bool:
         """The operator's selection names this flow, as it is now.  A mark that is not said is 0; a state that is not
@@ -113,14 +117,18 @@ class Filter:
             return False
         if self._zones and flow.zone not in self._zones:
             return False
-        if self._only and flow.orig.src not in self._only and flow.reply.src not in self._only:
+        only = self._only
+        if only is not None and flow.orig.src not in only and flow.reply.src not in only:
             return False
         return self._selects_mark_and_state(flow)
 
     def _selects_mark_and_state(self, flow: Flow) -> bool:
         if self._marks:
             mark = flow.mark or 0
-            if not any(mark & mask == value for value, mask in self._marks):
+            for value, mask in self._marks:
+                if mark & mask == value:
+                    break
+            else:
                 return False
         if self._states and flow.proto == IPPROTO_TCP and flow.state is not None:
             return flow.state in self._states
