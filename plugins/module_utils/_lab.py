@@ -19,6 +19,7 @@ import json
 import os
 import re
 import selectors
+import shutil
 import subprocess
 import tarfile
 import time
@@ -104,6 +105,23 @@ def start_in_background(command: Sequence[str], log: str) -> None:
         subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, cwd="/", start_new_session=True
         )
+
+
+def remove_tree(path: str) -> None:
+    """Remove a folder and what is mounted inside it.
+
+    :raises LabError: where something stays.
+    """
+    with open("/proc/self/mountinfo", encoding="utf-8") as stream:
+        points = [line.split()[4] for line in stream]
+    for point in sorted((each for each in points if each.startswith(f"{path}/")), reverse=True):
+        must(run_command(["umount", point]), f"umount {point}")
+    try:
+        shutil.rmtree(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise LabError(f"{path} cannot be removed: {error}") from error
 
 
 def run_pipe(first: Sequence[str], second: Sequence[str]) -> str:

@@ -74,6 +74,9 @@ import time
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils import _lab
 
+# What dockerd makes outside of its data; what was not there before goes when the lab's engine is stopped.
+ENGINE_PATHS = ("/run/docker", "/run/containerd", "/etc/docker")
+
 
 def install() -> None:
     """Install Debian's engine, and the client where that is a package of its own."""
@@ -95,6 +98,7 @@ def start(step: str, timeout: float) -> str:
     else:
         os.makedirs(_lab.RUN_DIRECTORY, mode=0o755, exist_ok=True)
         os.makedirs(f"{_lab.STATE_DIRECTORY}/docker", mode=0o711, exist_ok=True)
+        record["made"] = [path for path in ENGINE_PATHS if not os.path.exists(path)]
         _lab.start_in_background(_lab.dockerd_arguments(), log)
         record["started"], how = "background", f"started in the background, log in {log}"
     _lab.write_record(record)
@@ -150,6 +154,8 @@ def absent(check: bool, timeout: float) -> tuple[bool, str]:
     if running and record["started"] == "systemd":
         units = ["docker.service", "docker.socket"]
         _lab.must(_lab.run_command(["systemctl", "stop", *units]), "systemctl stop docker")
+        if "docker.io" in record["packages"]:  # it came for the lab: it does not come back at the next boot
+            _lab.run_command(["systemctl", "disable", *units])
     elif running and pid is not None:
         os.kill(pid, signal.SIGTERM)
         deadline = time.monotonic() + timeout
@@ -157,9 +163,10 @@ def absent(check: bool, timeout: float) -> tuple[bool, str]:
             if time.monotonic() > deadline:
                 raise _lab.LabError(f"dockerd (process {pid}) did not end within {timeout:.0f} s of SIGTERM")
             time.sleep(0.1)
-    for folder in (_lab.RUN_DIRECTORY, f"{_lab.STATE_DIRECTORY}/docker"):
-        shutil.rmtree(folder, ignore_errors=True)
+    for folder in (_lab.RUN_DIRECTORY, f"{_lab.STATE_DIRECTORY}/docker", *record.get("made", ())):
+        _lab.remove_tree(folder)
     record["started"] = ""
+    record["made"] = []
     _lab.write_record(record)
     return True, "stopped" if running else "it had stopped by itself"
 
