@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from typing import Iterator
+from pathlib import Path
+from typing import Any, Callable, Iterator
 
 import pytest
 from integration import netns
+from integration.cluster import Cluster
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,3 +37,17 @@ def pair() -> Iterator[netns.Pair]:
     """a -- (fw1 | fw2) -- b; see :class:`netns.Pair`."""
     with netns.pair() as made:
         yield made
+
+
+@pytest.fixture
+def cluster(pair: netns.Pair, tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
+    """A factory of the pair's daemons: options are those of their configuration."""
+    made: list[Cluster] = []
+
+    def make(**options: Any) -> Cluster:
+        made.append(Cluster(pair, tmp_path, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()

@@ -11,8 +11,7 @@ import signal
 import socket
 import struct
 import sys
-from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable
 
 import pytest
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import constants as k
@@ -20,26 +19,13 @@ from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import 
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.ctnetlink import Kind
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.filters import EventFilter, Filter
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import Flow, Tuple
-from integration.netns import CONNTRACK_SYSCTLS, Namespace, Net, Pair, wait_for
-from integration.test_daemon import Cluster, Daemon, Session
+from integration.cluster import Cluster, Daemon, Session
+from integration.netns import CONNTRACK_SYSCTLS, Namespace, Net, wait_for
 
 pytestmark = pytest.mark.netns
 
 TCP_REPAIR = 19  # <linux/tcp.h>: a socket closed in this mode sends nothing
 PLAIN = ("-p", "tcp", "-s", "10.9.0.1", "-d", "10.9.0.2", "--dport", "22", "--timeout", "600", "--state", "ESTABLISHED")
-
-
-@pytest.fixture
-def cluster(pair: Pair, tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
-    made: list[Cluster] = []
-
-    def make(**options: Any) -> Cluster:
-        made.append(Cluster(pair, tmp_path, **options))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
 
 
 def port(session: Session) -> int:

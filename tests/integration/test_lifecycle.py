@@ -12,30 +12,16 @@ import socket
 import struct
 import threading
 import time
-from pathlib import Path
 from typing import Callable, Iterator
 
 import pytest
+from integration.cluster import VIP, Cluster, Daemon, Session
 from integration.netns import Namespace, Pair, wait_for
-from integration.test_daemon import VIP, Cluster, Daemon, Session
 
 pytestmark = pytest.mark.netns
 
 SHORT_S = 5  # the kernel's UDP timers in some of these tests
 SERVER = "192.168.1.3"
-
-
-@pytest.fixture
-def cluster(pair: Pair, tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
-    made: list[Cluster] = []
-
-    def make(**options: object) -> Cluster:
-        made.append(Cluster(pair, tmp_path, **options))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
 
 
 def short_udp(lab: Cluster, seconds: int = SHORT_S) -> None:

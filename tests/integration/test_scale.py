@@ -22,8 +22,8 @@ from typing import Any, Iterator
 
 import pytest
 from integration import traffic
+from integration.cluster import Cluster, Daemon
 from integration.netns import Namespace, Pair, run, wait_for
-from integration.test_daemon import Cluster, Daemon
 
 pytestmark = pytest.mark.netns
 
