@@ -5,14 +5,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Callable, Iterator
 
 import pytest
 from integration import netns
 from integration.cluster import Cluster
+from integration.load import Load
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -42,12 +44,12 @@ def pair() -> Iterator[netns.Pair]:
 @pytest.fixture
 def cluster(pair: netns.Pair, tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
     """A factory of the pair's daemons: options are those of their configuration."""
-    made: list[Cluster] = []
+    with contextlib.ExitStack() as stack:
+        yield lambda **options: stack.enter_context(contextlib.closing(Cluster(pair, tmp_path, **options)))
 
-    def make(**options: Any) -> Cluster:
-        made.append(Cluster(pair, tmp_path, **options))
-        return made[-1]
 
-    yield make
-    for one in made:
-        one.close()
+@pytest.fixture
+def load(pair: netns.Pair, tmp_path: Path) -> Iterator[Callable[..., Load]]:
+    """A factory of the pair under load; see :class:`Load`."""
+    with contextlib.ExitStack() as stack:
+        yield lambda *size, **options: stack.enter_context(contextlib.closing(Load(pair, tmp_path, *size, **options)))
