@@ -33,6 +33,7 @@ class Daemon:
         self.space = space
         self.home = home
         self.process: subprocess.Popen[Any] | None = None
+        self.program: tuple[str, ...] = (sys.executable, "-m", "ctsyncd")
         home.mkdir()
         os.mkfifo(home / "fifo")
         (home / "not-ready").write_text("1\n", encoding="ascii")
@@ -51,7 +52,7 @@ class Daemon:
         (home / "conf").write_text(json.dumps(config), encoding="utf-8")
 
     def _command(self, *argv: str) -> tuple[str, ...]:
-        return (sys.executable, "-m", "ctsyncd", "-C", str(self.home / "conf"), *argv)
+        return (*self.program, "-C", str(self.home / "conf"), *argv)
 
     def start(self) -> None:
         with open(self.home / "log", "ab") as log:
@@ -69,6 +70,12 @@ class Daemon:
         self.send(signal.SIGKILL)
         assert self.process is not None
         self.process.wait()
+
+    def stop(self) -> None:
+        """As systemd does."""
+        self.send(signal.SIGTERM)
+        assert self.process is not None
+        assert self.process.wait(30) == 0, self.log()
 
     def ask(self, *argv: str) -> str:
         done = subprocess.run(
@@ -88,6 +95,30 @@ class Daemon:
         return (self.home / "not-ready").read_text(encoding="ascii").strip()
 
 
+def fill(space: Namespace, count: int) -> None:
+    """Have the namespace's kernel track ``count`` TCP sessions with SNAT that nobody speaks in."""
+    lines = (
+        f"-A -p tcp -s 10.{n >> 16}.{n >> 8 & 255}.{n & 255} -d 198.51.{100 + n // 50_000}.9"
+        f" --sport {10_000 + n % 50_000} --dport 443 --src-nat {VIP}:{10_000 + n % 50_000}"
+        " --state ESTABLISHED -u SEEN_REPLY,ASSURED -t 86400\n"
+        for n in range(count)
+    )
+    before = int(space.conntrack("-C"))
+    space.run("conntrack", "-R", "-", stdin="".join(lines))
+    assert int(space.conntrack("-C")) >= before + count
+
+
+def entry(space: Namespace, proto: str, sport: int) -> str:
+    """conntrack(8)'s line of a flow of a; empty where there is none."""
+    return space.conntrack("-L", "-p", proto, "--src", "192.168.0.3", "--sport", str(sport)).strip()
+
+
+def missing(space: Namespace, sessions: list[Session]) -> list[Session]:
+    """Those of a's TCP sessions that the kernel does not know."""
+    table = space.conntrack("-L", "-p", "tcp", "--src", "192.168.0.3")
+    return [session for session in sessions if f" sport={session.port} " not in table]
+
+
 def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(PACKAGE), "LC_ALL": "C"}
 
@@ -98,6 +129,7 @@ class Session:
     def __init__(self, client: socket.socket, server: socket.socket, seen: Any) -> None:
         self.client = client
         self.server = server
+        self.port = int(client.getsockname()[1])
         self.seen = seen  # the client's address as the server sees it
         self._number = 0
 

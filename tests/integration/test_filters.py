@@ -28,21 +28,17 @@ TCP_REPAIR = 19  # <linux/tcp.h>: a socket closed in this mode sends nothing
 PLAIN = ("-p", "tcp", "-s", "10.9.0.1", "-d", "10.9.0.2", "--dport", "22", "--timeout", "600", "--state", "ESTABLISHED")
 
 
-def port(session: Session) -> int:
-    return int(session.client.getsockname()[1])
-
-
 def replica(daemon: Daemon, session: Session) -> dict[str, Any] | None:
     """The backup's external cache on this session."""
     for line in daemon.ask("-e", "--json").splitlines():
         flow = json.loads(line)
-        if flow["orig"].get("sport") == port(session):
+        if flow["orig"].get("sport") == session.port:
             return dict(flow)
     return None
 
 
 def in_kernel(space: Namespace, session: Session) -> bool:
-    return f"sport={port(session)} " in space.conntrack("-L")
+    return f"sport={session.port} " in space.conntrack("-L")
 
 
 def insert(space: Namespace, number: int, *more: str) -> None:
