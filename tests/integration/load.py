@@ -126,34 +126,42 @@ class Load(Cluster):
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.active.status()}\n{self.backup.status()}") from None
 
+    def unplug(self, space: Namespace) -> None:
+        """The node is off the network, at once."""
+        _batch(self.pair.switch, (f"link set {space.label}-eth{n} nomaster" for n in (0, 1)))
+        space.ip("link", "set", "eth2", "down")
+
+    def plug_sync(self, space: Namespace) -> None:
+        space.ip("link", "set", "eth2", "up")
+        space.ip("address", "replace", f"fd00:c0de:64::{space.label[-1]}/64", "dev", "eth2", "nodad")
+
+    def plug_traffic(self, space: Namespace) -> None:
+        _batch(
+            self.pair.switch,
+            (f"link set {space.label}-eth{n} master {bridge}" for n, bridge in ((0, "outside"), (1, "inside"))),
+        )
+
     def cut(self) -> None:
         """The active node is off the network at once; the other gets the virtual IPs."""
-        victim, heir = self.active, self.backup
-        _batch(self.pair.switch, (f"link set {victim.space.label}-eth{n} nomaster" for n in (0, 1)))
-        victim.space.ip("link", "set", "eth2", "down")
-        self.pair.activate(heir.space)
-        self.active, self.backup = heir, victim
+        self.unplug(self.active.space)
+        self.pair.activate(self.backup.space)
+        self.active, self.backup = self.backup, self.active
 
     def come_back(self, daemon: str, table: str) -> None:
         """The node that was cut is back.  ``daemon``: it was restarted, or ran on; ``table``: kept, or empty."""
         node = self.backup
-        label = node.space.label
         if daemon == "restarted":
             node.kill()
             drop_virtual_ips(node.space)
         if table == "empty":
             node.space.conntrack("-F")
-        node.space.ip("link", "set", "eth2", "up")
-        node.space.ip("address", "replace", f"fd00:c0de:64::{label[-1]}/64", "dev", "eth2", "nodad")
+        self.plug_sync(node.space)
         if daemon == "restarted":
             node.start()
         else:  # both hold the virtual IPs until keepalived hears the other
             wait_for(lambda: node.status()["peers"][0]["role"] == "active", "two active nodes", self.patience_s)
             drop_virtual_ips(node.space)
-        _batch(
-            self.pair.switch,
-            (f"link set {label}-eth{n} master {bridge}" for n, bridge in ((0, "outside"), (1, "inside"))),
-        )
+        self.plug_traffic(node.space)
 
     def prove(self, deadline: float) -> dict[str, Any]:
         """Round trips in every session: begun by the server in half of those that it can, by the client in all."""
@@ -177,6 +185,22 @@ class Load(Cluster):
             for line in space.run(tool, "-nvxL", "INPUT").stdout.splitlines()
         ]
         return sum(int(line.split()[0]) for line in lines if str(traffic.TCP_PORT) in line)
+
+
+class Throttle:
+    """Lets so few sync datagrams a second through to a node; 0: none."""
+
+    def __init__(self, space: Namespace, per_second: int) -> None:
+        self._space = space
+        match = ("-p", "udp", "--dport", "3781")
+        limit = ("-m", "limit", "--limit", f"{per_second}/s", "--limit-burst", "5", "-j", "ACCEPT")
+        self._rules = [(*match, "-j", "DROP"), *([(*match, *limit)] if per_second else [])]
+        for rule in self._rules:
+            space.run("iptables", "-I", "INPUT", *rule)
+
+    def end(self) -> None:
+        for rule in self._rules:
+            self._space.run("iptables", "-D", "INPUT", *rule)
 
 
 def _batch(space: Namespace, lines: Any) -> None:

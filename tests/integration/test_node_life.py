@@ -19,7 +19,7 @@ from typing import Callable
 import pytest
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils import _zipapp, ctsyncd
 from integration.cluster import Cluster, Daemon, Session, entry, fill, missing
-from integration.load import Load, memory_kib
+from integration.load import Load, Throttle, memory_kib
 from integration.netns import Namespace, Pair, wait_for
 
 pytestmark = pytest.mark.netns
@@ -104,7 +104,7 @@ def test_backup_that_was_frozen_has_all_that_happened_meanwhile(
     wait_for(lambda: marks.arrived(lab.fw2.space, opened), "the last states")
     external = lab.fw2.ask("-e")
     for session in closed:
-        assert f"ESTABLISHED src=192.168.0.3 dst=192.168.1.3 sport={session.port} " not in external
+        assert f"ESTABLISHED src=192.168.0.3 dst=192.168.1.3 sport={session.port} dport=5001 " not in external
     lab.seal()
     survives(lab, opened)
 
@@ -142,7 +142,7 @@ def test_active_node_that_was_frozen_tells_what_it_missed(load: Callable[..., Lo
         lab.ready(lab.fw1, lab.fw2)
         external = lab.fw2.ask("-e")
         for session in dead:
-            assert f"ESTABLISHED src=192.168.0.3 dst=192.168.1.3 sport={session.port} " not in external
+            assert f"ESTABLISHED src=192.168.0.3 dst=192.168.1.3 sport={session.port} dport=5001 " not in external
         assert bool(lab.fw1.status()["counters"].get("overruns")) == overrun
         opened += born
     lab.seal()
@@ -191,7 +191,7 @@ def test_upgrade_node_by_node_under_traffic(load: Callable[..., Load]) -> None:
         lab.ready(lab.fw1, lab.fw2)
         assert daemon.status()["version"] == "1.0.2"
         wait_for(lambda: not missing(lab.fw2.space, opened), "the sessions on fw2")
-        state = f"ESTABLISHED src=192.168.0.3 dst=192.168.1.3 sport={gone.port} "
+        state = f"ESTABLISHED src=192.168.0.3 dst=192.168.1.3 sport={gone.port} dport=5001 "
         wait_for(lambda s=state: s not in lab.fw2.ask("-e"), "the end of a session")
     lab.seal()
     survives(lab, opened)
@@ -208,7 +208,7 @@ def test_upgrade_that_goes_on_before_the_table_is_there_loses_everything(load: C
     lab.replicated_all()
     lab.fw2.stop()
     lab.fw2.space.conntrack("-F")
-    lab.fw2.space.run("iptables", "-I", "INPUT", "-p", "udp", "--dport", "3781", "-j", "DROP")
+    Throttle(lab.fw2.space, 0)
     lab.fw2.start()
     wait_for(lambda: reasons(lab.fw2) == "NOT READY: no session with fw1", "fw2 to run")
     assert lab.fw2.gate == "1"
@@ -240,24 +240,6 @@ def test_flow_born_while_the_daemon_was_dead_is_replicated_and_its_end_too(
     assert bool(missing(lab.fw2.space, [orphan])) == born_with_events
     lab.fw1.ask("-B")  # what a whole table does not name goes
     wait_for(lambda: missing(lab.fw2.space, [orphan]), "the end of the other")
-
-
-class Throttle:
-    """Lets few sync datagrams a second through to a node."""
-
-    def __init__(self, space: Namespace, per_second: int) -> None:
-        self._space = space
-        match = ("-p", "udp", "--dport", "3781")
-        self._rules = [
-            (*match, "-m", "limit", "--limit", f"{per_second}/s", "--limit-burst", "5", "-j", "ACCEPT"),
-            (*match, "-j", "DROP"),
-        ]
-        for rule in reversed(self._rules):
-            space.run("iptables", "-I", "INPUT", *rule)
-
-    def end(self) -> None:
-        for rule in self._rules:
-            self._space.run("iptables", "-D", "INPUT", *rule)
 
 
 def receiving(backup: Daemon) -> int:

@@ -40,20 +40,28 @@ def run_module(space: netns.Namespace, name: str, check: bool = False, **options
 
 
 class Node:
-    """A firewall with a keepalived of its own: files in ``directory``, nothing of the machine's."""
+    """A firewall with a keepalived of its own: files in ``directory``, nothing of the machine's.
 
-    def __init__(self, space: netns.Namespace, directory: Path, number: int, priority: int) -> None:
+    ``daemon``: the directory of a daemon that reads the FIFO ``fifo`` there and writes the track file ``not-ready``;
+    without one the test does both.
+    """
+
+    def __init__(
+        self, space: netns.Namespace, directory: Path, number: int, priority: int, daemon: Path | None = None
+    ) -> None:
         self.space = space
         self.number = number
         self.priority = priority
         self.directory = directory
         directory.mkdir()
         self.config = directory / "keepalived.conf"
-        self.track_file = directory / "not-ready"
-        self.track_file.write_text("0\n", encoding="ascii")
-        self.fifo = directory / "notify.fifo"
-        os.mkfifo(self.fifo, 0o640)
-        self._reader = os.open(self.fifo, os.O_RDONLY | os.O_NONBLOCK)
+        self.track_file = (daemon or directory) / "not-ready"
+        self.fifo = daemon / "fifo" if daemon else directory / "notify.fifo"
+        self._reader: int | None = None
+        if not daemon:
+            self.track_file.write_text("0\n", encoding="ascii")
+            os.mkfifo(self.fifo, 0o640)
+            self._reader = os.open(self.fifo, os.O_RDONLY | os.O_NONBLOCK)
         self._process: subprocess.Popen[Any] | None = None
 
     def options(self, ipv6: bool = False, **more: Any) -> dict[str, Any]:
@@ -166,6 +174,7 @@ class Node:
     def transitions(self, count: int = 0) -> list[str]:
         """The lines in the FIFO; waits for at least ``count`` of them."""
         text = ""
+        assert self._reader is not None
         while True:
             poll = select.poll()
             poll.register(self._reader, select.POLLIN)
@@ -180,7 +189,8 @@ class Node:
 
     def close(self) -> None:
         self.stop()
-        os.close(self._reader)
+        if self._reader is not None:
+            os.close(self._reader)
 
 
 def adverts_seen(node: Node, more: int = 20) -> None:
