@@ -23,6 +23,20 @@ from .goals import ROWS
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
+def _others() -> list[str]:
+    """Daemons that run already: another listener to conntrack events makes every event dearer, in all namespaces."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            name = (process / "comm").read_text(encoding="utf-8").strip()
+            command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+        except OSError:
+            continue
+        if name == "conntrackd" or "ctsyncd.pyz" in command or "/ctsyncd " in f"{command} ":
+            found.append(f"{process.name} ({command})")
+    return found
+
+
 def _say(text: str) -> None:
     print(f"{datetime.datetime.now():%H:%M:%S}  {text}", flush=True)
 
@@ -85,6 +99,7 @@ class Run:
                 "rounds": self.size.rounds,
                 "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}",
                 "load_before": f"{os.getloadavg()[0]:.2f}",
+                "other_listeners": len(_others()),
             }
             _say(f"{built}; {self.about['conntrackd']}")
             with topology.stand() as stand, topology.table_room(self._most_flows()):
@@ -182,6 +197,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if os.geteuid():
         parser.error("this makes network namespaces: run it as root")
+    others = _others()
+    if others:
+        _say(f"warning: these listen to conntrack events, too, and make every event dearer: {', '.join(others)}")
     signal.signal(signal.SIGTERM, _stop)
     try:
         return Run(options).run()

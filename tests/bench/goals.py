@@ -176,6 +176,21 @@ ROWS = (
         for node in ("active", "backup")
     ),
     *(
+        _both(
+            f"memory-{node}-{short}-1000000",
+            MEMORY,
+            f"{node}, per flow of 1,000,000, {said}",
+            "bytes",
+            "growth-1000000",
+            f"{node}_rss_per_flow",
+            ours=variant,
+            must=1 / 2,
+            aim=1 / 4,
+        )
+        for variant, short, said in (("ctsyncd", "hot", "hot standby"), ("ctsyncd-cache", "cache", "external cache"))
+        for node in ("active", "backup")
+    ),
+    *(
         row
         for size, said in (("100000", "100,000"), ("1000000", "1,000,000"))
         for row in (
@@ -218,6 +233,18 @@ ROWS = (
     _alone("latency-load-p50", LATENCY, "new flow, at 20,000/s, p50", "ms", "latency-load", "kernel_p50_ms"),
     _alone(
         "latency-load-p99", LATENCY, "new flow, at 20,000/s, p99", "ms", "latency-load", "kernel_p99_ms", must=6, aim=3
+    ),
+    *(
+        Row(
+            f"latency-{load}-{part}-wire",
+            LATENCY,
+            f"ours as above, theirs only until the datagram is on the wire (FTFW), {said}, {part}",
+            "ms",
+            Source("ctsyncd", f"latency-{load}", f"kernel_{part}_ms"),
+            Source("conntrackd", f"latency-{load}", f"wire_{part}_ms"),
+        )
+        for load, said in (("idle", "idle"), ("load", "at 20,000/s"))
+        for part in ("p50", "p99")
     ),
     *(
         _both(

@@ -19,6 +19,7 @@ from .topology import Stand
 
 SOURCES = Path(__file__).resolve().parent / "load"
 PROGRAMS = ("connections", "flows", "latency")
+FIRST = "-20"  # nice value of loads that stand for other machines: the daemons cannot slow them down
 
 
 class NoCompiler(Exception):
@@ -61,7 +62,7 @@ class Loads:
         self, operation: str, shape: str, seed: int, count: int, *, first: int = 0, rate: float = 0
     ) -> Iterator[Callable[[], dict[str, Any]]]:
         """The same beside other work; at the end it is waited for."""
-        process = self._start(self.stand.fw1, "flows", operation, shape, seed, first, count, rate)
+        process = self._start(self.stand.fw1, FIRST, "flows", operation, shape, seed, first, count, rate)
         answer: dict[str, Any] = {}
         try:
             yield lambda: answer
@@ -70,9 +71,9 @@ class Loads:
             _end(process)
 
     @contextlib.contextmanager
-    def server(self) -> Iterator[None]:
+    def server(self, nice: str = FIRST) -> Iterator[None]:
         """The server of the real connections."""
-        process = self._start(self.stand.server, "connections", "serve", *topology.PORTS)
+        process = self._start(self.stand.server, nice, "connections", "serve", *topology.PORTS)
         try:
             assert process.stdout is not None
             if process.stdout.readline() != "ready\n":
@@ -83,19 +84,21 @@ class Loads:
 
     def connections(
         self,
+        *,
         snat: bool,
         rate: float,
         warmup_s: float,
         seconds: float,
         seed: int,
-        *,
         parallel: int = 0,
         hold_ms: float = 0,
+        nice: str = FIRST,
         at: Callable[[], None] = lambda: None,
     ) -> dict[str, Any]:
         """Real connections through fw1 (see connections.c); ``at`` is called when the measured time begins."""
         process = self._start(
             self.stand.client,
+            nice,
             *("connections", "open", topology.SNAT_CLIENTS if snat else topology.PLAIN_CLIENTS, topology.SERVERS),
             *(rate, parallel, hold_ms, warmup_s, seconds, seed, *topology.PORTS),
         )
@@ -124,9 +127,9 @@ class Loads:
         finally:
             _end(process)
 
-    def _start(self, space: Namespace, program: str, *argv: object) -> subprocess.Popen[str]:
+    def _start(self, space: Namespace, nice: str, program: str, *argv: object) -> subprocess.Popen[str]:
         process: subprocess.Popen[str] = space.popen(
-            str(self.folder / program), *map(str, argv), stdout=subprocess.PIPE, text=True
+            *("nice", "-n", nice, str(self.folder / program), *map(str, argv)), stdout=subprocess.PIPE, text=True
         )
         return process
 

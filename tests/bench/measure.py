@@ -10,7 +10,7 @@ from typing import Callable, NamedTuple
 
 from .daemons import Pair
 
-SAMPLE_S = 0.025
+SAMPLE_S = 0.01
 QUIET_S = 0.7
 BUSY_CPU = 0.2  # of a core: what idle daemons and slow background work stay below
 BUSY_BYTES = 4000  # per sample: what heartbeats stay below

@@ -252,7 +252,7 @@ def about(result: Result) -> str:
         f"- ctsyncd: {a['ctsyncd']}, commit {a['commit']}, {a['python']}\n"
         f"- conntrackd: {a['conntrackd']}\n"
         f"- Run: {a['mode']}, {a['rounds']} rounds, {a['date']}, {number(a['minutes'])} minutes;"
-        f" load average before {a['load_before']}\n"
+        f" load average before {a['load_before']}; {a['other_listeners']} other conntrack listeners\n"
     )
 
 

@@ -42,7 +42,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "quick": Size(1, 20_000, (20_000,), (), 4.0, 3.0, 5.0, 150, False),
+    "quick": Size(1, 20_000, (100_000,), (), 4.0, 3.0, 5.0, 150, False),
     "default": Size(3, 100_000, (25_000, 50_000, 100_000), (), 5.0, 6.0, 10.0, 300, False),
     "full": Size(
         5, 100_000, (50_000, 100_000, 250_000, 500_000, 1_000_000), (2_000_000, 4_000_000), 5.0, 10.0, 20.0, 600, True
@@ -110,7 +110,11 @@ def real(bench: Bench, pair: Pair, name: str, *, rate: float, snat: bool, hold_m
     warmup = bench.size.warmup_s + hold_ms / 1000
     with bench.loads.server(), reaper(bench.stand.fw1):
         result = bench.loads.connections(
-            *(snat, rate, warmup, bench.size.seconds, bench.seed(name)),
+            snat=snat,
+            rate=rate,
+            warmup_s=warmup,
+            seconds=bench.size.seconds,
+            seed=bench.seed(name),
             hold_ms=hold_ms,
             at=lambda: begun.append((moment(pair), entries(bench.stand.fw1))),
         )
@@ -131,13 +135,21 @@ def real(bench: Bench, pair: Pair, name: str, *, rate: float, snat: bool, hold_m
 
 def box(bench: Bench, pair: Pair | None) -> Values:
     """Connections per second that the machine still forwards at most (closed loop, 64 at once)."""
-    with bench.loads.server():
+    with bench.loads.server(nice="0"):
         result = bench.loads.connections(
-            True, 0, bench.size.warmup_s, bench.size.seconds, bench.seed("box"), parallel=64
+            snat=True,
+            rate=0,
+            warmup_s=bench.size.warmup_s,
+            seconds=bench.size.seconds,
+            seed=bench.seed("box"),
+            parallel=64,
+            nice="0",
         )
+    values: Values = {"rate": result["completed"] / result["seconds"], "failed": result["failed"]}
     if pair is not None:
-        settled(pair, patience(200_000))
-    return {"rate": result["completed"] / result["seconds"], "failed": result["failed"]}
+        ended = time.monotonic()
+        values["behind_s"] = max(0.0, settled(pair, patience(200_000))[1] - ended)
+    return values
 
 
 def idle(bench: Bench, pair: Pair) -> Values:
@@ -360,7 +372,8 @@ def growth(bench: Bench, pair: Pair, record: Callable[[str, Values], None], say:
     """Tables of growing size: memory, cost of filling, and cost of an event in a table of that size."""
     sizes = bench.size.growth + (bench.size.growth_first if bench.round == 0 else ())
     has = 0
-    record("growth-0", _grown(pair))
+    start = _grown(pair)
+    record("growth-0", start)
     for size in sizes:
         say(f"{pair.variant}: {size} flows")
         first, step = has, size - has
@@ -370,7 +383,9 @@ def growth(bench: Bench, pair: Pair, record: Callable[[str, Values], None], say:
 
         values = worked(pair, fill, patience(step))
         has = size
-        values.update(_grown(pair))
+        grown = _grown(pair)
+        values.update(grown)
+        values.update({f"{name}_per_flow": (grown[name] - start[name]) / size for name in grown})
         values["missing"] = _missing(pair, entries(bench.stand.fw1))
         added = worked(pair, lambda: _add(bench, "transit", EVENT_PROBE, name="event"), patience(EVENT_PROBE))
         deleted = worked(pair, lambda: _delete(bench, "transit", EVENT_PROBE, name="event"), patience(EVENT_PROBE))
@@ -403,7 +418,7 @@ SESSIONS = (
     Session("conntrackd", ("idle", "real-200", "real-2000", "real-2000-snat", "real-2000-held", "steady")),
     Session("ctsyncd", ("idle", "real-200", "real-2000", "real-2000-snat", "real-2000-held", "steady")),
     Session("conntrackd-tuned", ("real-2000", "real-200")),
-    Session("ctsyncd-cache", ("real-2000", "real-200", "latency-idle")),
+    Session("ctsyncd-cache", ("real-2000", "real-200")),
     Session("conntrackd", ("latency-idle", "latency-load")),
     Session("conntrackd-direct", ("real-2000", "latency-idle", "latency-load")),
     Session("ctsyncd", ("latency-idle", "latency-load")),
