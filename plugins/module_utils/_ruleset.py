@@ -802,6 +802,35 @@ def predict(live: Tables, wanted: Tables, policies: Dict[Tuple[str, str], str], 
     return after
 
 
+def put_back(live: Tables, before: Tables, policies: Dict[Tuple[str, str], str], position: str = "first") -> Tables:
+    """The live tables with our chains and jumps as they were `before`, and the given policies.
+
+    Where the rules of others are the same as before, our jumps return to exactly their old places, otherwise to the
+    declared position.
+    """
+    after: Tables = copy.deepcopy(live)
+    for name in [n for n in BUILTIN_CHAINS if n in live or n in before]:
+        table, old = after.setdefault(name, Table()), before.get(name, Table())
+        for chain in [c for c in table.chains if is_own_chain(c)]:
+            if chain not in old.chains:
+                del table.chains[chain]
+        for chain, rules in old.chains.items():
+            if is_own_chain(chain):
+                table.chains[chain] = list(rules)
+        for chain in BUILTIN_CHAINS[name]:
+            now, then = table.chains.get(chain, []), old.chains.get(chain, [])
+            foreign = [r for r in now if not is_own_jump(r.rule)]
+            jumps = [r for r in then if is_own_jump(r.rule)]
+            if _text(foreign) == [r.rule for r in then if not is_own_jump(r.rule)]:
+                table.chains[chain] = list(then)
+            else:
+                table.chains[chain] = jumps + foreign if position == "first" else foreign + jumps
+    for (name, chain), policy in policies.items():
+        _policy, packets, size = after.setdefault(name, Table()).policies.get(chain, (policy, 0, 0))
+        after[name].policies[chain] = (policy, packets, size)
+    return after
+
+
 def _text(rules: Sequence[SavedRule]) -> List[str]:
     return [saved.rule for saved in rules]
 

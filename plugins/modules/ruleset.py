@@ -21,11 +21,17 @@ description:
     kernel. The wanted rules are loaded into an empty network namespace that exists only for this moment, and what
     iptables-save prints there is compared with what it prints for the machine.
   - A rule that iptables does not accept is reported before anything is changed.
+  - New rules are on probation. A process on the node puts the old ones back, unless the controller confirms the new
+    ones over a new connection within O(rollback_timeout) seconds. The playbook needs nothing for this, and no C(async).
 extends_documentation_fragment:
   - ctsync.ha_firewall.attributes
 attributes:
   idempotent:
     details: A run that changes nothing also keeps the counters of all rules.
+  async:
+    description: Supports being used with the C(async) keyword.
+    support: none
+    details: The module waits for nothing but its own confirmation, at most O(rollback_timeout) seconds.
   platform:
     details: Needs iptables 1.6.2 or newer (nf_tables or legacy), unshare of util-linux, and systemd for O(persist).
 options:
@@ -35,6 +41,12 @@ options:
     type: str
     choices: [auto, nft, legacy]
     default: auto
+  canary:
+    description:
+      - A command that must succeed on the node before new rules are confirmed, for example
+        C(ping -c 1 -W 2 192.0.2.1). If it fails, the old rules are put back at once.
+      - It is run without a shell, and has the rest of O(rollback_timeout) for itself.
+    type: str
   config_directory:
     description:
       - Directory for C(ruleset.v4) and C(ruleset.v6), which are restored at boot.
@@ -68,6 +80,24 @@ options:
         no echo request. TCP, UDP and ICMP errors alike are dropped and never rejected.
     type: bool
     default: true
+  rollback_id:
+    description:
+      - Name of the rollback, given by the module's own action plugin. Leave it out.
+    type: str
+  rollback_step:
+    description:
+      - Which half of the work is asked for, given by the module's own action plugin. Leave it out.
+    type: str
+    choices: [apply, confirm, abort, status]
+    default: apply
+  rollback_timeout:
+    description:
+      - Seconds in which the controller must confirm new rules over a new connection before the node puts the old ones
+        back. V(0) for none, and then a mistake in a rule can lock you out.
+      - The rules are only stored for boot after the confirmation, so a reboot brings the old ones back, too.
+      - With a connection that does not pass the network (V(local), V(docker)) the confirmation proves less.
+    type: int
+    default: 30
   rules:
     description:
       - IPv4 rules as iptables arguments, verbatim and in order, for example C(-A FORWARD -i eth0 -j ACCEPT).
@@ -236,6 +266,13 @@ policies:
   returned: always
   type: dict
   sample: {"ipv4": {"filter FORWARD": "DROP"}}
+rollback:
+  description:
+    - The probation of the rules. C(armed) is true, C(id) its name, C(deadline_s) the seconds in which the rules had to
+      be confirmed, and C(outcome) is V(confirmed), V(rolled back), V(failed) or V(unknown).
+  returned: when the rules were changed
+  type: dict
+  sample: {"armed": true, "id": "5f0c1d8e9a7b3c42", "outcome": "confirmed", "deadline_s": 30}
 validated_by:
   description: Who tested the rules, V(kernel) or (without iptables on the machine) V(syntax).
   returned: when O(state=present)
@@ -245,10 +282,12 @@ validated_by:
 
 import json
 import os
+import secrets
+import shlex
 import tempfile
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils import _ruleset
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils import _rollback, _ruleset
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils._iptables import (
     Iptables,
     ScratchError,
@@ -261,6 +300,8 @@ UNIT_PATH = "/etc/systemd/system/" + UNIT
 FORWARDING = {"ipv4": "/proc/sys/net/ipv4/ip_forward", "ipv6": "/proc/sys/net/ipv6/conf/all/forwarding"}
 SILENTLY = """/bin/sh -c 'exec "$$0" "$$@" 2>/dev/null'"""  # in a unit: a jump that is not there is no news
 FILES = {"ipv4": "ruleset.v4", "ipv6": "ruleset.v6"}
+LONGEST_WAIT = 120  # seconds, for the probation of an earlier run to end
+SHORTEST_ROLLBACK, LONGEST_ROLLBACK = 5, 3600  # seconds; a new connection takes one or two
 HEADER = "Firewall rules of ctsync, restored at boot by ctsync-ruleset.service. Written by Ansible: changes are lost."
 
 SERVICE_SPEC = {
@@ -281,12 +322,16 @@ SYNC_SPEC = {
 }
 ARGUMENT_SPEC = {
     "backend": {"type": "str", "choices": ["auto", "nft", "legacy"], "default": "auto"},
+    "canary": {"type": "str"},
     "config_directory": {"type": "path", "default": "/etc/ctsync"},
     "count_resets": {"type": "bool", "default": False},
     "nflog_group": {"type": "int"},
     "persist": {"type": "bool", "default": True},
     "position": {"type": "str", "choices": ["first", "last"], "default": "first"},
     "protect_vips": {"type": "bool", "default": True},
+    "rollback_id": {"type": "str"},
+    "rollback_step": {"type": "str", "choices": ["apply", "confirm", "abort", "status"], "default": "apply"},
+    "rollback_timeout": {"type": "int", "default": 30},
     "rules": {"type": "list", "elements": "str", "default": []},
     "rules6": {"type": "list", "elements": "str", "default": []},
     "services": {"type": "list", "elements": "dict", "default": [], "options": SERVICE_SPEC},
@@ -361,6 +406,7 @@ def plans_from(params: dict) -> dict:
         pair = pair_from(params)
     except _ruleset.RulesetError as exc:
         problems += exc.problems
+    problems += probation_problems(params)
     group = params["nflog_group"]
     if group is not None and not 0 <= group <= 65535:
         problems.append(f"nflog_group: {group} is out of range; write 0-65535.")
@@ -373,6 +419,29 @@ def plans_from(params: dict) -> dict:
         family: _ruleset.build_plan(family, rules[family], pair, count_resets=params["count_resets"], nflog_group=group)
         for family in families
     }
+
+
+def probation_problems(params: dict) -> list:
+    """What is wrong with the options of the rollback."""
+    problems = []
+    timeout, canary = params["rollback_timeout"], params["canary"]
+    if timeout and not SHORTEST_ROLLBACK <= timeout <= LONGEST_ROLLBACK:
+        problems.append(
+            f"rollback_timeout: {timeout} is out of range; write {SHORTEST_ROLLBACK}-{LONGEST_ROLLBACK}, or 0 for none."
+        )
+    if canary is not None:
+        try:
+            words = shlex.split(canary)
+        except ValueError as exc:
+            problems.append(f"canary: '{canary}' cannot be split into words ({str(exc).lower()}).")
+        else:
+            if not words:
+                problems.append("canary: is empty; leave the option out, or write a command.")
+        if not timeout:
+            problems.append("canary: needs a rollback_timeout; with 0 its failure would change nothing.")
+    if params["rollback_id"] is not None and not _rollback.is_ident(params["rollback_id"]):
+        problems.append("rollback_id: is given by the action plugin; leave it out.")
+    return problems
 
 
 def locked_out(pair: _ruleset.Pair, connection: str) -> str:
@@ -402,10 +471,12 @@ class Run:
         self.tools = {family: Iptables(module, family, module.params["backend"]) for family in _ruleset.FAMILIES}
         self.state_file = os.path.join(self.params["state_directory"], "ruleset.json")
         self.live: dict = {}
+        self.saved: dict = {}
         self.after: dict = {}
         self.policies: dict = {}
         self.remembered: dict = {}
         self.validated_by = "kernel"
+        self.rollback: dict = {}
 
     # -- look
 
@@ -420,6 +491,7 @@ class Run:
                     self.fail_command(f"The present {family} rules cannot be read: {outcome.words}.", outcome)
                 continue
             self.live[family] = _ruleset.parse_save(outcome.out)
+            self.saved[family] = outcome.out
 
     def load_state(self) -> dict:
         """The policies that earlier runs replaced: {family: {'filter FORWARD': {replaced, set}}}."""
@@ -566,6 +638,7 @@ class Run:
         for family, text in changes.items():
             outcome = self.tools[family].restore(text, test=True)
             if outcome.rc != 0:
+                self.call_off()
                 self.fail_command(
                     f"iptables refuses the {family} change: {outcome.words}. Nothing was changed.",
                     outcome,
@@ -590,6 +663,10 @@ class Run:
 
     def undo(self, families: list) -> str:
         """Put our part of the tables back; says in a sentence how that went."""
+        if self.rollback:
+            outcome = self.call_off()
+            if outcome["outcome"] == _rollback.ROLLED_BACK:
+                return "The rules of before are in place again."
         for family in families:
             now = _ruleset.parse_save(self.tools[family].save().out)
             back = _ruleset.render_change(now, self.live[family])
@@ -597,6 +674,72 @@ class Run:
             if outcome and outcome.rc != 0:
                 return f"Putting the old {family} rules back failed as well: {outcome.words}."
         return "The rules of before are in place again."
+
+    # -- probation
+
+    def arm(self, files: dict) -> None:
+        """Start the process that puts things back; nothing has been changed until here."""
+        timeout, ident = self.params["rollback_timeout"], self.params["rollback_id"] or secrets.token_hex(8)
+        parts = {}
+        for family, live in self.live.items():
+            tool = self.tools[family]
+            parts[family] = {
+                "before": self.saved[family],
+                "policies": {
+                    f"{name} {chain}": live.get(name, _ruleset.Table()).policies.get(chain, ("ACCEPT", 0, 0))[0]
+                    for name, chain in self.policies.get(family, {})
+                },
+                "save": tool.save_command,
+                "restore": tool.restore_command,
+            }
+        old = {path: [read_text(path), files[path][1]] for path in (self.state_file,)}
+        job = {"timeout": timeout, "position": self.params["position"], "families": parts, "files": old}
+        try:
+            _rollback.arm(ident, job)
+        except _rollback.GuardError as exc:
+            self.module.fail_json(
+                msg=f"The process that would put the old rules back cannot be started: {exc}. Set 'rollback_timeout: 0'"
+                " (role variable ruleset_rollback_timeout) to go without it. Nothing was changed."
+            )
+        self.rollback = {"armed": True, "id": ident, "deadline_s": timeout, "outcome": _rollback.ARMED}
+
+    def call_off(self) -> dict:
+        """Applying failed: let the guard put everything back and end."""
+        if not self.rollback:
+            return {"outcome": _rollback.UNKNOWN}
+        outcome = _rollback.ask(self.rollback["id"], "abort", "they could not be applied")
+        self.rollback["outcome"] = outcome["outcome"]
+        return outcome
+
+    def conclude(self, step: str) -> None:
+        """The second half: confirm, abort or look. Returns only if the new rules are confirmed."""
+        ident, words = self.params["rollback_id"] or "", ""
+        if not _rollback.is_ident(ident):
+            self.module.fail_json(msg="rollback_step is given by the action plugin, with a rollback_id; leave it out.")
+        outcome = _rollback.ask(ident, "status")
+        if step == "confirm" and self.params["canary"] and outcome["outcome"] == _rollback.ARMED:
+            words = _rollback.run_canary(shlex.split(self.params["canary"]), outcome["left_s"])
+            if words:
+                words = f"The canary '{self.params['canary']}' {words}."
+                outcome = _rollback.ask(ident, "abort", words)
+        if not words and step != "status":
+            outcome = _rollback.ask(ident, step, "the connection broke while they were applied")
+        self.rollback = {
+            "armed": True,
+            "id": ident,
+            "deadline_s": self.params["rollback_timeout"],
+            "outcome": outcome["outcome"],
+        }
+        if outcome["outcome"] != _rollback.CONFIRMED or step != "confirm":
+            problems = outcome.get("problems", [])
+            self.module.fail_json(
+                msg=" ".join(w for w in (words, *problems) if w) or f"The new rules are {outcome['outcome']}.",
+                rollback=self.rollback,
+                canary_failed=bool(words),
+                problems=problems,
+            )
+
+    # -- boot
 
     def unit_enabled(self) -> bool:
         systemctl = _ruleset.find_program("systemctl")
@@ -635,6 +778,8 @@ class Run:
     def run(self) -> dict:
         params, module = self.params, self.module
         plans: dict = {}
+        if params["rollback_step"] != "apply":
+            self.conclude(params["rollback_step"])
         if self.present:
             try:
                 plans = plans_from(params)
@@ -643,6 +788,15 @@ class Run:
                 module.fail_json(msg=f"{exc} Nothing was changed.", problems=exc.problems)
             if danger:
                 module.fail_json(msg=f"{danger} Nothing was changed.")
+        elif probation_problems(params):
+            module.fail_json(msg=" ".join([*probation_problems(params), "Nothing was changed."]))
+        if not module.check_mode and not params["validate_only"] and not self.rollback:
+            armed = _rollback.settle(LONGEST_WAIT)
+            if armed:
+                module.fail_json(
+                    msg=f"The rules of another run are still on probation ({', '.join(armed)}). Run again when they are"
+                    " confirmed or rolled back. Nothing was changed."
+                )
         missing = [family for family in plans if plans[family] and not self.tools[family].available]
         if missing:
             return self.without_iptables(plans, missing)
@@ -665,11 +819,20 @@ class Run:
         diffs = self.diffs(files, stale)
         rules_differ = any(_ruleset.render_change(live, self.after[family]) for family, live in self.live.items())
         changed = bool(rules_differ or stale or enable)
-        if changed and not module.check_mode:
+        if not changed or module.check_mode:
+            return self.result(changed, diffs, self.after)
+        if self.rollback and rules_differ:
+            module.warn("Another program changed the rules while they were on probation. Run again to repair them.")
+        elif rules_differ:
+            if params["rollback_timeout"]:
+                self.arm(files)
             if self.remembered and self.state_file in stale:  # before the policy it remembers is replaced
                 self.write(self.state_file, *files[self.state_file])
             self.apply()
-            self.change_files(files, stale, enable)
+            if self.rollback:
+                self.rollback["outcome"] = _rollback.ask(self.rollback["id"], "start")["outcome"]
+                return self.result(changed, diffs, self.after)
+        self.change_files(files, stale, enable)
         return self.result(changed, diffs, self.after)
 
     def without_iptables(self, plans: dict, missing: list) -> dict:
@@ -724,6 +887,8 @@ class Run:
         }
         if self.present:
             result["validated_by"] = self.validated_by
+        if self.rollback:
+            result["rollback"] = self.rollback
         if self.module._diff and diffs:
             result["diff"] = diffs
         return result

@@ -260,7 +260,7 @@ def test_a_failure_in_the_second_family_takes_the_first_back(machine, backend):
     before = saved(machine, backend)
     real = shutil.which(f"ip6tables-{backend}-restore")
     name = f"ip6tables-{backend}-restore"
-    script = f'#!/bin/sh\ncase "$*" in *--test*|*"-w 10") exec {real} "$@";; esac\necho "no memory" >&2\nexit 4\n'
+    script = f'#!/bin/sh\ncase "$*" in *--test*|*"-w 10") exec {real} "$@";; esac\ncat > /dev/null; echo "no memory" >&2; exit 4\n'
     machine.run("sh", "-c", f"mkdir /mnt/bin; cat > /mnt/bin/{name}; chmod +x /mnt/bin/{name}", text=script)
     path = {"PATH": "/mnt/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
     failed = machine.module("ruleset", backend=backend, env=path, **FULL)

@@ -71,6 +71,23 @@ def test_every_wrong_option_is_named_at_once():
 
 
 @pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"rollback_timeout": 3}, "rollback_timeout: 3 is out of range; write 5-3600, or 0 for none."),
+        ({"rollback_timeout": 0, "canary": "true"}, "canary: needs a rollback_timeout"),
+        ({"canary": "ping 'x"}, "canary: 'ping 'x' cannot be split into words (no closing quotation)."),
+        ({"canary": " "}, "canary: is empty"),
+        ({"rollback_id": "../../etc"}, "rollback_id: is given by the action plugin"),
+    ],
+)
+def test_options_of_the_rollback_are_checked(given, words):
+    with pytest.raises(_ruleset.RulesetError) as caught:
+        ruleset.plans_from(params(**given))
+    (problem,) = caught.value.problems
+    assert problem.startswith(words)
+
+
+@pytest.mark.parametrize(
     ("connection", "services", "danger"),
     [
         ("10.0.0.9 4242 192.168.0.100 22", [], True),
