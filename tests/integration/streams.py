@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import select
 import socket
 import struct
+import threading
 import time
+import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -325,3 +328,56 @@ def open_stream(proto: str, number: int, client: End, target: tuple[str, int], s
         "other": lambda: (Frame(), EXPERIMENTAL),
     }[proto]()
     return Datagrams.open(protocol, frame, client, target, server)
+
+
+class Transfer:
+    """Bytes both ways over a connection at the same time until told to stop: all of them must arrive."""
+
+    PAUSE_S = 0.005  # per block: leaves the processor to others
+
+    def __init__(self, stream: Connection) -> None:
+        self.received = [0, 0]  # bytes at the server, at the client
+        self.trouble: list[str] = []
+        self._sums = [[0, 0], [0, 0]]  # sent and received, by direction
+        self._stop = threading.Event()
+        self._threads = []
+        for way, (sender, receiver) in enumerate(
+            ((stream.client, stream.server), (stream.server, stream.client)),
+        ):
+            sender.settimeout(30)
+            for target, sock in ((self._send, sender), (self._receive, receiver)):
+                self._threads.append(threading.Thread(target=target, args=(way, sock)))
+        for thread in self._threads:
+            thread.start()
+
+    def _send(self, way: int, sock: socket.socket) -> None:
+        try:
+            while not self._stop.wait(self.PAUSE_S):
+                block = os.urandom(1 << 17)
+                sock.sendall(block)
+                self._sums[way][0] = zlib.crc32(block, self._sums[way][0])
+            sock.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            self.trouble.append(str(error))
+
+    def _receive(self, way: int, sock: socket.socket) -> None:
+        try:
+            while part := sock.recv(1 << 20):
+                self.received[way] += len(part)
+                self._sums[way][1] = zlib.crc32(part, self._sums[way][1])
+        except OSError as error:
+            self.trouble.append(str(error))
+
+    def finish(self) -> None:
+        """Stop; raises :class:`Died` if not everything arrived as it was sent."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+        if self.trouble or any(sent != received for sent, received in self._sums):
+            raise Died(f"{self.trouble or 'other bytes arrived than were sent'}")
+
+
+def window_scales(sock: socket.socket) -> tuple[int, int]:
+    """The scale of the windows that this end announces, and of its peer's (struct tcp_info)."""
+    scales = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 8)[6]
+    return scales >> 4, scales & 15
