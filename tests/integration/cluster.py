@@ -34,6 +34,7 @@ class Daemon:
         self.home = home
         self.process: subprocess.Popen[Any] | None = None
         self.program: tuple[str, ...] = (sys.executable, "-m", "ctsyncd")
+        self.environment = {**os.environ, "PYTHONPATH": str(PACKAGE), "LC_ALL": "C"}
         home.mkdir()
         os.mkfifo(home / "fifo")
         (home / "not-ready").write_text("1\n", encoding="ascii")
@@ -57,7 +58,7 @@ class Daemon:
     def start(self) -> None:
         with open(self.home / "log", "ab") as log:
             self.process = self.space.popen(
-                *self._command(), cwd=PACKAGE, env=_environment(), stdout=log, stderr=subprocess.STDOUT
+                *self._command(), cwd=PACKAGE, env=self.environment, stdout=log, stderr=subprocess.STDOUT
             )
 
     def send(self, number: int) -> None:
@@ -79,7 +80,7 @@ class Daemon:
 
     def ask(self, *argv: str) -> str:
         done = subprocess.run(
-            self._command(*argv), cwd=PACKAGE, env=_environment(), capture_output=True, text=True, check=False
+            self._command(*argv), cwd=PACKAGE, env=self.environment, capture_output=True, text=True, check=False
         )
         return done.stdout
 
@@ -118,10 +119,6 @@ def missing(space: Namespace, sessions: list[Session]) -> list[Session]:
     """Those of a's TCP sessions with port 5001 that the kernel does not know."""
     table = space.conntrack("-L", "-p", "tcp", "--src", "192.168.0.3")
     return [session for session in sessions if f" sport={session.port} dport=5001 " not in table]
-
-
-def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(PACKAGE), "LC_ALL": "C"}
 
 
 class Session:
