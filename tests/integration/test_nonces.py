@@ -76,7 +76,7 @@ class Ear:
 
 @pytest.fixture
 def restarted(cluster: Callable[..., Cluster]) -> Callable[[Path | None], Ear]:
-    """Has the pair under way, with either daemon killed three times in turn; ``patch``: a directory of Python's path."""
+    """Has the pair under way and kills its daemons in turn; ``patch``: a directory of fw2's Python path."""
 
     def run(patch: Path | None) -> Ear:
         lab = cluster()

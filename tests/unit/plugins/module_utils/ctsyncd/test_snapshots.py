@@ -66,9 +66,13 @@ def restore(made: Simulation, name: str, image: Node) -> None:
     setattr(made, name, image)
 
 
-def go_back(made: Simulation, name: str, flows: int) -> None:
+def go_back(made: Simulation, name: str, flows: int, peer_restarts: bool = False) -> None:
     """Take a snapshot, go on while ``flows`` begin, one a second; then the node is as it was."""
     image = snapshot(made, name)
+    if peer_restarts:
+        peer = made.fw2 if name == "fw1" else made.fw1
+        peer.kill()
+        peer.start(made.now)
     for port in range(3000, 3000 + flows):
         made.fw1.kernel.open(tcp(port))
         made.run(1.0)
@@ -115,10 +119,11 @@ def test_no_nonce_is_used_twice_by_a_node_that_was_restored(name: str) -> None:
 
 @pytest.mark.xfail(strict=True, reason=NOT_YET)
 @pytest.mark.parametrize("name", ["fw1", "fw2"])
-def test_tables_become_equal_after_a_node_was_restored(name: str) -> None:
+@pytest.mark.parametrize("peer_restarts", [False, True])
+def test_tables_become_equal_after_a_node_was_restored(name: str, peer_restarts: bool) -> None:
     """A restored active node has a table of the past, and that is then the true one."""
     made = site(Ledger())
-    go_back(made, name, 20)
+    go_back(made, name, 20, peer_restarts)
     made.fw1.kernel.open(tcp(4000))
     made.converge(made.fw1, made.fw2, seconds=120.0)
 
