@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
+from ._preflight import sysctl_differences
+
 READY = "READY"
 DEGRADED = "DEGRADED"
 NOT_READY = "NOT READY"
@@ -96,18 +98,6 @@ def _different(nodes: Mapping[str, Mapping[str, Any]]) -> List[str]:
     return reasons + sysctl_differences(
         {host: (node.get("host") or {}).get("sysctls") or {} for host, node in asked.items()}
     )
-
-
-def sysctl_differences(values: Mapping[str, Mapping[str, Any]], managed: Sequence[str] = ()) -> List[str]:
-    """One sentence for each sysctl that the nodes do not have in common; ``managed`` ones are left out."""
-    names = sorted({name for held in values.values() for name in held})
-    reasons = []
-    for name in names:
-        found = {host: held.get(name) for host, held in values.items()}
-        if name in managed or None in found.values() or len(set(found.values())) < 2:
-            continue
-        reasons.append(f"{name} differs ({_each(found)}): set it once for the group in kernel_extra_sysctls")
-    return reasons
 
 
 def _preemption(nodes: Mapping[str, Mapping[str, Any]], active: str, standby: str) -> List[str]:
