@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Any, Callable, Iterator
 
 import pytest
 from integration.cluster import Cluster, Daemon, fill
@@ -81,6 +81,15 @@ def hash_of(line: bytes) -> bytes:
     return words[: words.index(b" ")] + words[words.index(b" sport=") : words.index(b" dport=")]
 
 
+def status(daemon: Daemon) -> dict[str, Any]:
+    with contextlib.closing(Client(daemon, "status")) as client:
+        text = b""
+        while data := client.read():
+            text += data
+    found: dict[str, Any] = json.loads(text.splitlines()[0])
+    return found
+
+
 class Watch:
     """Asks both daemons for their status all the time, in a thread."""
 
@@ -104,16 +113,11 @@ class Watch:
         while not self._stop.is_set():
             for daemon in self._daemons:
                 began = time.monotonic()
-                client = Client(daemon, "status")
-                text = b""
-                while data := client.read():
-                    text += data
-                client.close()
+                found = status(daemon)
                 self.slowest_s = max(self.slowest_s, time.monotonic() - began)
-                status = json.loads(text.splitlines()[0])
                 self.answers += 1
-                if status["verdict"] != "READY" or status["peers"][0]["state"] != "up":
-                    self.trouble.append((status["node"], status["verdict"], status["reasons"], status["peers"]))
+                if found["verdict"] != "READY" or found["peers"][0]["state"] != "up":
+                    self.trouble.append((found["node"], found["verdict"], found["reasons"], found["peers"]))
 
 
 def sessions(lab: Cluster) -> list[int]:
@@ -130,9 +134,10 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         made.fw2.start()
 
         def complete() -> bool:
-            status = made.fw2.status()
-            return status["verdict"] == "READY" and status["flows"]["external"] == FLOWS
+            found = status(made.fw2)
+            return found["verdict"] == "READY" and found["flows"]["external"] == FLOWS
 
+        wait_for(lambda: made.fw2.status()["role"], "fw2 to run")
         wait_for(complete, "the whole table on fw2", PATIENCE_S)
         made.ready(made.fw1, made.fw2)
         yield made
