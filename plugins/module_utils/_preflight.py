@@ -43,6 +43,10 @@ VARIABLES: Dict[str, str] = {
     "key_id": "ha_firewall_key_id",
     "rules": "ruleset_rules",
     "rules6": "ruleset_rules6",
+    "address_sets": "ruleset_address_sets",
+    "filter_rules": "ruleset_filter_rules",
+    "nat_rules": "ruleset_nat_rules",
+    "forward_policy": "ruleset_forward_policy",
 }
 DEFAULTS: Dict[str, Any] = {"sync_port": 3781, "key_id": 1, "rules": [], "rules6": [], "virtual_ips": [], "key": ""}
 
@@ -477,7 +481,7 @@ class _Group:
 
     def _rules_error(self, host: str, words: str) -> None:
         """The ruleset module's message, whose options are called otherwise."""
-        for option in ("rules", "rules6"):
+        for option in ("rules", "rules6", "address_sets", "filter_rules", "nat_rules", "forward_policy"):
             if words.startswith(f"{option}: "):
                 self.add(host, option, words[len(option) + 2 :].replace(" Nothing was changed.", ""))
                 return

@@ -296,6 +296,8 @@ def _parse_rule(text: str, number: int, option: str, family: str, declared: Dict
             raise refuse(f"the name '{chain}' is reserved; choose another")
         if any(own_chain(chain) == own_chain(name) for name in builtin):
             raise refuse(f"the name '{chain}' is reserved; choose another")
+        if re.fullmatch(r"(FILTER|NAT)-\d+", chain):
+            raise refuse(f"the name '{chain}' is reserved for typed rules; choose another")
         if chain in declared.setdefault(table, set()):
             raise refuse(f"chain {chain} of table {table} is declared twice")
         declared[table].add(chain)
@@ -595,13 +597,24 @@ def build_plan(
     rules: Sequence[Rule],
     pair: Optional[Pair] = None,
     *,
+    typed: Sequence[Rule] = (),
+    forward_policy: str = "",
     count_resets: bool = False,
     nflog_group: Optional[int] = None,
 ) -> Plan:
-    """Our chains for one family: the pair's VRRP and sync rules, then the operator's, then the drop of strays."""
+    """Our chains for one family: the pair's VRRP and sync rules, the typed, the verbatim, and the drop of strays."""
     pair = pair or Pair()
     plan: Plan = {}
-    _place(rules, plan)
+    _place(typed, plan)
+    verbatim: Plan = {}
+    _place(rules, verbatim)
+    for name, table in verbatim.items():
+        merged = plan.setdefault(name, TablePlan())
+        merged.policies.update(table.policies)
+        for chain, lines in table.chains.items():
+            merged.chains.setdefault(chain, []).extend(lines)
+    if forward_policy:
+        plan.setdefault("filter", TablePlan()).policies["FORWARD"] = forward_policy
     for table in plan.values():
         for name, lines in table.chains.items():
             doubled: List[Line] = []

@@ -35,6 +35,13 @@ attributes:
   platform:
     details: Needs iptables 1.6.2 or newer (nf_tables or legacy), unshare of util-linux, and systemd for O(persist).
 options:
+  address_sets:
+    description:
+      - Named sets of addresses for O(filter_rules) and O(nat_rules), which refer to them as C(@name).
+      - Each is a list of addresses, networks and ranges (C(a-b)) of either family, of sets named before (C(@name)),
+        and of exclusions (C(!) before any of these). A set is what it names less what it excludes.
+    type: dict
+    default: {}
   backend:
     description:
       - Which iptables programs to use. V(auto) takes C(iptables) as the machine's alternatives have it.
@@ -57,6 +64,155 @@ options:
       - Count TCP resets that the node itself sends, by a rule without target in C(CTSYNC-OUTPUT).
     type: bool
     default: false
+  filter_rules:
+    description:
+      - Rules of the table C(filter) as data. One rule does for both IPv4 and IPv6, as far as its addresses allow.
+      - In each chain they come before O(rules) and O(rules6), in their order.
+      - Every mistake is named with the number of the rule and the key.
+    type: list
+    elements: dict
+    default: []
+    suboptions:
+      action:
+        description: What becomes of a packet that matches, one of V(accept), V(drop), V(reject), V(log) and V(return).
+        type: str
+        required: true
+      chain:
+        description: C(INPUT), C(FORWARD) or C(OUTPUT).
+        type: str
+        default: FORWARD
+      comment:
+        description: Shown with the rule in the kernel's listings.
+        type: str
+      ctstate:
+        description:
+          - States of the connection, C(NEW), C(ESTABLISHED), C(RELATED), C(INVALID), C(UNTRACKED), C(SNAT), C(DNAT).
+        type: list
+        elements: str
+      destination_ports:
+        description: Ports and ranges (C(8000-8010)); needs O(filter_rules[].protocols).
+        type: list
+        elements: str
+      destinations:
+        description: As O(filter_rules[].sources).
+        type: list
+        elements: str
+      families:
+        description: C(ipv4), C(ipv6) or both. Default are those that the addresses leave.
+        type: list
+        elements: str
+      icmp_types:
+        description: Types of ICMP, by name or number.
+        type: list
+        elements: str
+      in_interfaces:
+        description: Interfaces by which the packet came, C(eth+) for all that begin so, or a single C(!eth0).
+        type: list
+        elements: str
+      limit:
+        description: Match no more often than this, for example C(10/minute).
+        type: str
+      log_prefix:
+        description: Begins the line of V(log).
+        type: str
+      out_interfaces:
+        description: Interfaces by which the packet goes.
+        type: list
+        elements: str
+      protocols:
+        description:
+          - Names (C(tcp), C(udp), C(sctp), C(icmp), C(esp), C(gre) and so on) or numbers. C(icmp) is ICMPv6 in IPv6.
+        type: list
+        elements: str
+      reject_with:
+        description: What V(reject) answers, for example C(tcp-reset).
+        type: str
+      source_ports:
+        description: As O(filter_rules[].destination_ports).
+        type: list
+        elements: str
+      sources:
+        description:
+          - Addresses, networks, ranges (C(a-b)) and sets (C(@name)); with a C(!) before it, one that does not match.
+          - Only exclusions mean all addresses but these.
+        type: list
+        elements: str
+      syn:
+        description: Only the first packet of a TCP connection.
+        type: bool
+  forward_policy:
+    description:
+      - The policy of C(FORWARD) in both families, as C(-P FORWARD) sets it in O(rules).
+    type: str
+    choices: [ACCEPT, DROP]
+  nat_rules:
+    description:
+      - Rules of the table C(nat) as data, the same way as O(filter_rules). Without any address they are for IPv4 only.
+    type: list
+    elements: dict
+    default: []
+    suboptions:
+      action:
+        description:
+          - V(snat), V(dnat), V(masquerade) and V(redirect), or V(accept) to leave packets as they are.
+        type: str
+        required: true
+      chain:
+        description:
+          - V(snat) and V(masquerade) use C(POSTROUTING), V(dnat) and V(redirect) use C(PREROUTING) or, if you say so,
+            C(OUTPUT). V(accept) needs it said.
+        type: str
+      comment:
+        description: Shown with the rule in the kernel's listings.
+        type: str
+      ctstate:
+        description: States of the connection.
+        type: list
+        elements: str
+      destination_ports:
+        description: Ports and ranges; needs O(nat_rules[].protocols).
+        type: list
+        elements: str
+      destinations:
+        description: As O(filter_rules[].sources).
+        type: list
+        elements: str
+      families:
+        description: C(ipv4), C(ipv6) or both.
+        type: list
+        elements: str
+      in_interfaces:
+        description: Interfaces by which the packet came.
+        type: list
+        elements: str
+      out_interfaces:
+        description: Interfaces by which the packet goes.
+        type: list
+        elements: str
+      persistent:
+        description: Give a client the same address each time, where there are several.
+        type: bool
+      protocols:
+        description: Names or numbers.
+        type: list
+        elements: str
+      source_ports:
+        description: Ports and ranges.
+        type: list
+        elements: str
+      sources:
+        description: As O(filter_rules[].sources), for example C(!10.8.0.0/16) for what shall not be translated.
+        type: list
+        elements: str
+      to_destination:
+        description: The address or range (C(a-b)) to which V(dnat) sends.
+        type: str
+      to_ports:
+        description: The port or range to translate to.
+        type: str
+      to_source:
+        description: The address or range from which V(snat) sends, a virtual address as a rule.
+        type: str
   nflog_group:
     description:
       - Give every rule with C(-j LOG) a twin before it with C(-j NFLOG) and this group, because LOG is silent in
@@ -234,6 +390,30 @@ EXAMPLES = r"""
       address: 192.168.100.1
       peers: [192.168.100.2]
 
+- name: The same as data, and more
+  ctsync.ha_firewall.ruleset:
+    forward_policy: DROP
+    address_sets:
+      inside: [192.168.0.0/24, "fd00:c0de::/64"]
+      servers: ["@inside", "!192.168.0.3"]
+    filter_rules:
+      - {action: accept, in_interfaces: [eth0], ctstate: [ESTABLISHED, RELATED]}
+      - {action: accept, in_interfaces: [eth1], sources: ["@inside"], protocols: [tcp, udp]}
+      - action: accept
+        comment: web servers
+        in_interfaces: [eth0]
+        destinations: ["@servers"]
+        protocols: [tcp]
+        destination_ports: [80, 443, 8000-8010]
+        ctstate: [NEW]
+    nat_rules:
+      - action: snat
+        out_interfaces: [eth0]
+        sources: [192.168.0.0/24, "!192.168.0.9"]
+        protocols: [tcp, udp]
+        to_source: 192.168.1.100
+        to_ports: 1024-65535
+
 - name: Test rules on the machine before anything is changed
   ctsync.ha_firewall.ruleset:
     rules: "{{ ruleset_rules }}"
@@ -287,7 +467,7 @@ import shlex
 import tempfile
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils import _rollback, _ruleset
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils import _rollback, _ruleset, _typed_rules
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils._iptables import (
     Iptables,
     ScratchError,
@@ -321,10 +501,14 @@ SYNC_SPEC = {
     "port": {"type": "int", "default": 3781},
 }
 ARGUMENT_SPEC = {
+    "address_sets": {"type": "dict", "default": {}},
     "backend": {"type": "str", "choices": ["auto", "nft", "legacy"], "default": "auto"},
     "canary": {"type": "str"},
     "config_directory": {"type": "path", "default": "/etc/ctsync"},
     "count_resets": {"type": "bool", "default": False},
+    "filter_rules": {"type": "list", "elements": "dict", "default": []},
+    "forward_policy": {"type": "str", "choices": ["ACCEPT", "DROP"]},
+    "nat_rules": {"type": "list", "elements": "dict", "default": []},
     "nflog_group": {"type": "int"},
     "persist": {"type": "bool", "default": True},
     "position": {"type": "str", "choices": ["first", "last"], "default": "first"},
@@ -406,17 +590,38 @@ def plans_from(params: dict) -> dict:
         pair = pair_from(params)
     except _ruleset.RulesetError as exc:
         problems += exc.problems
+    typed: dict = {}
+    try:
+        typed = _typed_rules.compile_rules(params["filter_rules"], params["nat_rules"], params["address_sets"])
+    except _ruleset.RulesetError as exc:
+        problems += exc.problems
     problems += probation_problems(params)
+    policy = params["forward_policy"] or ""
+    for rule in [rule for family in rules for rule in rules[family] if rule.command == "policy" and policy]:
+        problems.append(f"forward_policy: {policy} and {rule.origin} say it twice; leave one of them out.")
     group = params["nflog_group"]
     if group is not None and not 0 <= group <= 65535:
         problems.append(f"nflog_group: {group} is out of range; write 0-65535.")
     if problems:
         raise _ruleset.RulesetError(problems)
     families = ["ipv4"]
-    if params["rules6"] or any(_ruleset.family_of(address) == "ipv6" for address in pair.addresses()):
+    if (
+        params["rules6"]
+        or typed["ipv6"]
+        or policy
+        or any(_ruleset.family_of(address) == "ipv6" for address in pair.addresses())
+    ):
         families.append("ipv6")
     return {
-        family: _ruleset.build_plan(family, rules[family], pair, count_resets=params["count_resets"], nflog_group=group)
+        family: _ruleset.build_plan(
+            family,
+            rules[family],
+            pair,
+            typed=typed[family],
+            forward_policy=policy,
+            count_resets=params["count_resets"],
+            nflog_group=group,
+        )
         for family in families
     }
 

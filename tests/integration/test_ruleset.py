@@ -120,6 +120,105 @@ def test_facts_read_the_same_fingerprint_and_the_counters(machine, backend):
     assert stray["packets"] > 0
 
 
+TYPED = {
+    "forward_policy": "DROP",
+    "address_sets": {
+        "office": ["10.9.0.0/16", "!10.9.1.0/24", "fd00:9::/64"],
+        "more": ["@office", "10.8.0.1-10.8.0.6"],
+    },
+    "filter_rules": [
+        {"action": "accept", "ctstate": ["ESTABLISHED", "RELATED"], "in_interfaces": "eth0"},
+        {
+            "action": "accept",
+            "comment": "web and more",
+            "protocols": ["tcp", "udp", "sctp"],
+            "sources": ["@more", "!10.9.0.66", "!fd00:9::66"],
+            "destinations": ["!10.7.0.0/16"],
+            "destination_ports": [80, 443, "8000-8010"],
+            "in_interfaces": ["eth1", "wg+"],
+        },
+        {"action": "accept", "protocols": "icmp", "icmp_types": ["echo-request"], "limit": "50/second"},
+        {"action": "log", "log_prefix": "a b", "ctstate": "INVALID"},
+        {"action": "reject", "protocols": "tcp", "reject_with": "tcp-reset", "out_interfaces": "!eth0", "syn": True},
+        {"action": "accept", "chain": "INPUT", "protocols": ["esp", "gre", 88], "source_ports": []},
+    ],
+    "nat_rules": [
+        {"action": "accept", "chain": "POSTROUTING", "destinations": ["10.6.0.0/16"]},
+        {
+            "action": "snat",
+            "out_interfaces": "eth0",
+            "sources": ["@office", "!10.9.0.66"],
+            "protocols": ["tcp", "udp"],
+            "to_source": "192.0.2.1-192.0.2.4",
+            "to_ports": "1024-65535",
+            "persistent": True,
+        },
+        {
+            "action": "snat",
+            "sources": "fd00:9::/64",
+            "protocols": "tcp",
+            "to_source": "fd00::1",
+            "to_ports": "1024-65535",
+        },
+        {"action": "masquerade", "out_interfaces": "eth3", "protocols": "udp", "to_ports": "4000-5000"},
+        {
+            "action": "dnat",
+            "protocols": "tcp",
+            "destinations": "fd00::1",
+            "destination_ports": 80,
+            "to_destination": "fd00::2",
+        },
+        {"action": "redirect", "protocols": "tcp", "destination_ports": 3128, "to_ports": 3129},
+    ],
+}
+
+
+def test_typed_rules_beside_verbatim_ones(machine, backend):
+    verbatim = ["-A FORWARD -i last -j DROP", "-I FORWARD -i first -j DROP"]
+    done = machine.module("ruleset", backend=backend, rules=verbatim, **TYPED)
+    assert done.get("changed"), done.get("msg")
+    for family in ("ipv4", "ipv6"):
+        chain = done["chains"][family]["filter"]["CTSYNC-FORWARD"]
+        assert "RELATED,ESTABLISHED -j ACCEPT" in chain[0]
+        assert "-A CTSYNC-FORWARD -m limit --limit 50/sec" not in chain  # the match for ICMP is there, too
+        assert ":FORWARD DROP [0:0]" in saved(machine, backend, family)
+    chain = done["chains"]["ipv4"]["filter"]["CTSYNC-FORWARD"]
+    assert chain[-2:] == ["-A CTSYNC-FORWARD -i first -j DROP", "-A CTSYNC-FORWARD -i last -j DROP"]
+    assert done["chains"]["ipv4"]["filter"]["CTSYNC-FILTER-2"] == [
+        "-A CTSYNC-FILTER-2 -s 10.9.0.66/32 -j RETURN",
+        "-A CTSYNC-FILTER-2 -d 10.7.0.0/16 -j RETURN",
+        "-A CTSYNC-FILTER-2 -j ACCEPT",
+    ]
+    assert done["chains"]["ipv6"]["nat"]["CTSYNC-POSTROUTING"] == [
+        "-A CTSYNC-POSTROUTING -s fd00:9::/64 -p tcp -j SNAT --to-source [fd00::1]:1024-65535"
+    ]
+    again = machine.module("ruleset", backend=backend, rules=verbatim, **TYPED)
+    assert not again["changed"]
+    wrong = {"filter_rules": [*TYPED["filter_rules"], {"action": "reject", "reject_with": "a-smile"}]}
+    refused = machine.module("ruleset", backend=backend, rules=verbatim, **{**TYPED, **wrong})
+    assert refused["msg"].startswith("filter_rules: rule 7 'action: reject; reject_with: a-smile': refused by iptables")
+    refused = machine.module("ruleset", backend=backend, rules=["-P FORWARD DROP"], **TYPED)
+    assert "forward_policy: DROP and rules: rule 1 '-P FORWARD DROP' say it twice" in refused["msg"]
+    assert machine.module("ruleset", backend=backend, state="absent")["changed"]
+    assert not [line for line in saved(machine, backend) if "CTSYNC" in line or " DROP " in line]
+
+
+def test_exclusions_in_typed_rules_hold_for_real_packets(machine, backend):
+    machine.run("ip", "link", "set", "lo", "up")
+    for address in ("10.9.0.1", "10.9.0.2", "10.9.0.3"):
+        machine.run("ip", "address", "add", f"{address}/32", "dev", "lo")
+    rule = {"action": "drop", "chain": "INPUT", "protocols": "tcp", "destination_ports": "5000-6000"}
+    rule["destinations"] = ["10.9.0.0/24", "!10.9.0.2"]
+    machine.module("ruleset", backend=backend, filter_rules=[rule])
+
+    def knock(address, port):
+        return machine.run("python3", "-c", _CONNECT, address, port).strip()
+
+    assert knock("10.9.0.1", "5555") == "silence"
+    assert knock("10.9.0.2", "5555") == "reset"
+    assert knock("10.9.0.3", "4999") == "reset"
+
+
 _CONNECT = """
 import socket, sys
 sock = socket.socket()
@@ -260,7 +359,8 @@ def test_a_failure_in_the_second_family_takes_the_first_back(machine, backend):
     before = saved(machine, backend)
     real = shutil.which(f"ip6tables-{backend}-restore")
     name = f"ip6tables-{backend}-restore"
-    script = f'#!/bin/sh\ncase "$*" in *--test*|*"-w 10") exec {real} "$@";; esac\ncat > /dev/null; echo "no memory" >&2; exit 4\n'
+    script = f'#!/bin/sh\ncase "$*" in *--test*|*"-w 10") exec {real} "$@";; esac\n'
+    script += 'cat > /dev/null\necho "no memory" >&2\nexit 4\n'
     machine.run("sh", "-c", f"mkdir /mnt/bin; cat > /mnt/bin/{name}; chmod +x /mnt/bin/{name}", text=script)
     path = {"PATH": "/mnt/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
     failed = machine.module("ruleset", backend=backend, env=path, **FULL)
