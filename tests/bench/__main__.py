@@ -20,6 +20,7 @@ from typing import Any, NoReturn, Sequence
 from . import daemons, loads, report, results, scenarios, topology
 from .goals import ROWS
 
+QUIET = 0.1  # share of the processors that others may use before the numbers are called rough
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
@@ -98,7 +99,7 @@ class Run:
                 "mode": self.options.size,
                 "rounds": self.size.rounds,
                 "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}",
-                "load_before": f"{os.getloadavg()[0]:.2f}",
+                "disturbance": [],
                 "other_listeners": len(_others()),
             }
             _say(f"{built}; {self.about['conntrackd']}")
@@ -108,6 +109,8 @@ class Run:
                     self.write()
         _say(f"{len(self.failures)} failures" + "".join(f"\n  {failure}" for failure in self.failures))
         print(_summary(self.samples))
+        if not self.options.steps and not self.options.variants:
+            print(report.unmeasured(results.evaluate(ROWS, self.samples)))
         print(f"Report: {self.options.output / 'performance.md'}")
         return 1 if self.failures else 0
 
@@ -115,6 +118,10 @@ class Run:
         return max(self.size.flows, *self.size.growth, *self.size.growth_first, 100_000)
 
     def _round(self, stand: topology.Stand, home: Path, application: Path, number: int) -> None:
+        stand.reset()
+        self.about["disturbance"].append(scenarios.disturbance())
+        if self.about["disturbance"][-1] > QUIET:
+            _say(f"warning: other programs use {self.about['disturbance'][-1]:.0%} of the processors: rough numbers")
         bench = scenarios.Bench(stand, loads.Loads(stand, home), self.size, number)
         for session in scenarios.sessions(self.options.steps, self.size, number):
             if self.options.variants and session.variant not in self.options.variants:

@@ -50,7 +50,7 @@ FLOOD = "CPU, injected flows"
 WIRE = "Sync link"
 MEMORY = "Memory"
 COMMIT = "Commit, take-over, resync"
-LATENCY = "Latency and loss"
+LATENCY = "Latency of a new flow, and loss"
 BOX = "The box"
 
 PER_CONNECTION = "µs/connection"
@@ -228,17 +228,15 @@ ROWS = (
         Source("conntrackd", "box", "rate"),
         Source("none", "box", "rate"),
     ),
-    _alone("latency-idle-p50", LATENCY, "new flow, idle, p50", "ms", "latency-idle", "kernel_p50_ms", must=1, aim=0.5),
-    _alone("latency-idle-p99", LATENCY, "new flow, idle, p99", "ms", "latency-idle", "kernel_p99_ms", must=4, aim=1.5),
-    _alone("latency-load-p50", LATENCY, "new flow, at 20,000/s, p50", "ms", "latency-load", "kernel_p50_ms"),
-    _alone(
-        "latency-load-p99", LATENCY, "new flow, at 20,000/s, p99", "ms", "latency-load", "kernel_p99_ms", must=6, aim=3
-    ),
+    _alone("latency-idle-p50", LATENCY, "idle, p50", "ms", "latency-idle", "kernel_p50_ms", must=1, aim=0.5),
+    _alone("latency-idle-p99", LATENCY, "idle, p99", "ms", "latency-idle", "kernel_p99_ms", must=4, aim=1.5),
+    _alone("latency-load-p50", LATENCY, "at 20,000/s, p50", "ms", "latency-load", "kernel_p50_ms"),
+    _alone("latency-load-p99", LATENCY, "at 20,000/s, p99", "ms", "latency-load", "kernel_p99_ms", must=6, aim=3),
     *(
         Row(
             f"latency-{load}-{part}-wire",
             LATENCY,
-            f"ours as above, theirs only until the datagram is on the wire (FTFW), {said}, {part}",
+            f"{said}, {part}; ours until the kernel has it, theirs (FTFW) only until it is on the wire",
             "ms",
             Source("ctsyncd", f"latency-{load}", f"kernel_{part}_ms"),
             Source("conntrackd", f"latency-{load}", f"wire_{part}_ms"),
@@ -250,7 +248,7 @@ ROWS = (
         _both(
             f"latency-{load}-{part}-ratio",
             LATENCY,
-            f"the same, {said}, {part}; conntrackd: DisableExternalCache On",
+            f"{said}, {part}; conntrackd: DisableExternalCache On",
             "ms",
             f"latency-{load}",
             f"kernel_{part}_ms",

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple, Sequence
 
 from . import svg
 from .daemons import VARIANTS
-from .goals import NOTES, ROWS
-from .results import Outcome, Sample, Source, curve, evaluate, found, from_json, median
+from .goals import MEMORY, NOTES, ROWS, WIRE
+from .results import Outcome, Row, Sample, Source, curve, evaluate, found, from_json, median
+
+LABEL = 58  # characters that fit beside the bars
 
 HEADER = """\
 <!--
@@ -105,22 +107,20 @@ def table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(out)
 
 
+def _label(row: Row) -> str:
+    text = f"{row.group}: {row.what}" if row.group in (WIRE, MEMORY) else row.what
+    return text if len(text) <= LABEL else text[: LABEL - 1] + "…"
+
+
 def plots(result: Result) -> dict[str, str]:
     """File names and contents of the plots that the result has numbers for."""
     samples = result.samples
     outcomes = evaluate(ROWS, samples)
     out: dict[str, str] = {}
     ratios = [
-        svg.Bar(
-            o.row.what if len(o.row.what) < 56 else o.row.what[:54] + "…",
-            o.median,
-            o.low,
-            o.high,
-            o.row.must,
-            o.row.aim,
-        )
+        svg.Bar(_label(o.row), o.median, o.low, o.high, o.row.must, o.row.aim)
         for o in outcomes
-        if o.row.theirs is not None and not o.row.above and o.row.theirs.variant != "none" and o.median > 0
+        if o.row.theirs is not None and o.row.must is not None and not o.row.above and o.median > 0
     ]
     if ratios:
         out["ratios.svg"] = svg.bars("ctsyncd ÷ conntrackd", ratios)
@@ -182,6 +182,15 @@ def losses(outcomes: Sequence[Outcome]) -> str:
             said = f"**{o.row.group}, {o.row.what}**: {number(o.median)}, aim {limit}. {NOTES.get(o.row.name, '')}"
             out.append(said.rstrip() + "\n")
     return "\n".join(out)
+
+
+def unmeasured(outcomes: Sequence[Outcome]) -> str:
+    """The rows with a requirement that a run has no number for: what is not there is not met."""
+    measured = {outcome.row.name for outcome in outcomes}
+    left = [row for row in ROWS if row.must is not None and row.name not in measured]
+    if not left:
+        return ""
+    return "Required and not measured in this run:\n\n" + "".join(f"- {row.group}, {row.what}\n" for row in left)
 
 
 def _value(samples: Sequence[Sample], variant: str, step: str, value: str) -> float | None:
@@ -252,7 +261,8 @@ def about(result: Result) -> str:
         f"- ctsyncd: {a['ctsyncd']}, commit {a['commit']}, {a['python']}\n"
         f"- conntrackd: {a['conntrackd']}\n"
         f"- Run: {a['mode']}, {a['rounds']} rounds, {a['date']}, {number(a['minutes'])} minutes;"
-        f" load average before {a['load_before']}; {a['other_listeners']} other conntrack listeners\n"
+        f" other programs used {number(max(a['disturbance'], default=0) * 100)} % of the processors at most before a"
+        f" round; {a['other_listeners']} other conntrack listeners\n"
     )
 
 
@@ -275,10 +285,11 @@ def markdown(result: Result) -> str:
         "## Results\n",
         "*judged* is the ratio ours ÷ theirs (bold), or the number itself where a limit stands for itself.\n",
         table(outcomes),
+        unmeasured(outcomes),
         "\n".join(f"- `{name}`: {what}" for name, what in VARIANTS.items() if name != "none") + "\n",
     ]
     if drawn:
         parts.append("## Curves\n")
         parts += [f"![{name.removesuffix('.svg')}](performance/{name})\n" for name in drawn]
     parts += [losses(outcomes), sizing(result), _page("method.md"), _page("usage.md")]
-    return "\n".join(parts).rstrip() + "\n"
+    return "\n".join(filter(None, parts)).rstrip() + "\n"

@@ -119,7 +119,7 @@ def bars(title: str, ratios: Sequence[Bar]) -> str:
     greatest = max(value for bar in ratios for value in (bar.high, bar.must or bar.high))
     low = min(-1, math.floor(math.log10(max(smallest, 1e-4))))
     high = max(0.3, math.log10(max(greatest, 1e-4)) + 0.1)
-    left, right, top, step = 350, WIDTH - 60, 46, 22
+    left, right, top, step = 380, WIDTH - 60, 46, 22
     bottom = top + step * len(ratios)
 
     def place(value: float) -> float:
@@ -131,10 +131,9 @@ def bars(title: str, ratios: Sequence[Bar]) -> str:
             value = factor * 10.0**power
             if math.log10(value) <= high:
                 at = place(value)
-                body += [
-                    _rule(at, top - 4, at, bottom, stroke="#888" if value == 1 else "#ddd"),
-                    _text(at, bottom + 16, short(value), "middle"),
-                ]
+                body.append(_rule(at, top - 4, at, bottom, stroke="#888" if value == 1 else "#ddd"))
+                if factor == 1 or high - low < 2.5:
+                    body.append(_text(at, bottom + 16, short(value), "middle"))
     for number, bar in enumerate(ratios):
         y = top + step * number
         start, end = sorted((place(1), place(bar.median)))
@@ -144,7 +143,7 @@ def bars(title: str, ratios: Sequence[Bar]) -> str:
             f'<rect x="{start:.1f}" y="{y + 4}" width="{end - start:.1f}" height="{step - 8}" fill="{colour}"'
             ' fill-opacity="0.75"/>',
             _rule(place(bar.low), y + step / 2, place(bar.high), y + step / 2, stroke="#222"),
-            _text(right + 8, y + 14, f"{bar.median:.2g}"),
+            _text(right + 8, y + 14, short(float(f"{bar.median:.2g}"))),
         ]
         for limit, more in ((bar.must, ' stroke-width="2"'), (bar.aim, ' stroke-width="2" stroke-dasharray="3 2"')):
             if limit is not None:

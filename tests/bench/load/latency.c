@@ -8,7 +8,7 @@
 //       FROM and TO are network namespaces (paths below /run/netns), INTERFACE is TO's end of the sync link.  Writes COUNT
 //       probe flows into FROM's table, at random (Poisson) times MEAN_MS apart, and notes when TO's kernel reports each as new
 //       and when a datagram arrives that holds its addresses in the clear.  Prints one line of JSON: microseconds from
-//       just before the probe was handed to the kernel; -1 is never.
+//       just before the probe was handed to the kernel; -1 is never within five seconds of the last one.
 //
 // The listener in TO has a filter in the kernel, so that other flows cost it nothing but the filter.
 
@@ -25,7 +25,7 @@
 #include <sched.h>
 #include <unistd.h>
 
-enum { MAX_PROBES = 100000, GRACE_MS = 2000 };
+enum { MAX_PROBES = 100000, GRACE_MS = 5000 };
 
 static const uint32_t MARKER = 0xcb00714du; // 203.0.113.77, the server of every probe
 static double sent[MAX_PROBES], kernel[MAX_PROBES], wire[MAX_PROBES];
@@ -65,13 +65,16 @@ static int sniffer(const char *interface) {
     return fd;
 }
 
-static int newest; // probes that were sent
+static int newest;                    // probes that were sent
+static int kernel_seen, wire_seen; // of them
 
-static void seen(double *times, uint32_t source, double now) {
+static void seen(double *times, int *count, uint32_t source, double now) {
     for (int k = newest - 1; k >= 0 && k > newest - 5000; k--)
         if (sources[k] == source) {
-            if (times[k] < 0)
+            if (times[k] < 0) {
                 times[k] = now;
+                ++*count;
+            }
             return;
         }
 }
@@ -84,7 +87,7 @@ static void read_all(int events, int packets) {
         if (got < 44)
             continue;
         memcpy(&source, buffer + 32, sizeof source);
-        seen(kernel, ntohl(source), now_s());
+        seen(kernel, &kernel_seen, ntohl(source), now_s());
     }
     uint32_t marker = htonl(MARKER);
     while ((got = recv(packets, buffer, sizeof buffer, MSG_DONTWAIT)) > 0) {
@@ -94,7 +97,7 @@ static void read_all(int events, int packets) {
             uint32_t source;
             if (hit - buffer >= 4) {
                 memcpy(&source, hit - 4, sizeof source);
-                seen(wire, ntohl(source), now);
+                seen(wire, &wire_seen, ntohl(source), now);
             }
             at = hit + 1;
         }
@@ -130,7 +133,7 @@ int main(int argc, char **argv) {
     }
     struct pollfd both[2] = {{.fd = events, .events = POLLIN}, {.fd = packets, .events = POLLIN}};
     double next = now_s() + 0.1, until = 0;
-    while (newest < count || now_s() < until) {
+    while (newest < count || (now_s() < until && kernel_seen < count)) {
         double now = now_s();
         if (newest < count && now >= next) {
             char buffer[MESSAGE_ROOM], answer[4096];

@@ -29,7 +29,7 @@ ABOUT = {
     "rounds": 2,
     "date": "2026-01-01",
     "minutes": 3.0,
-    "load_before": "0.1",
+    "disturbance": [0.01, 0.02],
     "other_listeners": 0,
     "entry_bytes": 256,
 }
@@ -75,6 +75,12 @@ def test_the_table_says_what_is_met_and_what_not() -> None:
     ]
     assert table["active, 200/s, SNAT"][3:7] == ["**1.67**", "0.833 … 2.5", "≤ 1", "**missed**"]
     assert table["per connection, 2000/s"][5:] == ["≤ 1/10", "met", "≤ 1/15", "met"]
+
+
+def test_what_was_not_measured_is_not_passed_over() -> None:
+    text = report.markdown(report.Result.parse(DOCUMENT)).split("not measured in this run:")[1].split("## ")[0]
+    assert "Sync link, per random new flow, snat" in text
+    assert "active, 2000/s\n" not in text
 
 
 def test_losses_are_said() -> None:
