@@ -63,7 +63,7 @@ class Stream:
         self._number += 1
         return b"%d %d." % (id(self), self._number)
 
-    def talk(self, patience: float = 10.0) -> None:
+    def talk(self, patience: float = 20.0) -> None:
         """A question and its answer within ``patience`` seconds; :class:`Died` says what went wrong."""
         raise NotImplementedError
 
@@ -87,7 +87,7 @@ class Connection(Stream):
             far, seen = listener.accept()
         return cls(near, far, seen[:2])
 
-    def talk(self, patience: float = 10.0) -> None:
+    def talk(self, patience: float = 20.0) -> None:
         for sender, receiver in ((self.client, self.server), (self.server, self.client)):
             word, got = self.word(), b""
             sender.settimeout(patience)
@@ -250,7 +250,7 @@ class Datagrams(Stream):
     def port(self) -> int:
         return getattr(self.frame, "ident", 0) or getattr(self.frame, "port", 0) or (0 if self.raw else super().port)
 
-    def talk(self, patience: float = 10.0) -> None:
+    def talk(self, patience: float = 20.0) -> None:
         deadline = time.monotonic() + patience
         word = self.word()
         question, answer = (self.frame.pack(word, reply=reply) for reply in (False, True))

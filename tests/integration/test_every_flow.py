@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import concurrent.futures
+import json
+import re
 import socket
 import struct
 from collections.abc import Callable, Iterable, Mapping
@@ -144,7 +146,7 @@ def open_way(pair: Pair, number: int, proto: str, version: int, way: str) -> Str
     return open_stream(proto, number, a, (here.alias if way == "both" else b.address, b.port), b)
 
 
-def died(streams: Mapping[str, Stream], patience: float = 10.0) -> dict[str, str]:
+def died(streams: Mapping[str, Stream], patience: float = 20.0) -> dict[str, str]:
     """Speak in all streams at once; those that do not go on, and why."""
 
     def speak(stream: Stream) -> str:
@@ -240,7 +242,7 @@ def same(active: Namespace, backup: Namespace, but: Iterable[str] = ()) -> dict[
         return here == seen[1]
 
     try:
-        wait_for(equal, "equal tables", 15.0)
+        wait_for(equal, "equal tables", 20.0)
     except AssertionError as error:
         wrong = [(one, seen[1].get(key)) for key, one in seen[0].items() if seen[1].get(key) != one]
         more = [key for key in seen[1] if key not in seen[0]]
@@ -436,7 +438,7 @@ class InZone(Datagrams):
         super().__init__(client, server, Frame())
         self._dscp = dscp
 
-    def talk(self, patience: float = 10.0) -> None:
+    def talk(self, patience: float = 20.0) -> None:
         for sock in (self.client, self.server):
             sock.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, self._dscp << 2)
         super().talk(patience)
@@ -482,8 +484,148 @@ def test_flows_with_one_tuple_in_two_zones(
         return sorted(" ".join(word for word in line[3:] if not word.startswith("delta")) for line in words)
 
     assert len(lines(lab.pair.fw1)) == len(zones)
-    wait_for(lambda: lines(lab.pair.fw1) == lines(lab.pair.fw2), "equal tables", 10.0)
+    wait_for(lambda: lines(lab.pair.fw1) == lines(lab.pair.fw2), "equal tables", 20.0)
     lab.power_cut(lab.fw1, lab.fw2)
     for stream in streams.values():
         stream.talk()
     assert {zone: stream.seen for zone, stream in streams.items()} == seen
+
+
+def timers(firewall: Namespace) -> dict[int, tuple[str, int]]:
+    """State and seconds left of every TCP entry, by the client's port."""
+    words = (line.split() for family in ("ipv4", "ipv6") for line in _tcp_lines(firewall, family))
+    return {int(line[6].partition("=")[2]): (line[3], int(line[2])) for line in words}
+
+
+def _tcp_lines(firewall: Namespace, family: str) -> list[str]:
+    return firewall.conntrack("-L", "-p", "tcp", "-f", family).splitlines()
+
+
+CLOSING_S = {"close_wait": 300, "time_wait": 400, "close": 200}
+
+
+def test_closing_connections_get_their_short_timers(cluster: Callable[..., Cluster]) -> None:
+    """What is half closed still ends in order."""
+    lab = cluster().up()
+    for firewall in (lab.pair.fw1, lab.pair.fw2):
+        firewall.sysctl({f"net/netfilter/nf_conntrack_tcp_timeout_{name}": str(s) for name, s in CLOSING_S.items()})
+    streams = {}
+    for number, name in enumerate(("established", "half closed", "closed", "reset")):
+        streams[name] = open_way(lab.pair, number, "tcp", 4 + 2 * (number % 2), "snat")
+        lab.stack.callback(streams[name].close)
+    assert died(streams) == {}
+    ports = {name: stream.port for name, stream in streams.items()}
+    same(lab.pair.fw1, lab.pair.fw2)
+    half = streams["half closed"]
+    half.client.shutdown(socket.SHUT_WR)
+    assert half.server.recv(1) == b""
+    streams["closed"].close()
+    reset = streams["reset"]
+    reset.client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    reset.close()
+    nothing_new(lab)
+    wanted = {"established": "ESTABLISHED", "half closed": "CLOSE_WAIT", "closed": "TIME_WAIT", "reset": "CLOSE"}
+
+    def told() -> bool:
+        replicas = (json.loads(line) for line in lab.fw2.ask("-e", "--json").splitlines())
+        return {one["orig"]["sport"]: one["state"] for one in replicas} == {
+            ports[name]: state for name, state in wanted.items()
+        }
+
+    wait_for(told, "the states on the backup")
+    assert min(left for _state, left in timers(lab.pair.fw2).values()) > 80_000  # parked
+    lab.power_cut(lab.fw1, lab.fw2)
+    wait_for(lambda: (s := lab.fw2.status())["role"] == "active" and s["flows"]["external"] == 0, "the take-over")
+    table = timers(lab.pair.fw2)
+    for name in ("half closed", "closed", "reset"):
+        state, left = table[ports[name]]
+        assert state == wanted[name]
+        assert 0 < left <= CLOSING_S[state.lower()]
+    state, left = table[ports["established"]]
+    assert (state, left > 4 * 86_400) == ("ESTABLISHED", True)
+    half.server.sendall(b"the rest")
+    half.server.close()
+    assert half.client.recv(100) == b"the rest"
+    assert half.client.recv(100) == b""
+    wait_for(lambda: timers(lab.pair.fw2)[ports["half closed"]][0] == "TIME_WAIT", "the end in order")
+    streams["established"].talk()
+
+
+KINDS = {  # as conntrack(8) wants them
+    "tcp": "--sport 1001 --dport 22 --state ESTABLISHED --mark 5",
+    "udp": "--sport 1002 --dport 53",
+    "udplite": "--sport 1003 --dport 53",
+    "sctp": "--sport 1004 --dport 9 --state ESTABLISHED --orig-vtag 7 --reply-vtag 8",
+    "icmp": "--icmp-type 8 --icmp-code 0 --icmp-id 1006",
+    "icmpv6": "--icmpv6-type 128 --icmpv6-code 0 --icmpv6-id 1006",
+    "gre": "--srckey 0x3ef --dstkey 0xfffe",
+    "253": "",
+}
+
+
+def inject(firewall: Namespace, proto: str, version: int, *more: str, src: str = "") -> None:
+    """An entry of a flow from a to b's other address."""
+    here = ADDRESSES[version]
+    ends = ("-s", src or here.inside, "-d", here.wan, "-u", "SEEN_REPLY,ASSURED", "-t", "500")
+    firewall.conntrack("-I", "-p", proto, *ends, *KINDS[proto].split(), *more)
+
+
+def kinds_of(version: int) -> list[str]:
+    return [proto for proto in KINDS if proto != {4: "icmpv6", 6: "icmp"}[version]]
+
+
+def test_operator_sees_changes_and_removes_every_kind(cluster: Callable[..., Cluster]) -> None:
+    """What somebody does to the active node's table is replicated; conntrack(8) is the judge of what is shown."""
+    lab = cluster().up()
+    fw1, fw2 = lab.pair.fw1, lab.pair.fw2
+    for version in (4, 6):
+        for proto in kinds_of(version):
+            inject(fw1, proto, version, *(("--src-nat", ADDRESSES[4].vip) if version == 4 else ()))
+    assert len(same(fw1, fw2)) == 14
+
+    truth = [line.split() for line in fw1.conntrack("-L").splitlines() if "sport=3781" not in line]
+    lines = sorted(
+        " ".join(word for word in (*words[:2], *words[3:]) if not word.startswith(("delta-time=", "use=")))
+        for words in truth
+    )
+    flows_in_xml = sorted(_XML_ENDS.findall(fw1.conntrack("-L", "-o", "xml")))
+    for daemon, letter in ((lab.fw1, "-i"), (lab.fw2, "-e")):
+        shown = daemon.ask(letter).splitlines()
+        assert sorted(" ".join(line.partition("[active")[0].split()) for line in shown) == lines
+        assert set(_XML_ENDS.findall(daemon.ask(letter, "-x"))) <= set(flows_in_xml)
+    keys = [json.loads(line)["orig"] for line in lab.fw2.ask("-e", "--json").splitlines() if '"gre"' in line]
+    assert [(one["srckey"], one["dstkey"]) for one in keys] == [(0x3EF, 0xFFFE)] * 2
+
+    fw1.conntrack("-U", "-s", ADDRESSES[6].inside, "--mark", "9")  # conntrack(8) cannot update what is translated
+    marks = {("V6" in key, one["CTA_MARK"]) for key, one in same(fw1, fw2).items()}
+    assert marks == {(True, 9), (False, 0), (False, 5)}
+    for version, left in ((4, 7), (6, 0)):
+        fw1.conntrack("-D", "-s", ADDRESSES[version].inside)
+        assert len(same(fw1, fw2)) == left
+
+
+_XML_ENDS = re.compile(r'<flow>(<meta direction="original">.*?</meta><meta direction="reply">.*?</meta>)')
+
+
+def test_translations_that_are_taken_on_the_backup_are_named(cluster: Callable[..., Cluster]) -> None:
+    """Entries of others have what the peer's flows want: each of these is counted, the others are made."""
+    lab = cluster(ignore_addresses=["192.168.100.0/24", "10.9.9.0/24", "fd00:9::/64"]).up()
+    fw1, fw2 = lab.pair.fw1, lab.pair.fw2
+    for version, src in ((4, "10.9.9.9"), (6, "fd00:9::9")):
+        for proto in kinds_of(version):
+            nat = ("--src-nat", ADDRESSES[version].vip)
+            inject(fw2, proto, version, *nat, src=src)
+            inject(fw1, proto, version, *nat)
+    reason = "the kernel refuses 14 flows (14: their translated addresses and ports are taken)"
+    wait_for(lambda: lab.fw2.status()["reasons"] == [reason], "the refusals")
+    status = lab.fw2.status()
+    assert status["verdict"] == "DEGRADED"
+    assert status["counters"]["kernel_refused_create_eexist"] >= 14
+    streams = {version: open_way(lab.pair, version, "tcp", version, "snat") for version in (4, 6)}
+    for stream in streams.values():
+        lab.stack.callback(stream.close)
+        wait_for(lambda stream=stream: flow_of(stream, flows(fw2)), "a new flow on the backup")
+    nothing_new(lab)
+    lab.power_cut(lab.fw1, lab.fw2)
+    for stream in streams.values():
+        stream.talk()
