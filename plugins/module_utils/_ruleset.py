@@ -31,6 +31,7 @@ PREFIX = "CTSYNC-"
 VIP_CHAIN = PREFIX + "VIP"
 JUMP_COMMENT = "ctsync: own rules"
 RESETS_COMMENT = "ctsync resets"
+NODE_COMMENT = "ctsync: node"  # a rule whose comment begins so has addresses that differ from node to node
 STRAY_COMMENT = "ctsync stray to a virtual address"
 MAX_CHAIN_NAME = 28  # XT_EXTENSION_MAXNAMELEN in <linux/netfilter/x_tables.h> less the terminating zero
 VRRP = "112"  # IANA protocol number; the name needs /etc/protocols, which small images lack
@@ -505,7 +506,8 @@ def _pair_lines(family: str, pair: Pair) -> Dict[Tuple[str, str], List[Line]]:
         if not mine:
             continue
         for peer in mine:
-            add("filter", "INPUT", "-i", interface, "-s", peer, "-p", VRRP, "-j", "ACCEPT")
+            who = ("-i", interface, "-s", peer, "-p", VRRP)
+            add("filter", "INPUT", *who, *_comment(f"{NODE_COMMENT}, VRRP of a peer"), "-j", "ACCEPT")
         add("filter", "INPUT", "-i", interface, "-p", VRRP, *_comment("ctsync VRRP from a stranger"), "-j", "DROP")
         add("raw", "PREROUTING", "-i", interface, "-p", VRRP, "-j", "CT", "--notrack")
         add("raw", "OUTPUT", "-o", interface, "-p", VRRP, "-j", "CT", "--notrack")
@@ -514,7 +516,8 @@ def _pair_lines(family: str, pair: Pair) -> Dict[Tuple[str, str], List[Line]]:
         port = ("-p", "udp", "-m", "udp", "--dport", str(pair.sync_port))
         to_us = ("-d", pair.sync_address) if pair.sync_address else ()
         for peer in peers:
-            add("filter", "INPUT", "-i", pair.sync_interface, "-s", peer, *to_us, *port, "-j", "ACCEPT")
+            who = ("-i", pair.sync_interface, "-s", peer, *to_us, *port)
+            add("filter", "INPUT", *who, *_comment(f"{NODE_COMMENT}, sync of a peer"), "-j", "ACCEPT")
         add("filter", "INPUT", *port, *_comment("ctsync sync from a stranger"), "-j", "DROP")
         add("raw", "PREROUTING", "-i", pair.sync_interface, *port, "-j", "CT", "--notrack")
         add("raw", "OUTPUT", "-o", pair.sync_interface, *port, "-j", "CT", "--notrack")
@@ -930,16 +933,35 @@ def own_rules(tables: Tables) -> Dict[str, Dict[str, List[str]]]:
     return found
 
 
-def fingerprint(states: Dict[str, Tables]) -> str:
-    """SHA-256 over the normalised rules of our chains and the jumps to them, all families; empty without any."""
-    digest = hashlib.sha256()
-    empty = True
+def fingerprint_text(states: Dict[str, Tables]) -> str:
+    """What the fingerprint is taken of: our chains of all tables, the jumps to them, and the policy of FORWARD.
+
+    No counters, and no addresses in rules that differ from node to node by their nature (:data:`NODE_COMMENT`), so that
+    the nodes of a pair have the same text. A family in which there is nothing of ours is left out.
+    """
+    lines: List[str] = []
     for family in sorted(states):
-        for table, chains in own_rules(states[family]).items():
+        tables = own_rules(states[family])
+        if not tables:
+            continue
+        for table, chains in tables.items():
             for chain, rules in chains.items():
-                empty = False
-                digest.update("\n".join([f"{family} {table} {chain}", *rules, ""]).encode())
-    return "" if empty else digest.hexdigest()
+                lines += [f"{family} {table} {chain}", *(_without_node(rule) for rule in rules)]
+        policies = states[family].get("filter", Table()).policies
+        lines.append(f"{family} filter FORWARD policy {policies.get('FORWARD', ('ACCEPT', 0, 0))[0]}")
+    return "\n".join(["ctsync ruleset 1", *lines, ""]) if lines else ""
+
+
+def fingerprint(states: Dict[str, Tables]) -> str:
+    """SHA-256 of `fingerprint_text`; empty where there is nothing of ours."""
+    text = fingerprint_text(states)
+    return hashlib.sha256(text.encode()).hexdigest() if text else ""
+
+
+def _without_node(rule: str) -> str:
+    if f'--comment "{NODE_COMMENT}' not in rule:
+        return rule
+    return re.sub(r"(?<= )(-[sd]) \S+", r"\1 *", rule)
 
 
 def find_program(name: str) -> str:

@@ -436,8 +436,11 @@ chains:
         FORWARD: ['-A FORWARD -m comment --comment "ctsync: own rules" -j CTSYNC-FORWARD']
 fingerprint:
   description:
-    - SHA-256 over RV(chains), without counters. Empty when there are no rules, or when iptables is not installed.
-    - The M(ctsync.ha_firewall.ha_facts) module reports the same number for what the kernel holds at that time.
+    - SHA-256 over RV(chains) and the policy of C(FORWARD) as the kernel prints them, without counters, and without the
+      addresses in the rules for VRRP and replication, so that it is the same on all nodes of a pair. Empty when there
+      are no rules, or when iptables is not installed.
+    - It also stands in C(/run/ctsync/ruleset.fingerprint). The M(ctsync.ha_firewall.ha_facts) module reports the same
+      number for what the kernel holds at that time.
   returned: always
   type: str
   sample: 0b0cbf6bd0c9e5f1d3f94f1a3f1d0a1d5c3ad0d8ab9a3d2a51a4bd7a6f7c0e11
@@ -479,9 +482,11 @@ UNIT = "ctsync-ruleset.service"
 UNIT_PATH = "/etc/systemd/system/" + UNIT
 FORWARDING = {"ipv4": "/proc/sys/net/ipv4/ip_forward", "ipv6": "/proc/sys/net/ipv6/conf/all/forwarding"}
 SILENTLY = """/bin/sh -c 'exec "$$0" "$$@" 2>/dev/null'"""  # in a unit: a jump that is not there is no news
+FINGERPRINT_PATH = "/run/ctsync/ruleset.fingerprint"
 FILES = {"ipv4": "ruleset.v4", "ipv6": "ruleset.v6"}
 LONGEST_WAIT = 120  # seconds, for the probation of an earlier run to end
-SHORTEST_ROLLBACK, LONGEST_ROLLBACK = 5, 3600  # seconds; a new connection takes one or two
+SHORTEST_ROLLBACK = 5  # seconds; a new connection takes one or two
+LONGEST_ROLLBACK = 3600  # seconds
 HEADER = "Firewall rules of ctsync, restored at boot by ctsync-ruleset.service. Written by Ansible: changes are lost."
 
 SERVICE_SPEC = {
@@ -813,6 +818,13 @@ class Run:
                 starts.append(f"ExecStart={tool.restore_program} -w 10 --noflush {path}")
         # every deletion runs before the first restore
         starts.sort(key=lambda line: not line.startswith("ExecStartPre"))
+        fingerprint = _ruleset.fingerprint(self.after)
+        files[FINGERPRINT_PATH] = (fingerprint + "\n" if self.present and fingerprint else None, 0o644)
+        stored = os.path.join(self.params["config_directory"], "ruleset.fingerprint")
+        files[stored] = (files[FINGERPRINT_PATH][0] if starts else None, 0o644)
+        if starts:
+            starts.append(f"ExecStartPost=/bin/mkdir -p -m 0755 {os.path.dirname(FINGERPRINT_PATH)}")
+            starts.append(f"ExecStartPost=/bin/cp {stored} {FINGERPRINT_PATH}")
         files[UNIT_PATH] = (unit_text(starts) if starts else None, 0o644)
         text = {"version": 1, "policies": self.remembered}
         files[self.state_file] = (json.dumps(text, indent=1, sort_keys=True) + "\n" if self.remembered else None, 0o600)
@@ -897,7 +909,7 @@ class Run:
                 "save": tool.save_command,
                 "restore": tool.restore_command,
             }
-        old = {path: [read_text(path), files[path][1]] for path in (self.state_file,)}
+        old = {path: [read_text(path), files[path][1]] for path in (self.state_file, FINGERPRINT_PATH)}
         job = {"timeout": timeout, "position": self.params["position"], "families": parts, "files": old}
         try:
             _rollback.arm(ident, job)
@@ -1034,6 +1046,7 @@ class Run:
             if self.remembered and self.state_file in stale:  # before the policy it remembers is replaced
                 self.write(self.state_file, *files[self.state_file])
             self.apply()
+            self.write(FINGERPRINT_PATH, *files[FINGERPRINT_PATH])
             if self.rollback:
                 self.rollback["outcome"] = _rollback.ask(self.rollback["id"], "start")["outcome"]
                 return self.result(changed, diffs, self.after)

@@ -36,10 +36,17 @@ FULL = {
 FILES = [
     "/etc/ctsync/ruleset.v4",
     "/etc/ctsync/ruleset.v6",
+    "/etc/ctsync/ruleset.fingerprint",
     "/etc/systemd/system/ctsync-ruleset.service",
     "/etc/systemd/system/multi-user.target.wants/ctsync-ruleset.service",
     "/var/lib/ctsync/ruleset.json",
+    "/run/ctsync/ruleset.fingerprint",
 ]
+UNIT = FILES[3]
+PEER = {
+    "vrrp_peers": [{"interface": "eth1", "addresses": ["192.168.0.1"]}],
+    "sync": {"interface": "eth2", "address": "192.168.100.2", "peers": ["192.168.100.1"]},
+}
 
 
 @pytest.fixture(params=["nft", "legacy"])
@@ -101,6 +108,36 @@ def test_present_twice_and_absent(machine, backend):
     assert "-A FORWARD -j MARK --set-xmark 0x7/0xffffffff" in builtin
     assert files(machine) == []
     assert not machine.module("ruleset", backend=backend, state="absent")["changed"]
+
+
+def test_both_nodes_have_one_fingerprint_and_a_different_rule_or_policy_another(machine, backend):
+    done = machine.module("ruleset", backend=backend, **FULL)
+    assert machine.run("cat", FILES[-1]) == done["fingerprint"] + "\n"
+    with Machine() as peer:
+        other = peer.module("ruleset", backend=backend, **{**FULL, **PEER})
+        assert other["fingerprint"] == done["fingerprint"]
+        assert other["chains"] != done["chains"]
+        peer.run(f"iptables-{backend}", "-I", "FORWARD", "-i", "foreign", "-j", "ACCEPT")
+        peer.run(f"iptables-{backend}", "-A", "CTSYNC-INPUT", "-i", "never", "-j", "DROP", "--set-counters", "7", "9")
+
+        def live():
+            return _ruleset.read_live(lambda command: (0, peer.run(*command), ""), backend)["fingerprint"]
+
+        assert live() != done["fingerprint"]  # a rule in a chain of ours
+        peer.run(f"iptables-{backend}", "-D", "CTSYNC-INPUT", "-i", "never", "-j", "DROP")
+        assert live() == done["fingerprint"]  # neither counters nor rules of others
+        peer.run(f"iptables-{backend}", "-P", "FORWARD", "ACCEPT")
+        assert live() != done["fingerprint"]
+        peer.run(f"iptables-{backend}", "-P", "FORWARD", "DROP")
+        peer.run(f"iptables-{backend}", "-t", "nat", "-F", "CTSYNC-POSTROUTING")
+        peer.run(
+            f"iptables-{backend}", "-t", "nat", "-A", "CTSYNC-POSTROUTING", "-s", "192.168.0.3", "-j", "MASQUERADE"
+        )
+        assert live() != done["fingerprint"]  # another NAT pool
+    machine.run("rm", FILES[-1])
+    repaired = machine.module("ruleset", backend=backend, **FULL)
+    assert repaired["changed"]
+    assert files(machine) == FILES
 
 
 def test_facts_read_the_same_fingerprint_and_the_counters(machine, backend):
@@ -332,7 +369,8 @@ def test_validation_changes_nothing(machine, backend):
 
 def test_boot_restores_the_rules_and_starting_the_unit_twice_is_harmless(machine, backend):
     done = machine.module("ruleset", backend=backend, **FULL)
-    unit = machine.run("cat", FILES[2]).splitlines()
+    unit = machine.run("cat", UNIT).splitlines()
+    machine.run("rm", "-r", "/run/ctsync")
     for family in ("", "6"):
         for table in ("filter", "nat", "raw"):
             machine.run(f"ip{family}tables-{backend}", "-t", table, "-F")
@@ -341,7 +379,7 @@ def test_boot_restores_the_rules_and_starting_the_unit_twice_is_harmless(machine
     for _start in range(2):
         for line in unit:
             key, _equals, command = line.partition("=")
-            if key in ("ExecStartPre", "ExecStart"):
+            if key in ("ExecStartPre", "ExecStart", "ExecStartPost"):
                 machine.run(*shlex.split(command.lstrip("-").replace("$$", "$")), check=not command.startswith("-"))
     again = machine.module("ruleset", backend=backend, **FULL)
     assert not again["changed"]
@@ -349,7 +387,7 @@ def test_boot_restores_the_rules_and_starting_the_unit_twice_is_harmless(machine
     assert ":FORWARD DROP [0:0]" in saved(machine, backend)
     verify = subprocess.run(["systemd-analyze", "--version"], capture_output=True, check=False)
     if verify.returncode == 0:
-        said = machine.run("sh", "-c", f"systemd-analyze verify {FILES[2]} 2>&1", check=False)
+        said = machine.run("sh", "-c", f"systemd-analyze verify {UNIT} 2>&1", check=False)
         assert "ctsync-ruleset" not in said
 
 
@@ -402,3 +440,105 @@ def test_without_iptables_only_a_prediction_is_possible(machine):
     assert not machine.module("ruleset", env=path, rules=PAGE, validate_only=True)["changed"]
     failed = machine.module("ruleset", env=path, rules=PAGE)
     assert "Install the package iptables" in failed["msg"]
+
+
+# What Docker 26, fail2ban 1.0 and an operator leave behind, as iptables-save prints it.
+FOREIGN = """\
+*filter
+:INPUT DROP [0:0]
+:FORWARD DROP [0:0]
+:OUTPUT ACCEPT [0:0]
+:DOCKER - [0:0]
+:DOCKER-ISOLATION-STAGE-1 - [0:0]
+:DOCKER-ISOLATION-STAGE-2 - [0:0]
+:DOCKER-USER - [0:0]
+:f2b-sshd - [0:0]
+-A INPUT -p tcp -m multiport --dports 22 -j f2b-sshd
+-A INPUT -i lo -j ACCEPT
+-A INPUT -m state --state RELATED,ESTABLISHED -j ACCEPT
+-A INPUT -p tcp -m tcp --dport 22 -m comment --comment "the operator's own -j CTSYNC-INPUT" -j ACCEPT
+-A FORWARD -j DOCKER-USER
+-A FORWARD -j DOCKER-ISOLATION-STAGE-1
+-A FORWARD -o docker0 -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
+-A FORWARD -o docker0 -j DOCKER
+-A FORWARD -i docker0 ! -o docker0 -j ACCEPT
+-A FORWARD -i docker0 -o docker0 -j ACCEPT
+-A DOCKER -d 172.17.0.2/32 ! -i docker0 -o docker0 -p tcp -m tcp --dport 80 -j ACCEPT
+-A DOCKER-ISOLATION-STAGE-1 -i docker0 ! -o docker0 -j DOCKER-ISOLATION-STAGE-2
+-A DOCKER-ISOLATION-STAGE-1 -j RETURN
+-A DOCKER-ISOLATION-STAGE-2 -o docker0 -j DROP
+-A DOCKER-ISOLATION-STAGE-2 -j RETURN
+-A DOCKER-USER -j RETURN
+-A f2b-sshd -s 203.0.113.9/32 -j REJECT --reject-with icmp-port-unreachable
+-A f2b-sshd -j RETURN
+COMMIT
+*nat
+:PREROUTING ACCEPT [0:0]
+:INPUT ACCEPT [0:0]
+:OUTPUT ACCEPT [0:0]
+:POSTROUTING ACCEPT [0:0]
+:DOCKER - [0:0]
+-A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER
+-A OUTPUT ! -d 127.0.0.0/8 -m addrtype --dst-type LOCAL -j DOCKER
+-A POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE
+-A POSTROUTING -s 172.17.0.2/32 -d 172.17.0.2/32 -p tcp -m tcp --dport 80 -j MASQUERADE
+-A DOCKER -i docker0 -j RETURN
+-A DOCKER ! -i docker0 -p tcp -m tcp --dport 8080 -j DNAT --to-destination 172.17.0.2:80
+COMMIT
+*raw
+:PREROUTING ACCEPT [0:0]
+:OUTPUT ACCEPT [0:0]
+-A PREROUTING -p udp -m udp --dport 5004 -j CT --notrack
+COMMIT
+"""
+
+
+def foreign(machine, backend):
+    """All that is not ours: chains, policies, rules in their order."""
+    lines = [line.split(" [")[0] for line in saved(machine, backend)]
+    return [line for line in lines if not (line.startswith((":CTSYNC-", "-A CTSYNC-")) or _ruleset.is_own_jump(line))]
+
+
+@pytest.mark.parametrize("position", ["first", "last"])
+def test_rules_of_docker_fail2ban_and_the_operator_are_left_alone(machine, backend, position):
+    machine.run("sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
+    machine.run(f"iptables-{backend}-restore", text=FOREIGN)
+    before = [line.split(" [")[0] for line in saved(machine, backend)]
+    assert sum(line.startswith("-A") for line in before) == sum(line.startswith("-A") for line in FOREIGN.splitlines())
+    everything = {**FULL, **{key: TYPED[key] for key in ("address_sets", "filter_rules", "nat_rules")}}
+
+    machine.module("ruleset", backend=backend, position=position, **everything)
+    assert any("CTSYNC-POSTROUTING" in line for line in saved(machine, backend))
+    assert foreign(machine, backend) == before
+
+    # fail2ban bans and frees, Docker makes its rules anew in front of everybody's
+    for command in (
+        "-I f2b-sshd 1 -s 198.51.100.7 -j REJECT --reject-with icmp-port-unreachable",
+        "-D f2b-sshd -s 203.0.113.9 -j REJECT --reject-with icmp-port-unreachable",
+        "-D FORWARD -j DOCKER-USER",
+        "-I FORWARD -j DOCKER-USER",
+    ):
+        machine.run(f"iptables-{backend}", *command.split())
+    changed = foreign(machine, backend)
+    machine.module("ruleset", backend=backend, position=position, **{**everything, "rules": PAGE[1:]})
+    assert foreign(machine, backend) == changed
+    assert not machine.module("ruleset", backend=backend, position=position, **{**everything, "rules": PAGE[1:]})[
+        "changed"
+    ]
+
+    # a change that nobody confirms goes away without touching them, and what they did meanwhile stays
+    done = machine.module(
+        "ruleset", backend=backend, rollback_timeout=300, rollback_id="0123456789abcdef", rules=PAGE[2:3]
+    )
+    assert done["rollback"]["outcome"] == "armed", done
+    machine.run(f"iptables-{backend}", "-I", "f2b-sshd", "1", "-s", "198.51.100.8", "-j", "DROP")
+    machine.module("ruleset", backend=backend, rollback_id="0123456789abcdef", rollback_step="abort", rules=PAGE[2:3])
+    now = foreign(machine, backend)
+    assert "-A f2b-sshd -s 198.51.100.8/32 -j DROP" in now
+    assert [line for line in now if "198.51.100.8" not in line] == changed
+    assert any("CTSYNC-POSTROUTING" in line for line in saved(machine, backend))
+
+    gone = machine.module("ruleset", backend=backend, state="absent")
+    assert gone["changed"]
+    assert [line.split(" [")[0] for line in saved(machine, backend)] == now
+    assert files(machine) == []

@@ -146,9 +146,10 @@ def test_the_pair_is_protected_around_the_operators_rules():
     )
     plan = plan_of(["-A INPUT -i eth3 -j DROP"], pair=pair, count_resets=True)
     assert rules_in(plan, "filter", "CTSYNC-INPUT") == [
-        "-i eth1 -s 192.168.0.2 -p 112 -j ACCEPT",
+        "-i eth1 -s 192.168.0.2 -p 112 -m comment --comment ctsync: node, VRRP of a peer -j ACCEPT",
         "-i eth1 -p 112 -m comment --comment ctsync VRRP from a stranger -j DROP",
-        "-i eth2 -s 192.168.100.2 -d 192.168.100.1 -p udp -m udp --dport 3781 -j ACCEPT",
+        "-i eth2 -s 192.168.100.2 -d 192.168.100.1 -p udp -m udp --dport 3781"
+        " -m comment --comment ctsync: node, sync of a peer -j ACCEPT",
         "-p udp -m udp --dport 3781 -m comment --comment ctsync sync from a stranger -j DROP",
         "-i eth3 -j DROP",
         "-d 192.168.0.100 -j CTSYNC-VIP",
