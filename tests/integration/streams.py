@@ -240,8 +240,9 @@ class Datagrams(Stream):
             with end.space.inside():
                 sockets.append(socket.socket(family, kind, proto))
             sockets[-1].bind((end.address, end.port if kind == socket.SOCK_DGRAM else 0))
-        sockets[0].connect(target if kind == socket.SOCK_DGRAM else (target[0], 0))
-        made = cls(*sockets, frame)
+        near, far = sockets
+        near.connect(target if kind == socket.SOCK_DGRAM else (target[0], 0))
+        made = cls(near, far, frame)
         if isinstance(frame, Sctp):
             made._associate(frame)
         return made
@@ -320,13 +321,15 @@ def open_stream(proto: str, number: int, client: End, target: tuple[str, int], s
     if proto == "tcp":
         return Connection.open(client, target, server)
     version = 6 if ":" in target[0] else 4
-    frame, protocol = {
-        "udp": lambda: (Frame(), socket.IPPROTO_UDP),
-        "icmp": lambda: (Echo(version, 20_000 + number), _ECHO[version][0]),
-        "sctp": lambda: (Sctp(30_000 + number, target[1], server.port), socket.IPPROTO_SCTP),
-        "gre": lambda: (Gre(), socket.IPPROTO_GRE),
-        "other": lambda: (Frame(), EXPERIMENTAL),
-    }[proto]()
+    frame, protocol = Frame(), EXPERIMENTAL
+    if proto == "udp":
+        protocol = socket.IPPROTO_UDP
+    elif proto == "icmp":
+        frame, protocol = Echo(version, 20_000 + number), _ECHO[version][0]
+    elif proto == "sctp":
+        frame, protocol = Sctp(30_000 + number, target[1], server.port), socket.IPPROTO_SCTP
+    elif proto == "gre":
+        frame, protocol = Gre(), socket.IPPROTO_GRE
     return Datagrams.open(protocol, frame, client, target, server)
 
 

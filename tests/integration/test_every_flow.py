@@ -176,7 +176,7 @@ def plain(nla: Any) -> dict[str, Any]:
 
 def kernel(space: Namespace) -> list[dict[str, Any]]:
     """The conntrack entries of a namespace."""
-    entries = []
+    entries: list[dict[str, Any]] = []
     with space.inside():
         sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12)  # NETLINK_NETFILTER
     with sock:
@@ -267,7 +267,7 @@ def cut(lab: Cluster, victim: Daemon, heir: Daemon, wan: Wan) -> None:
 def test_streams_of_every_kind_go_on_after_a_cut_and_the_next(
     cluster: Callable[..., Cluster], kinds: list[tuple[str, int, str]], replicate: bool
 ) -> None:
-    """Without replication each of them dies."""
+    """Without replication each of them dies.  What REDIRECT turned to the firewall itself stays there."""
     lab = cluster(replicate=replicate)
     wan = Wan(lab.pair)
     allow_every_kind(lab)
@@ -287,6 +287,12 @@ def test_streams_of_every_kind_go_on_after_a_cut_and_the_next(
         nat[name] = WAYS[way][0]
         seen_as[name] = (getattr(ADDRESSES[version], WAYS[way][1]), streams[name].port)
     assured = [name for name in streams if name.startswith(ASSURED)]
+    both(lab, 4, *("-t", "nat", "-I", "PREROUTING", "-p", "tcp", "--dport", str(REDIRECTED_PORT), "-j", "REDIRECT"))
+    to_firewall = End(lab.pair.fw1, "192.168.0.1", REDIRECTED_PORT)
+    redirected = open_stream(
+        "tcp", 0, End(lab.pair.a, ADDRESSES[4].inside), (ADDRESSES[4].outside, REDIRECTED_PORT), to_firewall
+    )
+    lab.stack.callback(redirected.close)
 
     def settled() -> bool:  # a UDP stream is ASSURED if it goes on for two seconds
         assert died(streams) == {}
@@ -294,6 +300,7 @@ def test_streams_of_every_kind_go_on_after_a_cut_and_the_next(
         return all(flow_of(streams[name], entries)["CTA_STATUS"] & k.IPS_ASSURED for name in assured)
 
     wait_for(settled, "ASSURED streams")
+    assert flow_of(redirected, flows(lab.pair.fw1))
     assert {name: stream.seen for name, stream in streams.items()} == seen_as
     nothing_new(lab)
     if not replicate:
@@ -301,7 +308,7 @@ def test_streams_of_every_kind_go_on_after_a_cut_and_the_next(
         assert died(streams, 2.0).keys() == streams.keys()
         return
     for active, backup in ((lab.fw1, lab.fw2), (lab.fw2, lab.fw1)):
-        entries = same(active.space, backup.space)
+        entries = same(active.space, backup.space, but=[str(REDIRECTED_PORT)])
         for name, stream in streams.items():
             bits = k.IPS_SEEN_REPLY | k.IPS_CONFIRMED | nat[name] | (k.IPS_ASSURED if name in assured else 0)
             assert flow_of(stream, entries)["CTA_STATUS"] == bits, name
@@ -493,12 +500,8 @@ def test_flows_with_one_tuple_in_two_zones(
 
 def timers(firewall: Namespace) -> dict[int, tuple[str, int]]:
     """State and seconds left of every TCP entry, by the client's port."""
-    words = (line.split() for family in ("ipv4", "ipv6") for line in _tcp_lines(firewall, family))
+    words = (line.split() for line in firewall.conntrack("-L", "-p", "tcp").splitlines())
     return {int(line[6].partition("=")[2]): (line[3], int(line[2])) for line in words}
-
-
-def _tcp_lines(firewall: Namespace, family: str) -> list[str]:
-    return firewall.conntrack("-L", "-p", "tcp", "-f", family).splitlines()
 
 
 CLOSING_S = {"close_wait": 300, "time_wait": 400, "close": 200}
