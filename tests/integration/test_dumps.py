@@ -126,8 +126,12 @@ def sessions(lab: Cluster) -> list[int]:
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """fw1's kernel and fw2's external cache have ``FLOWS`` flows."""
-    with room(), pair() as topology, contextlib.closing(Cluster(topology, tmp_path_factory.mktemp("lab"))) as made:
+    """fw1's kernel and fw2's external cache have ``FLOWS`` flows; fw2's kernel, which nobody asks here, does not."""
+    with (
+        room(),
+        pair() as topology,
+        contextlib.closing(Cluster(topology, tmp_path_factory.mktemp("lab"), mode="external-cache")) as made,
+    ):
         fill(topology.fw1, FLOWS)
         topology.activate(topology.fw1)
         made.fw1.start()

@@ -3,7 +3,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """A node's daemon is frozen, killed, restarted and upgraded under traffic, and then the active node is cut off.
 
-``CTSYNC_FREEZE_S`` is how long a daemon is frozen, in seconds (5; with ``CTSYNC_LONG=1`` 60).
+``CTSYNC_FREEZE_S`` is how long a daemon is frozen, in seconds (4; with ``CTSYNC_LONG=1`` 60).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from integration.netns import Namespace, Pair, wait_for
 
 pytestmark = pytest.mark.netns
 
-FREEZE_S = float(os.environ.get("CTSYNC_FREEZE_S") or (60 if os.environ.get("CTSYNC_LONG") else 5))
+FREEZE_S = float(os.environ.get("CTSYNC_FREEZE_S") or (60 if os.environ.get("CTSYNC_LONG") else 4))
 GROWTH_KIB = 16 << 10  # of a daemon whose peer is frozen
 MANY = 8_000  # flows of a bulk that takes a while
 
