@@ -53,6 +53,11 @@ class Usage:
                 total += int((task / "schedstat").read_text(encoding="ascii").split()[0])
         return total
 
+    def runnable(self) -> bool:
+        """Does it run, or wait for a processor, at this moment?"""
+        stat = Path(f"/proc/{self.pid}/stat").read_text(encoding="utf-8")
+        return stat.rsplit(")", 1)[1].split()[0] == "R"
+
     def rss(self) -> int:
         """Resident memory in bytes."""
         text = Path(f"/proc/{self.pid}/smaps_rollup").read_text(encoding="ascii")
@@ -88,6 +93,10 @@ class Daemon:
 
     def request(self, *argv: str) -> list[str]:
         """What asks it."""
+        raise NotImplementedError
+
+    def forget_and_request(self) -> None:
+        """Empty the external cache and ask the peer for everything: ``-f external`` and ``-n``."""
         raise NotImplementedError
 
     def start(self) -> None:
@@ -210,6 +219,10 @@ General {{
     def request(self, *argv: str) -> list[str]:
         return ["conntrackd", "-C", str(self.home / "conf"), *argv]
 
+    def forget_and_request(self) -> None:
+        self.ask("-f", "external")
+        self.ask("-n")
+
     def cached(self, which: str) -> int:
         """Flows in the ``internal`` or ``external`` cache."""
         found = re.search(rf"cache {which}:\s+current active connections:\s+(\d+)", self.ask("-s"))
@@ -256,16 +269,27 @@ class Ctsyncd(Daemon):
     def request(self, *argv: str) -> list[str]:
         return [str(self.application), "-C", str(self.home / "conf"), *argv]
 
-    def status(self) -> dict[str, Any]:
-        """What ``status --json`` says, asked without starting a Python; {} while nobody answers."""
-        with contextlib.suppress(OSError, ValueError), socket.socket(socket.AF_UNIX) as control:
-            control.settimeout(30)
+    def control(self, **request: str) -> list[str]:
+        """The lines of the daemon's answer, asked without starting a Python; RuntimeError if it refuses."""
+        with socket.socket(socket.AF_UNIX) as control:
+            control.settimeout(60)
             control.connect(str(self.home / "ctl"))
-            control.sendall(b'{"command": "status"}\n')
-            text = b"".join(iter(lambda: control.recv(65536), b""))
-            found: dict[str, Any] = json.loads(text.splitlines()[0])
+            control.sendall(json.dumps(request).encode() + b"\n")
+            lines = b"".join(iter(lambda: control.recv(65536), b"")).decode().splitlines()
+        if not lines or not json.loads(lines[-1])["ok"]:
+            raise RuntimeError(f"ctsyncd refuses {request}: {lines[-1:]}")
+        return lines[:-1]
+
+    def status(self) -> dict[str, Any]:
+        """What ``status --json`` says; {} while nobody answers."""
+        with contextlib.suppress(OSError, ValueError):
+            found: dict[str, Any] = json.loads(self.control(command="status")[0])
             return found
         return {}
+
+    def forget_and_request(self) -> None:
+        self.control(command="flush", which="external")
+        self.control(command="request")
 
     def counter(self, name: str) -> int:
         """A counter of the status; one that never counted is 0."""

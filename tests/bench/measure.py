@@ -46,7 +46,8 @@ def settled(pair: Pair, timeout: float) -> tuple[Moment, float]:
         now = moment(pair)
         passed = (now.time - before.time) * 1e9
         cpu = max(now.active_ns - before.active_ns, now.backup_ns - before.backup_ns) / passed
-        if cpu > BUSY_CPU or now.bytes - before.bytes > BUSY_BYTES:
+        waits = pair.active.usage.runnable() or pair.backup.usage.runnable()  # on a crowded machine
+        if waits or cpu > BUSY_CPU or now.bytes - before.bytes > BUSY_BYTES:
             busy_at = now.time
         elif now.time - busy_at > QUIET_S:
             return now, busy_at

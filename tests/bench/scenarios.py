@@ -255,10 +255,9 @@ def commit(bench: Bench, pair: Pair) -> Values:
 def resync(bench: Bench, pair: Pair) -> Values:
     """The whole table to a backup whose external cache is empty, asked for by ``-f external`` and ``-n``."""
     flows = entries(bench.stand.fw1)
-    pair.backup.ask("-f", "external")
-    settled(pair, patience(flows))
     before = moment(pair)
-    pair.backup.ask("-n")
+    pair.backup.forget_and_request()
+    wait_for(lambda: moment(pair).bytes - before.bytes > flows, "the resync to begin", patience(flows))
     after, busy_at = settled(pair, patience(flows))
     return {
         "seconds": busy_at - before.time,
