@@ -297,10 +297,10 @@ def test_streams_of_every_kind_go_on_after_a_cut_and_the_next(
     def settled() -> bool:  # a UDP stream is ASSURED if it goes on for two seconds
         assert died(streams) == {}
         entries = flows(lab.pair.fw1)
-        return all(flow_of(streams[name], entries)["CTA_STATUS"] & k.IPS_ASSURED for name in assured)
+        return all(flow_of(streams[name], entries).get("CTA_STATUS", 0) & k.IPS_ASSURED for name in assured)
 
     wait_for(settled, "ASSURED streams")
-    assert flow_of(redirected, flows(lab.pair.fw1))
+    wait_for(lambda: flow_of(redirected, flows(lab.pair.fw1)), "the redirected connection's entry")
     assert {name: stream.seen for name, stream in streams.items()} == seen_as
     nothing_new(lab)
     if not replicate:
