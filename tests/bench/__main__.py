@@ -103,7 +103,7 @@ class Run:
                 "other_listeners": len(_others()),
             }
             _say(f"{built}; {self.about['conntrackd']}")
-            with topology.stand() as stand, topology.table_room(self._most_flows()):
+            with topology.stand() as stand:
                 for number in range(self.size.rounds):
                     self._round(stand, home, application, number)
                     self.write()
@@ -114,8 +114,11 @@ class Run:
         print(f"Report: {self.options.output / 'performance.md'}")
         return 1 if self.failures else 0
 
-    def _most_flows(self) -> int:
-        return max(self.size.flows, *self.size.growth, *self.size.growth_first, 100_000)
+    def _most_flows(self, session: scenarios.Session, number: int) -> int:
+        """How large the table gets in a session."""
+        if "growth" not in session.steps:
+            return max(2 * self.size.flows, 250_000)
+        return max(*self.size.growth, *(self.size.growth_first if number == 0 else ()), 250_000)
 
     def _round(self, stand: topology.Stand, home: Path, application: Path, number: int) -> None:
         stand.reset()
@@ -126,13 +129,15 @@ class Run:
         for session in scenarios.sessions(self.options.steps, self.size, number):
             if self.options.variants and session.variant not in self.options.variants:
                 continue
+            flows = self._most_flows(session, number)
             try:
-                if session.variant == "none":
-                    stand.reset()
-                    self._steps(session, bench, None)
-                else:
-                    with daemons.pair(stand, session.variant, home / "run", application, self._most_flows()) as pair:
-                        self._steps(session, bench, pair)
+                with topology.table_room(flows):
+                    if session.variant == "none":
+                        stand.reset()
+                        self._steps(session, bench, None)
+                    else:
+                        with daemons.pair(stand, session.variant, home / "run", application, flows) as pair:
+                            self._steps(session, bench, pair)
             except (RuntimeError, TimeoutError, AssertionError, OSError) as error:
                 self.failures.append(f"round {number + 1}, {session.variant}: {error}")
                 _say(self.failures[-1])

@@ -151,9 +151,12 @@ BUCKETS_FILE = Path("/sys/module/nf_conntrack/parameters/hashsize")
 
 @contextlib.contextmanager
 def table_room(flows: int) -> Iterator[None]:
-    """Room for so many flows on both firewalls; the machine's own limits come back at the end."""
+    """Room for so many flows on both firewalls; the machine's own limits come back at the end.
+
+    No more buckets than that: every listing of any table walks through all of them.
+    """
     before = [(path, path.read_text(encoding="ascii").strip()) for path in (MAX_FILE, BUCKETS_FILE)]
-    wanted = {MAX_FILE: flows + flows // 4 + 100_000, BUCKETS_FILE: 1 << (2 * flows - 1).bit_length()}
+    wanted = {MAX_FILE: flows + flows // 4 + 100_000, BUCKETS_FILE: 1 << (flows - 1).bit_length()}
     try:
         for path, value in before:
             if int(value) < wanted[path]:
