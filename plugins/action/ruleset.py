@@ -60,7 +60,7 @@ class ActionModule(ActionBase):
         timeout = (first.get("rollback") or {}).get("deadline_s") or self._timeout()
         second = self._conclude("abort" if broken else "confirm", ident, timeout, task_vars)
         if not broken and not second.get("failed"):
-            kept = {key: first[key] for key in ("diff",) if key in first}
+            kept = {key: first[key] for key in ("diff", "would_cut") if key in first}
             warnings = [*first.get("warnings", []), *second.get("warnings", [])]
             merged = {**result, **second, **kept, "changed": True}
             return {**merged, "warnings": warnings} if warnings else merged

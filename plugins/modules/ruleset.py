@@ -54,6 +54,13 @@ options:
         C(ping -c 1 -W 2 192.0.2.1). If it fails, the old rules are put back at once.
       - It is run without a shell, and has the rest of O(rollback_timeout) for itself.
     type: str
+  check_flows:
+    description:
+      - Before rules change, also in check mode, find out which established flows the new ones would cut, and warn.
+      - A packet of each flow is sent through the present rules and through the new ones, in network namespaces that end
+        with it. Nothing is sent to the network.
+    type: bool
+    default: true
   config_directory:
     description:
       - Directory for C(ruleset.v4) and C(ruleset.v6), which are restored at boot.
@@ -461,6 +468,20 @@ validated_by:
   returned: when O(state=present)
   type: str
   sample: kernel
+would_cut:
+  description:
+    - Established flows that the new rules cut (C(count), and the first of them in C(flows)), of those C(checked).
+    - Nothing is said of C(unknown) flows, which do not pass a trial of the present rules either, and of C(not_checked)
+      ones, which are neither TCP nor UDP or more than 2000. C(reason) says why nothing was checked, if so.
+  returned: when the rules change and O(check_flows=true)
+  type: dict
+  sample:
+    checked: 812
+    count: 1
+    flows: ["tcp 192.168.0.3:51356 -> 192.168.1.3:22"]
+    not_checked: 4
+    reason: ""
+    unknown: 0
 """
 
 import json
@@ -470,7 +491,12 @@ import shlex
 import tempfile
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils import _rollback, _ruleset, _typed_rules
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils import (
+    _flow_trial,
+    _rollback,
+    _ruleset,
+    _typed_rules,
+)
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils._iptables import (
     Iptables,
     ScratchError,
@@ -509,6 +535,7 @@ ARGUMENT_SPEC = {
     "address_sets": {"type": "dict", "default": {}},
     "backend": {"type": "str", "choices": ["auto", "nft", "legacy"], "default": "auto"},
     "canary": {"type": "str"},
+    "check_flows": {"type": "bool", "default": True},
     "config_directory": {"type": "path", "default": "/etc/ctsync"},
     "count_resets": {"type": "bool", "default": False},
     "filter_rules": {"type": "list", "elements": "dict", "default": []},
@@ -687,6 +714,7 @@ class Run:
         self.remembered: dict = {}
         self.validated_by = "kernel"
         self.rollback: dict = {}
+        self.would_cut: dict = {}
 
     # -- look
 
@@ -782,6 +810,20 @@ class Run:
             if keep:
                 self.remembered[family] = keep
             self.after[family] = _ruleset.predict(live, wanted.get(family, {}), policies, self.params["position"])
+
+    def check_flows(self) -> None:
+        """Warn of established flows that the new rules cut."""
+        programs = [
+            [
+                _flow_trial.Program(self.tools[family].restore_program, _flow_trial.render_tables(tables))
+                for family, tables in states.items()
+            ]
+            for states in (self.live, self.after)
+        ]
+        self.would_cut = _flow_trial.would_cut(*programs)
+        words = _flow_trial.sentence(self.would_cut)
+        if words:
+            self.module.warn(words)
 
     def guard_forwarding(self, family: str, table: str, chain: str, now: str, policy: str) -> None:
         """Fail if a new DROP policy would cut what others forward."""
@@ -1036,6 +1078,8 @@ class Run:
         diffs = self.diffs(files, stale)
         rules_differ = any(_ruleset.render_change(live, self.after[family]) for family, live in self.live.items())
         changed = bool(rules_differ or stale or enable)
+        if rules_differ and not self.rollback and params["check_flows"]:
+            self.check_flows()
         if not changed or module.check_mode:
             return self.result(changed, diffs, self.after)
         if self.rollback and rules_differ:
@@ -1107,6 +1151,8 @@ class Run:
             result["validated_by"] = self.validated_by
         if self.rollback:
             result["rollback"] = self.rollback
+        if self.would_cut:
+            result["would_cut"] = self.would_cut
         if self.module._diff and diffs:
             result["diff"] = diffs
         return result
