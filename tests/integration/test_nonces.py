@@ -106,7 +106,7 @@ def test_no_key_and_number_come_twice(restarted: Callable[[Path | None], Ear]) -
     ear = restarted(None)
     assert len({one[:2] for one in ear.nonces()}) == 4  # both kinds of both nodes
     assert len(ear.nonces()) >= 2 * (1 + 3)
-    assert sum(ear.seen.values()) > 100
+    assert len(ear.seen) > 2 * len(ear.nonces())  # several datagrams under a key
     assert ear.twice() == []
 
 
