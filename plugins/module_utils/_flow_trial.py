@@ -356,7 +356,7 @@ def try_flows(host: Host, programs: Sequence[Program], flows: Sequence[Flow]) ->
     answer = json.loads(data) if data else "the trial took too long"
     if isinstance(answer, str):
         raise TrialError(answer)
-    return {(number, reply) for number, reply in answer[0]}, set(answer[1])
+    return {(int(number), bool(reply)) for number, reply in answer[0]}, set(answer[1])
 
 
 def describe(flow: Flow) -> str:

@@ -9,9 +9,9 @@ This module is private to the collection. It has two sides, and both are here so
   standard library, so that it outlives the module, its temporary files and its connection;
 * what the ruleset module does with it (`arm`, `ask`, `settle`).
 
-A rollback is a directory below `FOLDER`, named by its id: `job.json` (what to put back), `guard.pyz`, `socket` (one
-request and one answer per connection, a JSON line each) and, at the end, `outcome.json`. The guard alone decides, and
-it does one thing after the other: a confirmation is before the deadline, or it is told that it came too late.
+A rollback is a directory below `FOLDER`, named by its id: `job.json` (what to put back), `guard.pyz`, `pid`, `socket`
+(one request and one answer per connection, a JSON line each) and, at the end, `outcome.json`. The guard alone decides,
+and it does one thing after the other: a confirmation is before the deadline, or is told that it came too late.
 
 It lives in /run: after a reboot there is no guard, and none is needed, because the kernel has forgotten the new rules
 and the files from which boot restores are written after the confirmation only.
@@ -214,6 +214,7 @@ def serve(folder: str) -> int:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, guard.stop)
     signal.signal(signal.SIGINT, guard.stop)
+    write_file(os.path.join(folder, "pid"), f"{os.getpid()}\n")
     syslog.openlog("ctsync-ruleset", syslog.LOG_PID, syslog.LOG_DAEMON)
     result = guard.watch()
     return 1 if result["outcome"] == FAILED else 0

@@ -162,6 +162,12 @@ class Site:
 
 
 @pytest.fixture
+def machine():
+    with Machine() as made:
+        yield made
+
+
+@pytest.fixture
 def site(tmp_path):
     with contextlib.ExitStack() as stack:
         yield stack.enter_context(Site(tmp_path, stack.enter_context(Machine())))
@@ -252,3 +258,46 @@ def test_async_is_refused_because_it_would_only_get_in_the_way(site):
     assert rc == 2, out
     assert "async" in out
     assert not [line for line in site.rules() if "CTSYNC" in line]
+
+
+PROBATION = {"rules": [GOOD], "rollback_id": "0123456789abcdef"}
+
+
+def test_a_guard_that_is_told_to_stop_puts_the_old_rules_back(machine):
+    machine.module("ruleset", rollback_timeout=3000, **PROBATION)
+    assert "CTSYNC-INPUT" in machine.run("iptables-save")
+    assert not machine.run("find", "/etc/ctsync", check=False)  # boot would restore the old rules
+    os.kill(int(machine.run("cat", "/run/ctsync-ruleset/0123456789abcdef/pid")), signal.SIGTERM)
+    wait_for(lambda: "CTSYNC" not in machine.run("iptables-save"), "the old rules")
+    assert not machine.run("find", "/run/ctsync/ruleset.fingerprint", check=False)
+
+
+def test_a_confirmation_that_comes_too_late_or_has_no_guard_is_refused(machine):
+    machine.module("ruleset", rollback_timeout=5, **PROBATION)
+    wait_for(lambda: "CTSYNC" not in machine.run("iptables-save"), "the old rules")
+    late = machine.module("ruleset", rollback_timeout=5, rollback_step="confirm", **PROBATION)
+    assert late["failed"]
+    assert late["rollback"]["outcome"] == "rolled back"
+    machine.run("rm", "-r", "/run/ctsync-ruleset")
+    lost = machine.module("ruleset", rollback_timeout=5, rollback_step="confirm", **PROBATION)
+    assert lost["failed"]
+    assert lost["rollback"]["outcome"] == "unknown"
+    assert "CTSYNC" not in machine.run("iptables-save")
+
+
+def test_the_policy_and_what_is_remembered_of_it_come_back(machine):
+    rules = ["-P FORWARD DROP", "-A FORWARD -j LOG"]
+    machine.module("ruleset", rules=rules, rules6=rules, rollback_timeout=5, rollback_id="0123456789abcdef")
+    assert ":FORWARD DROP" in machine.run("iptables-save")
+    assert ":FORWARD DROP" in machine.run("ip6tables-save")
+    wait_for(lambda: "DROP" not in machine.run("iptables-save") + machine.run("ip6tables-save"), "the old policies")
+    wait_for(lambda: not machine.run("find", "/var/lib/ctsync/ruleset.json", check=False), "nothing to be remembered")
+
+
+def test_nothing_is_changed_when_the_guard_cannot_be_started(machine):
+    machine.run("mount", "-o", "remount,ro", "/run")
+    refused = machine.module("ruleset", rollback_timeout=30, **PROBATION)
+    assert refused["failed"]
+    assert "The process that would put the old rules back cannot be started: " in refused["msg"]
+    assert refused["msg"].endswith("Nothing was changed.")
+    assert "CTSYNC" not in machine.run("iptables-save")
