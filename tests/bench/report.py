@@ -157,7 +157,7 @@ def losses(outcomes: Sequence[Outcome]) -> str:
     if worse:
         out.append("Ours costs more than conntrackd's:\n")
         out += [
-            f"- {o.row.group.lower()}, {o.row.what}: {number(o.ours)} against {number(o.theirs or 0)} {o.row.unit}"
+            f"- {o.row.group}, {o.row.what}: {number(o.ours)} against {number(o.theirs or 0)} {o.row.unit}"
             f" (times {number(o.median)})"
             for o in worse
         ]
@@ -179,8 +179,9 @@ def losses(outcomes: Sequence[Outcome]) -> str:
         out.append("### Aims that were not reached\n")
         for o in short_of:
             limit = fraction(o.row.aim, o.row.above) if o.row.theirs else f"≤ {number(o.row.aim or 0)}"
-            said = f"**{o.row.group}, {o.row.what}**: {number(o.median)}, aim {limit}. {NOTES.get(o.row.name, '')}"
-            out.append(said.rstrip() + "\n")
+            said = f"- {o.row.group}, {o.row.what}: {number(o.median)}, aim {limit}. {NOTES.get(o.row.name, '')}"
+            out.append(said.rstrip())
+        out.append("")
     return "\n".join(out)
 
 
