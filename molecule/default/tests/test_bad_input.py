@@ -17,7 +17,14 @@ ROOT = pathlib.Path(os.environ["MOLECULE_PROJECT_DIRECTORY"])
 VIP = {"interface": "eth1", "address": "192.168.0.100/24", "router_id": 51}
 
 MISTAKES = [
-    pytest.param({"ha_firewall_virtual_ips": []}, ["ha_firewall_virtual_ips: is missing or empty"], id="no virtual IP"),
+    pytest.param(
+        {"ha_firewall_virtual_ips": [], "ha_firewall_key_id": 2},
+        [
+            "ha_firewall_virtual_ips: is missing or empty",
+            "ha_firewall_key_id: 2 is not among the keys that this node runs with (1)",
+        ],
+        id="no virtual IP, another key",
+    ),
     pytest.param(
         {
             "ha_firewall_priority": 100,
