@@ -1080,7 +1080,7 @@ class Run:
         changed = bool(rules_differ or stale or enable)
         if rules_differ and not self.rollback and params["check_flows"]:
             self.check_flows()
-        if not changed or module.check_mode:
+        if module.check_mode or not (changed or self.rollback):
             return self.result(changed, diffs, self.after)
         if self.rollback and rules_differ:
             module.warn("Another program changed the rules while they were on probation. Run again to repair them.")

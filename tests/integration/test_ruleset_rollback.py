@@ -285,6 +285,16 @@ def test_a_confirmation_that_comes_too_late_or_has_no_guard_is_refused(machine):
     assert "CTSYNC" not in machine.run("iptables-save")
 
 
+def test_removal_is_on_probation_too_and_leaves_no_empty_folder(machine):
+    machine.module("ruleset", rules=[GOOD])
+    machine.module("ruleset", rules=[GOOD], persist=False)  # leaves the folder
+    gone = {"state": "absent", "rollback_id": "0123456789abcdef", "rollback_timeout": 3000}
+    assert machine.module("ruleset", **gone)["rollback"]["outcome"] == "armed"
+    assert machine.module("ruleset", rollback_step="confirm", **gone)["rollback"]["outcome"] == "confirmed"
+    assert "CTSYNC" not in machine.run("iptables-save")
+    assert not machine.run("find", "/etc/ctsync", "/var/lib/ctsync", check=False)
+
+
 def test_the_policy_and_what_is_remembered_of_it_come_back(machine):
     rules = ["-P FORWARD DROP", "-A FORWARD -j LOG"]
     machine.module("ruleset", rules=rules, rules6=rules, rollback_timeout=5, rollback_id="0123456789abcdef")
