@@ -195,7 +195,14 @@ ROWS = (
         for size, said in (("100000", "100,000"), ("1000000", "1,000,000"))
         for row in (
             _both(
-                *(f"commit-{size}", COMMIT, f"commit of {said} (classic mode)", "s", f"commit-{size}", "seconds"),
+                *(
+                    f"commit-{size}",
+                    COMMIT,
+                    f"commit of {said} (classic mode)",
+                    "ms/1000 flows",
+                    f"commit-{size}",
+                    "ms_per_1000",
+                ),
                 ours="ctsyncd-cache",
                 must=0.6,
                 aim=0.4,
@@ -213,6 +220,15 @@ ROWS = (
                 aim=1,
             ),
         )
+    ),
+    *(
+        _alone(
+            *(f"resync-missing-{variant}-{size}", COMMIT, f"{variant}: flows missing after a full resync of {said}"),
+            *("flows", f"resync-{size}", "missing"),
+            ours=variant,
+        )
+        for size, said in (("100000", "100,000"), ("1000000", "1,000,000"))
+        for variant in ("ctsyncd-cache", "conntrackd")
     ),
     _alone("take-over", COMMIT, "take-over, hot standby: entries inserted", "entries", "take-over", "inserted", must=0),
     Row(
