@@ -15,6 +15,7 @@ import pathlib
 import re
 import shutil
 import subprocess
+import time
 
 import pytest
 import testinfra
@@ -25,6 +26,7 @@ PREFIX = os.environ["CTSYNC_LAB_PREFIX"]
 LOOK = pathlib.Path(__file__).parents[1] / "files" / "look.sh"
 FIREWALLS = ("fw1", "fw2")
 NEXT = "99.0.0"
+DEADLINE = 60  # seconds; generous, it is a condition that is waited for
 NEW_KEY = base64.b64encode(os.urandom(32)).decode()
 
 
@@ -61,7 +63,8 @@ def play(name, variables=None, collections=None):
 
 
 def status(name):
-    return json.loads(node(name).run("ctsyncd status --json").stdout)
+    said = node(name).run("ctsyncd status --json").stdout
+    return json.loads(said) if said else {}
 
 
 def lines():
@@ -72,6 +75,10 @@ def lines():
 def session():
     """A session that counts aloud, from a to b, for as long as this module takes."""
     play("lab")  # gives power back to the node that lost it
+    deadline = time.monotonic() + DEADLINE
+    while any(status(name).get("verdict") != "READY" for name in FIREWALLS):
+        assert time.monotonic() < deadline, [status(name) for name in FIREWALLS]
+        time.sleep(0.5)
     node("a").check_output(
         "systemd-run --collect --unit=operate --property=StandardOutput=truncate:/root/operate.log"
         " ssh -oServerAliveInterval=1 -oServerAliveCountMax=10 b"
@@ -120,9 +127,8 @@ def test_upgrade_hands_over_and_keeps_the_session(goes_on, next_version):
 
 
 def test_another_key_without_a_gap(goes_on, next_version):
-    roles = {name: status(name)["role"] for name in FIREWALLS}
+    standby, active = sorted(FIREWALLS, key=lambda name: status(name)["role"] == "active")
     said = play("rotate_key", {"ha_firewall_key": NEW_KEY, "ha_firewall_key_id": 2}, next_version)
-    standby, active = sorted(FIREWALLS, key=lambda name: roles[name] == "active")
     assert re.findall(r"msg: (fw\d accepts .*)", said) == [
         f"{standby} accepts 1 and 2, sends with 1",
         f"{active} accepts 1 and 2, sends with 2",
