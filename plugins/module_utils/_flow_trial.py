@@ -156,7 +156,7 @@ def established(limit: int = MAX_FLOWS) -> Tuple[List[Flow], int, int]:
 def _checksum(data: bytes) -> int:
     if len(data) % 2:
         data += b"\0"
-    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return ~total & 0xFFFF
@@ -243,7 +243,7 @@ class _Trial:
         """The hardware address of an interface in this namespace (sysfs may show another one's)."""
         with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as sock:
             sock.bind((name, 0))
-            return sock.getsockname()[4]
+            return bytes(sock.getsockname()[4])
 
     def load(self) -> None:
         """The ipsets with their members, then the ruleset."""

@@ -250,7 +250,7 @@ def ask(ident: str, what: str, reason: str = "", patience: float = 3.0) -> Dict[
                     stream.flush()
                     line = stream.readline()
                 if line:
-                    return json.loads(line)
+                    return dict(json.loads(line))
         except (OSError, ValueError):
             pass
         if now() > deadline:

@@ -97,7 +97,7 @@ def _networks(text: str) -> List[Network]:
         if dash:
             return list(
                 ipaddress.summarize_address_range(
-                    ipaddress.ip_address(first.strip()),  # type: ignore[arg-type, type-var]
+                    ipaddress.ip_address(first.strip()),
                     ipaddress.ip_address(last.strip()),
                 )
             )
@@ -257,7 +257,7 @@ class _Checker:
 
     def _action(self) -> str:
         actions = _FILTER_ACTIONS if self.table == "filter" else _NAT_ACTIONS
-        action = self.values.get("action", "").lower()
+        action: str = self.values.get("action", "").lower()
         if not action and not any("key 'action'" in problem for problem in self.problems):
             self.wrong("action", f"is missing; write one of {', '.join(actions)}")
         elif action and action not in actions:
@@ -299,7 +299,7 @@ class _Checker:
         return found
 
     def _interfaces(self, key: str) -> List[str]:
-        names = self.values.get(key, [])
+        names: List[str] = self.values.get(key, [])
         if names and self.chain in _NO_CHAIN[key]:
             self.wrong(key, f"cannot be used in chain {self.chain}, where it is not known")
         for name in names:
@@ -416,7 +416,7 @@ class _Checker:
         own = f"{self.table.upper()}-{self.number}"
         holes = [("-s", net) for net in sources.outside] + [("-d", net) for net in destinations.outside]
         lines = self._lines(family, sources, destinations, ("-j", own) if holes else act)
-        inner = [(flag, str(net), "-j", "RETURN") for flag, net in holes]
+        inner: List[Tuple[str, ...]] = [(flag, str(net), "-j", "RETURN") for flag, net in holes]
         if holes and (self.values.get("to_ports") or self.values.get("reject_with")):
             # such a target wants the protocol said in its own rule
             inner += dict.fromkeys((*args[:2], *act) for args in self._protocol_args(family))

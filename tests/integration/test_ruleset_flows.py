@@ -59,8 +59,12 @@ for name, kind, address, port in [
     ("own1", socket.SOCK_STREAM, "10.1.0.1", 7001),
 ]:
     flows[name] = sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, kind)
-    sock.settimeout(2)
+    sock.settimeout(30)  # a wire that has just come up may lose the first packets
     sock.connect((address, port))
+    if kind == socket.SOCK_STREAM:
+        sock.send(b"x")
+        sock.recv(99)
+    sock.settimeout(2)
 for line in sys.stdin:
     alive = []
     for name, sock in flows.items():
@@ -185,5 +189,7 @@ def test_nothing_is_claimed_where_the_trial_does_not_resemble_the_machine(path):
     path.firewall.run("ip", "route", "del", "10.2.0.0/24", "dev", "outside")
     path.firewall.run("ip", "address", "del", "10.2.0.1/24", "dev", "outside")
     result = path.firewall.module("ruleset", check=True, rules=["-A FORWARD -j DROP"], rules6=SIX, **path.settings)
-    assert result["would_cut"]["unknown"] == 3, result["would_cut"]
+    # two, or three: the kernel drops what was masqueraded behind an address soon after the address has gone
+    assert result["would_cut"]["unknown"] in (2, 3), result["would_cut"]
+    assert result["would_cut"]["checked"] == 2
     assert result["would_cut"]["count"] == 0
