@@ -442,7 +442,7 @@ def test_without_iptables_only_a_prediction_is_possible(machine):
     assert "Install the package iptables" in failed["msg"]
 
 
-# What Docker 26, fail2ban 1.0 and an operator leave behind, as iptables-save prints it.
+# Modelled on what Docker, fail2ban and an operator leave behind; none of them runs here.
 FOREIGN = """\
 *filter
 :INPUT DROP [0:0]
