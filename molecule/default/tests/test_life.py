@@ -31,7 +31,7 @@ class Node:
         return json.loads(said) if said else {}
 
     def not_ready(self):
-        return self.run("cat /run/ctsync/not-ready").strip() == "1"
+        return self.run("cat /run/ctsync/not-ready").strip() in ("1", "2")
 
     def journal_since(self, mark, unit):
         return self.run(f"journalctl --no-pager -q -o cat -u {unit} --since=@{mark}")
