@@ -45,13 +45,14 @@ class _Columns:
 
     __slots__ = ("_kind", "_parts", "_source", "_width", "left", "rest", "shape")
 
-    def __init__(self, kind: int, key_len: int, width: int, parts: int, source: Iterator[bytes], left: int) -> None:
+    def __init__(self, kind: int, key_len: int, source: Iterator[bytes], left: int) -> None:
         self.shape = (kind, key_len)
         self.left = left  # changes
         self.rest = b""  # joined rows that were taken from the source and not sent
+        rows = kind == wire.RECORD_ROWS
         self._kind = kind
-        self._width = width
-        self._parts = parts  # of a row: key and value, or the key alone
+        self._width = shapes.SHAPES[key_len].row if rows else key_len
+        self._parts = 2 if rows else 1  # of a row in the source: key and value, or the key alone
         self._source = source
 
     def fill(self, room: int, guesses: dict[tuple[int, int], float]) -> tuple[bytes, int]:
@@ -257,7 +258,7 @@ class Pending:
         self._born = generation.born
         stages = self._stages
         for key_len, keys in generation.gone.items():
-            stages.append(_Columns(wire.RECORD_GONE, key_len, key_len, 1, iter(keys), len(keys)))
+            stages.append(_Columns(wire.RECORD_GONE, key_len, iter(keys), len(keys)))
         if generation.flows:
             flows = (
                 wire.tlv(wire.RECORD_FLOW, wire.encode_flow_record(key, *flow))
@@ -267,7 +268,7 @@ class Pending:
         for key_len, rows in generation.rows.items():
             if rows:
                 parts = itertools.chain.from_iterable(rows.items())
-                stages.append(_Columns(wire.RECORD_ROWS, key_len, shapes.SHAPES[key_len].row, 2, parts, len(rows)))
+                stages.append(_Columns(wire.RECORD_ROWS, key_len, parts, len(rows)))
         if generation.mark is not None:
             stages.append(_Singles(iter((generation.mark,)), 1))
 

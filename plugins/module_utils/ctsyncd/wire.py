@@ -278,7 +278,7 @@ def decode_bulk_end(payload: bytes) -> tuple[int, int]:
 _COLUMNS = struct.Struct("!BH")  # length of the keys, rows
 _FEW = 16
 _FEW_ROWS = 24  # with fewer rows FEW saves next to nothing
-_SAMPLE = 20  # a look at the first rows tells nearly always
+_FEW_SHARE = 20  # where one of two bytes that were looked at is in fewer rows than one in so many, there are not few
 _BITS = bytes(code == ord("1") for code in range(256))
 _DIGITS = b"0123456789abcdef"
 _ZONE_DIRECTIONS = b"\1\2"
@@ -407,13 +407,14 @@ def _encode_columns(columns: list[bytes], count: int) -> bytes:
         first = column[0]
         high <<= 1
         low <<= 1
-        if column.count(first) == count:
+        often = column.count(first)
+        if often == count:
             if first:
                 low |= 1
                 same.append(first)
             continue
         high |= 1
-        if count >= _FEW_ROWS and len(set(column[:_SAMPLE])) <= _FEW:
+        if count >= _FEW_ROWS and max(often, column.count(column[count >> 1])) * _FEW_SHARE > count:
             values = bytes(set(column))
             if len(values) <= _FEW and 1 + len(values) + (count + 1) // 2 < count:
                 few.append(_encode_few(column, values))
