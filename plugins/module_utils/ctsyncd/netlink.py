@@ -19,11 +19,13 @@ import struct
 from typing import Collection, Iterator, NamedTuple, Sequence, TypeVar
 
 from . import ctnetlink
+from .columns import Gathering, General
 from .constants import IPPROTO_SCTP, IPPROTO_TCP, IPS_SEEN_REPLY
-from .ctnetlink import Event, Kind, Message
+from .ctnetlink import Kind
 from .errors import NetlinkError
 from .filters import EventFilter
 from .flow import Flow
+from .rows import Changes, unpack
 
 # <linux/netlink.h>
 NETLINK_ROUTE = 0
@@ -159,8 +161,11 @@ def _zone_instructions(code: _Assembler, zones: Collection[int]) -> None:
     code.add(_BPF_JA, label="drop")
     code.label("no zone")
     if 0 not in zones:
-        code.find(ctnetlink.CTA_TUPLE_ORIG, ctnetlink.CTA_TUPLE_ZONE, missing="drop")
         # a zone of one direction only: rare, and judged by the reader
+        code.find(ctnetlink.CTA_TUPLE_ORIG, ctnetlink.CTA_TUPLE_ZONE, missing="no zone of the original direction")
+        code.add(_BPF_JA, label="zone wanted")
+        code.label("no zone of the original direction")
+        code.find(ctnetlink.CTA_TUPLE_REPLY, ctnetlink.CTA_TUPLE_ZONE, missing="drop")
     code.label("zone wanted")
 
 
@@ -259,7 +264,7 @@ class EventSocket(_Socket):
     ) -> None:
         super().__init__(NETLINK_NETFILTER, receive_buffer)
         self.overruns = 0
-        self.malformed = 0
+        self._general = General()
         try:
             self.set_filter(ignore_portids, unwanted)
             groups = NF_NETLINK_CONNTRACK_NEW | NF_NETLINK_CONNTRACK_UPDATE | NF_NETLINK_CONNTRACK_DESTROY
@@ -280,29 +285,34 @@ class EventSocket(_Socket):
         """Ask for a larger receive buffer (bytes)."""
         self._set_receive_buffer(receive_buffer)
 
-    def read(self, limit: int = 1000) -> list[Event]:
-        """At most ``limit`` events that are there now, without waiting.
+    def read(self, limit: int = 4096) -> Changes:
+        """What the events that are there now say, at most ``limit`` of them, without waiting.
 
-        An element of kind OVERRUN says that the kernel dropped events because this socket's buffer was full: those
-        before and behind it are good, but something is missing, and only a dump tells what.
+        ``lost``: the kernel dropped events because this socket's buffer was full; what is told is good, but something
+        is missing, and only a dump tells what.
         """
-        events: list[Event] = []
-        while len(events) < limit:
+        found = Gathering()
+        events, lost = 0, False
+        while events < limit:
             try:
                 data = self._receive(socket.MSG_DONTWAIT, _EVENT_SIZE)
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
                     raise
                 self.overruns += 1
-                events.append(Message(Kind.OVERRUN))
+                lost = True
                 continue
             if data is None:
                 break
-            try:
-                events.extend(ctnetlink.parse_messages(data))
-            except NetlinkError:
-                self.malformed += 1
-        return events
+            count, missing = self._general.event(data, found)
+            events += count
+            lost |= missing
+        return found.changes(events, lost, events >= limit)
+
+    @property
+    def malformed(self) -> int:
+        """Datagrams that could not be decoded."""
+        return self._general.malformed
 
 
 class RequestSocket(_Socket):
@@ -338,6 +348,35 @@ class RequestSocket(_Socket):
             failures += [(start + index, number) for index, number in self._batch(messages[start:end])]
             start = end
         return failures
+
+    def create_rows(
+        self, key_len: int, keys: Sequence[bytes], values: Sequence[bytes], timeouts: Sequence[int]
+    ) -> list[tuple[int, int]]:
+        """Create an entry for each row, with these timeouts in seconds; failures as :meth:`inject` tells them."""
+        return self.inject(
+            [ctnetlink.create(unpack(*row), timeout=seconds) for *row, seconds in zip(keys, values, timeouts)]
+        )
+
+    def update_rows(
+        self, key_len: int, keys: Sequence[bytes], values: Sequence[bytes], timeouts: Sequence[int]
+    ) -> list[tuple[int, int]]:
+        """Change the entry of each row: status, timeout in seconds, TCP state, mark.  Otherwise as create_rows."""
+        return self.inject(
+            [ctnetlink.update(unpack(*row), timeout=seconds) for *row, seconds in zip(keys, values, timeouts)]
+        )
+
+    def set_timers(self, key_len: int, keys: Sequence[bytes], timeouts: Sequence[int]) -> list[tuple[int, int]]:
+        """Give each entry a timeout in seconds and change nothing else.  Otherwise as create_rows."""
+        return self.inject(
+            [
+                ctnetlink.update(ctnetlink.flow_of_key(key), timeout=seconds, status=False)
+                for key, seconds in zip(keys, timeouts)
+            ]
+        )
+
+    def delete_keys(self, key_len: int, keys: Sequence[bytes]) -> list[tuple[int, int]]:
+        """Delete the entry of each key.  Otherwise as create_rows."""
+        return self.inject([ctnetlink.delete(ctnetlink.flow_of_key(key)) for key in keys])
 
     def _batch(self, messages: Sequence[bytes]) -> list[tuple[int, int]]:
         first = self._sequence(len(messages) + 1)
@@ -419,11 +458,19 @@ class TableDump(_Socket):
             self.close()
             raise
 
-    def read(self, slices: int = 1) -> list[Flow]:
-        """The flows of at most ``slices`` datagrams (about 130 flows each), without waiting.
+    def read(self, slices: int = 1) -> Changes:
+        """The entries of at most ``slices`` datagrams (about 130 each), without waiting; ``more`` until it is done.
 
         Raises NetlinkError if the kernel ends the dump with an error.
         """
+        found = Gathering()
+        flows = self.read_flows(slices)
+        for flow in flows:
+            found.flow(flow)
+        return found.changes(len(flows), more=not self.done)
+
+    def read_flows(self, slices: int = 1) -> list[Flow]:
+        """The same as flows, for those who want all that the kernel says: start, CTA_ID, window data."""
         flows: list[Flow] = []
         while slices > 0 and not self.done:
             slices -= 1
@@ -463,7 +510,7 @@ def dump_flows(family: int = 0) -> Iterator[list[Flow]]:
         poll.register(walk, select.POLLIN)
         while not walk.done:
             poll.poll()
-            flows = walk.read()
+            flows = walk.read_flows()
             if flows:
                 yield flows
         if walk.interrupted:
