@@ -10,8 +10,7 @@ clock that the caller owns.  What the peer does wrong never raises: it is droppe
 from __future__ import annotations
 
 import collections
-import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 from . import wire
@@ -20,11 +19,15 @@ from .errors import WireError
 
 WINDOW_BLOCKS = 512  # blocks that a receiver buffers ahead; the credit that it gives
 REPLAY_WINDOW = 1024  # datagrams that may arrive late
-ACK_DELAY_S = 0.01
-RETRANSMIT_MIN_S = 0.1
+ACK_DELAY_S = 0.05  # longest wait before a block is acknowledged ...
+ACK_BLOCKS = 64  # ... unless so many came
+ACK_HOLE_S = 0.005  # while blocks are missing or come twice: between two acknowledgements
+RETRANSMIT_MIN_S = 0.2
 RETRANSMIT_MAX_S = 2.0
-REORDER_THRESHOLD = 3  # later blocks acknowledged before a missing one counts as lost (RFC 9002, 6.1.1)
+REORDER_THRESHOLD = 3  # later sendings acknowledged before one counts as lost (RFC 9002, 6.1.1)
+_BACK_OFF = 4  # times that the time to a retransmission doubles; by then it is RETRANSMIT_MAX_S
 
+_NEWS_BYTES = wire.TLV_BYTES + 16 + wire.MAX_EARLY_BYTES + wire.TLV_BYTES + 6  # the longest ACK and STATUS
 _MAX_PACKETS = 1 << 62  # per key; never reached, and refused rather than wrapped
 
 
@@ -52,14 +55,17 @@ class PeerLeft(NamedTuple):
 class _InFlight:
     """A block that the peer has not acknowledged."""
 
-    __slots__ = ("first_sent", "frame", "interval", "records", "sent")
+    __slots__ = ("acked", "again", "born", "frame", "level", "order", "records", "sent")
 
-    def __init__(self, frame: bytes, records: int, born: float, now: float) -> None:
+    def __init__(self, frame: bytes, records: int, born: float) -> None:
         self.frame = frame
         self.records = records
-        self.first_sent = born
-        self.sent = now
-        self.interval = 0.0
+        self.born = born
+        self.sent = 0.0  # last
+        self.order = 0  # of its last sending among all sendings of blocks
+        self.level = 0  # timeouts that it went through
+        self.again = False  # it was sent more than once
+        self.acked = False
 
 
 class _Keys:
@@ -118,12 +124,26 @@ class _Established:
         self.next_block = 0
         self.limit = WINDOW_BLOCKS
         self.in_flight: dict[int, _InFlight] = {}
-        self.largest_acked = -1
+        self.records = 0  # in them
+        self.acked = 0  # all blocks below it are acknowledged; it itself is not
+        self.acked_early = 0  # bit k: so is block acked + 1 + k
+        self.sendings = 0
+        self.newest_acked = 0  # the latest sending that was acknowledged
+        # sendings in their order, by how many timeouts the block went through; some may be out of date
+        self.timers: list[collections.deque[tuple[int, _InFlight]]] = [
+            collections.deque() for _level in range(_BACK_OFF + 1)
+        ]
+        self.lost: list[_InFlight] = []  # to be sent again at once
+        self.probe_at = 0.0
+        self.probe_wait = 0.0  # 0: the peer is not silent
         self.srtt: float | None = None
         # receiving
         self.expected = 0
         self.early: dict[int, bytes] = {}
+        self.early_bits = 0  # bit k: block expected + 1 + k is in early
         self.ack_at: float | None = None
+        self.ack_sent = float("-inf")
+        self.unacked = 0  # blocks since then
 
 
 class Session:
@@ -167,8 +187,6 @@ class Session:
         self._status = wire.Status(wire.ROLE_UNKNOWN, 0, 0)
         self._status_due = False
         self._out: list[bytes] = []
-        self._retransmit: collections.deque[int] = collections.deque()
-        self._probing = False  # the peer was silent when retransmissions were last due
 
     def set_timers(self, hello_interval_s: float, dead_after_s: float) -> None:
         """Other timers, from the next sign of life on."""
@@ -202,8 +220,7 @@ class Session:
         session = self._established
         if session is None or not session.in_flight:
             return 0, None
-        flights = session.in_flight.values()
-        return sum(flight.records for flight in flights), min(flight.first_sent for flight in flights)
+        return session.records, session.in_flight[session.acked].born
 
     # --- what the engine does ----------------------------------------------------------------------------------------
 
@@ -217,10 +234,12 @@ class Session:
             raise ValueError("no session, no credit or block too long")
         number = session.next_block
         session.next_block += 1
-        frame = wire.encode_block(number, records)
-        session.in_flight[number] = _InFlight(frame, count, born, now)
+        flight = _InFlight(wire.encode_block(number, records), count, born)
+        session.in_flight[number] = flight
+        session.records += count
         self.counters["records_sent"] += count
-        self._send(session, frame)
+        more = self._news(session, now, riding=True) if len(records) + _NEWS_BYTES <= self.block_bytes else b""
+        self._send_flight(session, flight, now, more)
 
     def set_status(self, status: wire.Status) -> None:
         """What the next heartbeat says; a changed role or flag is told at once."""
@@ -277,7 +296,6 @@ class Session:
             _Keys(self._crypto, self._secrets, sealer.nonce + peer_nonce, self.node, self.peer),
             _Keys(self._crypto, self._secrets, peer_nonce + sealer.nonce, self.peer, self.node),
         )
-        self._retransmit.clear()
         self.last_seen = now
         self._heartbeat_at = now
         self._status_due = True
@@ -312,6 +330,8 @@ class Session:
                 self._receive_ack(session, wire.decode_ack(payload), now)
             elif kind == wire.FRAME_STATUS:
                 events.append(StatusReceived(wire.decode_status(payload)))
+                if now >= self._heartbeat_at - self._interval / 2:  # this node is awake: both beat together
+                    self._heartbeat_at = now
             elif kind == wire.FRAME_BYE:
                 events.append(PeerLeft())
             else:
@@ -323,43 +343,72 @@ class Session:
             raise WireError("over_credit")
         if number < session.expected or number in session.early:
             self.counters["blocks_duplicate"] += 1
-            session.ack_at = now
+            self._ack_soon(session, now)
             return []
         self.counters["blocks_received"] += 1
+        session.unacked += 1
         if number != session.expected:
             self.counters["blocks_early"] += 1
             session.early[number] = records
-            session.ack_at = now  # tell of the hole at once
+            session.early_bits |= 1 << (number - session.expected - 1)
+            self._ack_soon(session, now)
             return []
         events: list[NamedTuple] = [BlockReceived(records)]
-        session.expected += 1
-        while session.expected in session.early:
-            events.append(BlockReceived(session.early.pop(session.expected)))
-            session.expected += 1
-        if session.ack_at is None:
+        number += 1
+        while number in session.early:
+            events.append(BlockReceived(session.early.pop(number)))
+            number += 1
+        session.early_bits >>= number - session.expected
+        session.expected = number
+        if session.unacked >= ACK_BLOCKS:
+            session.ack_at = now
+        elif session.early:
+            self._ack_soon(session, now)
+        elif session.ack_at is None:
             session.ack_at = now + ACK_DELAY_S
         return events
 
+    @staticmethod
+    def _ack_soon(session: _Established, now: float) -> None:
+        """Something is missing, or an acknowledgement was lost: tell at once, but not all the time."""
+        moment = max(now, session.ack_sent + ACK_HOLE_S)
+        session.ack_at = moment if session.ack_at is None else min(session.ack_at, moment)
+
     def _receive_ack(self, session: _Established, ack: wire.Ack, now: float) -> None:
-        if ack.expected > session.next_block or (ack.ranges and ack.ranges[-1][1] > session.next_block):
+        last = ack.expected + 1 + ack.early.bit_length() if ack.early else ack.expected
+        if last > session.next_block:
             raise WireError("malformed", "acknowledges what was never sent")
+        if ack.expected < session.acked:
+            return  # overtaken by a later one
+        if ack.expected < session.next_block and ack.expected not in session.in_flight:
+            raise WireError("malformed", "takes back an acknowledgement")
         session.limit = max(session.limit, min(ack.limit, ack.expected + WINDOW_BLOCKS))  # a bound for in_flight
-        acked = [number for number in session.in_flight if number < ack.expected]
-        oldest = next(iter(session.in_flight), session.next_block)  # a range may begin long before what is in flight
-        for first, end in ack.ranges:
-            acked.extend(number for number in range(max(first, oldest), end) if number in session.in_flight)
-        if not acked:
+        in_flight = session.in_flight
+        numbers = [number for number in range(session.acked, ack.expected) if number in in_flight]
+        known = session.acked_early >> (ack.expected - session.acked)
+        fresh = ack.early & ~known
+        session.acked, session.acked_early = ack.expected, ack.early | known
+        while fresh:
+            lowest = fresh & -fresh
+            fresh ^= lowest
+            numbers.append(ack.expected + lowest.bit_length())
+        if not numbers:
             return
-        for number in acked:
-            flight = session.in_flight.pop(number)
-            if flight.interval == 0.0:  # never retransmitted: an honest sample (Karn)
-                sample = now - flight.sent
-                session.srtt = sample if session.srtt is None else 0.875 * session.srtt + 0.125 * sample
-        session.largest_acked = max(session.largest_acked, *acked)
-        for number, flight in session.in_flight.items():
-            if number + REORDER_THRESHOLD <= session.largest_acked and flight.interval == 0.0:
-                flight.interval = self._first_timeout(session)
-                self._retransmit.append(number)
+        for number in numbers:
+            flight = in_flight.pop(number)
+            flight.acked = True
+            session.records -= flight.records
+            # soon after a retransmission: that was about an earlier sending
+            if not flight.again or now - flight.sent >= (session.srtt or 0.0) / 2:
+                session.newest_acked = max(session.newest_acked, flight.order)
+        if not flight.again:  # an honest sample (Karn); of the last one, that waited least for its acknowledgement
+            sample = now - flight.sent
+            session.srtt = sample if session.srtt is None else 0.875 * session.srtt + 0.125 * sample
+        for timers in session.timers:
+            while timers and (_outdated(timers[0]) or timers[0][0] + REORDER_THRESHOLD <= session.newest_acked):
+                entry = timers.popleft()
+                if not _outdated(entry):
+                    session.lost.append(entry[1])
 
     # --- output ------------------------------------------------------------------------------------------------------
 
@@ -382,68 +431,100 @@ class Session:
             self._send_hello(session.hello, session.peer_nonce)
             self._hello_at = now + self._interval
         self._poll_retransmissions(session, now)
-        frames = b""
-        if session.ack_at is not None and now >= session.ack_at:
-            frames += wire.encode_ack(self._ack(session))
-            session.ack_at = None
-        if self._status_due or now >= self._heartbeat_at:
-            if not frames:
-                frames = wire.encode_ack(self._ack(session))  # heals a lost acknowledgement
-                session.ack_at = None
-            frames += wire.encode_status(self._status)
-            self._status_due = False
-            self._heartbeat_at = now + self._interval
+        frames = self._news(session, now)
         if frames:
             self._send(session, frames)
 
+    def _news(self, session: _Established, now: float, riding: bool = False) -> bytes:
+        """The acknowledgement and the status, where they are due; both a little early if they are ``riding`` on a
+        datagram that is sent anyway: that saves a datagram here, and a wake-up on the other side."""
+        status = self._status_due or now >= self._heartbeat_at - self._interval / 2
+        if riding:
+            due = status or session.ack_at is not None
+        else:
+            due = self._status_due or now >= self._heartbeat_at
+            due = due or (session.ack_at is not None and now >= session.ack_at)
+        if not due:
+            return b""
+        frames = wire.encode_ack(self._ack(session))  # with each status: that heals a lost acknowledgement
+        session.ack_at = None
+        session.ack_sent = now
+        session.unacked = 0
+        if status:
+            frames += wire.encode_status(self._status)
+            self._status_due = False
+            self._heartbeat_at = now + self._interval
+        return frames
+
     def _poll_retransmissions(self, session: _Established, now: float) -> None:
-        while self._retransmit:
-            flight = session.in_flight.get(self._retransmit.popleft())
-            if flight is not None:
-                self._resend(session, flight, now)
-        self._probing = not self.alive(now)
-        for flight in self._timed(session):
-            interval = flight.interval or self._first_timeout(session)
-            if now >= flight.sent + interval:
-                flight.interval = min(interval * 2, RETRANSMIT_MAX_S)
-                self._resend(session, flight, now)
+        lost, session.lost = session.lost, []
+        for flight in lost:
+            if not flight.acked:
+                self._send_again(session, flight, now)
+        if not session.in_flight:
+            session.probe_wait = 0.0
+        elif self.alive(now):
+            session.probe_wait = 0.0
+            for level, timers in enumerate(session.timers):
+                limit = now - self._timeout(session, level)
+                while timers and (_outdated(timers[0]) or timers[0][1].sent <= limit):
+                    entry = timers.popleft()
+                    if not _outdated(entry):
+                        entry[1].level = min(level + 1, _BACK_OFF)
+                        self._send_again(session, entry[1], now)
+        elif not session.probe_wait:
+            session.probe_wait = self._timeout(session, 0)
+            session.probe_at = now + session.probe_wait
+        elif now >= session.probe_at:  # a silent peer gets the oldest alone, not the whole window
+            session.probe_wait = min(2 * session.probe_wait, RETRANSMIT_MAX_S)
+            session.probe_at = now + session.probe_wait
+            flight = session.in_flight[session.acked]
+            flight.again = True
+            self.counters["blocks_retransmitted"] += 1
+            self._send(session, flight.frame)
 
-    def _timed(self, session: _Established) -> Iterable[_InFlight]:
-        """Blocks that are sent again at their timeout.  A silent peer gets the oldest alone, not the whole window."""
-        flights = session.in_flight.values()
-        return itertools.islice(flights, 1) if self._probing else flights
-
-    def _resend(self, session: _Established, flight: _InFlight, now: float) -> None:
+    def _send_flight(self, session: _Established, flight: _InFlight, now: float, more: bytes = b"") -> None:
+        session.sendings += 1
         flight.sent = now
-        self.counters["blocks_retransmitted"] += 1
-        self._send(session, flight.frame)
+        flight.order = session.sendings
+        session.timers[flight.level].append((flight.order, flight))
+        self._send(session, flight.frame + more)
 
-    def _first_timeout(self, session: _Established) -> float:
-        return max(RETRANSMIT_MIN_S, 3 * (session.srtt or 0.0))
+    def _send_again(self, session: _Established, flight: _InFlight, now: float) -> None:
+        flight.again = True
+        self.counters["blocks_retransmitted"] += 1
+        self._send_flight(session, flight, now)
+
+    @staticmethod
+    def _timeout(session: _Established, level: int) -> float:
+        """Seconds from a sending to the next one, for a block that went through ``level`` timeouts."""
+        first: float = max(RETRANSMIT_MIN_S, 3 * (session.srtt or 0.0))
+        return min(first * (1 << level), RETRANSMIT_MAX_S)
 
     def next_deadline(self) -> float:
-        """When :meth:`poll` wants to be called next (monotonic seconds)."""
+        """When :meth:`poll` wants to be called next (monotonic seconds); 0 for at once."""
         session = self._established
+        if self._out:
+            return 0.0
         if session is None:
             return self._hello_at
+        if session.lost:
+            return 0.0
         deadline = self._heartbeat_at if session.confirmed else min(self._heartbeat_at, self._hello_at)
         if session.ack_at is not None:
             deadline = min(deadline, session.ack_at)
-        first = self._first_timeout(session)
-        for flight in self._timed(session):
-            deadline = min(deadline, flight.sent + (flight.interval or first))
+        if session.probe_wait:
+            return min(deadline, session.probe_at)
+        for level, timers in enumerate(session.timers):
+            while timers and _outdated(timers[0]):
+                timers.popleft()
+            if timers:
+                deadline = min(deadline, timers[0][1].sent + self._timeout(session, level))
         return deadline
 
-    def _ack(self, session: _Established) -> wire.Ack:
-        ranges: list[tuple[int, int]] = []
-        for number in sorted(session.early):
-            if ranges and ranges[-1][1] == number:
-                ranges[-1] = (ranges[-1][0], number + 1)
-            elif len(ranges) < wire.MAX_ACK_RANGES:
-                ranges.append((number, number + 1))
-            else:
-                break
-        return wire.Ack(session.expected, session.expected + WINDOW_BLOCKS, tuple(ranges))
+    @staticmethod
+    def _ack(session: _Established) -> wire.Ack:
+        return wire.Ack(session.expected, session.expected + WINDOW_BLOCKS, session.early_bits)
 
     def _send(self, session: _Established, frames: bytes) -> None:
         header = wire.encode_header(wire.DATA, self._send_key, session.local_nonce, session.packet)
@@ -464,6 +545,12 @@ class Session:
     @staticmethod
     def _hello_info(key_id: int, sender: str, receiver: str) -> bytes:
         return b"ctsync hello" + bytes((wire.VERSION, key_id)) + sender.encode() + b"\0" + receiver.encode()
+
+
+def _outdated(entry: tuple[int, _InFlight]) -> bool:
+    """Was the block of a sending acknowledged or sent again since?"""
+    order, flight = entry
+    return flight.acked or flight.order != order
 
 
 def _nonce(number: int) -> bytes:

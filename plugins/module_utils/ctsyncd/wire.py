@@ -57,9 +57,8 @@ TLV_BYTES = _TLV.size
 _U64 = struct.Struct("!Q")
 _BULK_END = struct.Struct("!II")
 _U32 = struct.Struct("!I")
-_ACK = struct.Struct("!QQB")
-_RANGE = struct.Struct("!QQ")
-MAX_ACK_RANGES = 32
+_ACK = struct.Struct("!QQ")
+MAX_EARLY_BYTES = 64  # of an ACK: one bit for each block that a receiver may keep
 
 BLOCK_HEADER_BYTES = TLV_BYTES + _U64.size
 
@@ -167,35 +166,24 @@ def decode_hello(data: bytes) -> Hello:
 
 class Ack(NamedTuple):
     """``expected``: first block not yet received in order; ``limit``: first block that must not be sent yet;
-    ``ranges``: half-open ranges [first, end) received out of order."""
+    ``early``: bit k (1 << k) tells that block ``expected`` + 1 + k was received."""
 
     expected: int
     limit: int
-    ranges: tuple[tuple[int, int], ...]
+    early: int
 
 
 def encode_ack(ack: Ack) -> bytes:
-    ranges = ack.ranges[:MAX_ACK_RANGES]
-    return tlv(
-        FRAME_ACK,
-        _ACK.pack(ack.expected, ack.limit, len(ranges)) + b"".join(_RANGE.pack(first, end) for first, end in ranges),
-    )
+    early = ack.early.to_bytes(-(-ack.early.bit_length() // 8), "little")
+    return tlv(FRAME_ACK, _ACK.pack(ack.expected, ack.limit) + early[:MAX_EARLY_BYTES])
 
 
 def decode_ack(payload: bytes) -> Ack:
     """Raises WireError ``malformed``."""
-    if len(payload) < _ACK.size:
-        raise WireError("malformed", "ack: truncated")
-    expected, limit, count = _ACK.unpack_from(payload)
-    if count > MAX_ACK_RANGES or len(payload) < _ACK.size + count * _RANGE.size:
-        raise WireError("malformed", "ack: ranges")
-    ranges = tuple(_RANGE.unpack_from(payload, _ACK.size + i * _RANGE.size) for i in range(count))
-    last = expected
-    for first, end in ranges:
-        if first < last or end <= first:
-            raise WireError("malformed", "ack: ranges out of order")
-        last = end
-    return Ack(expected, limit, ranges)
+    if not _ACK.size <= len(payload) <= _ACK.size + MAX_EARLY_BYTES:
+        raise WireError("malformed", f"ack: {len(payload)} bytes")
+    expected, limit = _ACK.unpack_from(payload)
+    return Ack(expected, limit, int.from_bytes(payload[_ACK.size :], "little"))
 
 
 def encode_block(sequence: int, records: bytes) -> bytes:
