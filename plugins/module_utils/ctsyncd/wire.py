@@ -15,9 +15,7 @@ from itertools import chain, compress
 from typing import NamedTuple
 
 from . import rows as shapes
-from .constants import AF_INET, AF_INET6, IPPROTO_TCP
 from .errors import WireError
-from .flow import Flow, SeqAdj, Tuple
 
 VERSION = 2
 
@@ -47,8 +45,6 @@ RECORD_FLOW = 3
 RECORD_BULK_BEGIN = 4
 RECORD_BULK_END = 5
 RECORD_BULK_REQUEST = 6
-RECORD_UPSERT = 7
-RECORD_DELETE = 8
 
 MAX_ROWS = 1024  # rows of one record: what a few bytes may grow to
 
@@ -506,138 +502,3 @@ def decode_flow_record(payload: bytes) -> tuple[bytes, bytes, bytes]:
     if extras:
         shapes.unpack(key, value, extras)
     return key, value, extras
-
-
-# --- (until the engine is changed) ---
-
-_ADDRESS_BYTES = {AF_INET: 4, AF_INET6: 16}
-
-# A flow record: this head, the original tuple, the reply tuple, then optional fields as TLVs.
-_FLOW = struct.Struct("!BBHBII")  # family, protocol, zone, bytes of l4, status, timeout
-_NO_TIMEOUT = 0xFFFFFFFF
-
-_F_STATE = 1
-_F_WSCALE = 2
-_F_FLAGS = 3
-_F_VTAGS = 4
-_F_MARK = 5
-_F_LABELS = 6
-_F_HELPER = 7
-_F_MASTER = 8
-_F_SEQADJ = 9
-
-_STATE_HEADER = tlv(_F_STATE, b"\0")[:TLV_BYTES]
-_VTAGS = struct.Struct("!II")
-_SEQADJ = struct.Struct("!IiiIii")
-_MASTER = struct.Struct("!BB")
-
-
-def encode_flow(flow: Flow) -> bytes:
-    """Compact record of a flow: what the peer needs to make the same entry.
-
-    Not carried: CTA_ID, timestamps (the peer's own are its truth)."""
-    timeout = _NO_TIMEOUT if flow.timeout is None else min(flow.timeout, _NO_TIMEOUT - 1)
-    out = [
-        _FLOW.pack(flow.family, flow.proto, flow.zone, len(flow.orig.l4), flow.status & 0xFFFFFFFF, timeout),
-        *flow.orig,
-        *flow.reply,
-    ]
-    if flow.state is not None:
-        out.append(tlv(_F_STATE, bytes((flow.state,))))
-    if flow.tcp_wscale is not None:
-        out.append(tlv(_F_WSCALE, bytes(flow.tcp_wscale)))
-    if flow.tcp_flags is not None:
-        out.append(tlv(_F_FLAGS, bytes(flow.tcp_flags)))
-    if flow.sctp_vtags is not None:
-        out.append(tlv(_F_VTAGS, _VTAGS.pack(*flow.sctp_vtags)))
-    if flow.mark is not None:
-        out.append(tlv(_F_MARK, _U32.pack(flow.mark)))
-    if flow.labels is not None:
-        out.append(tlv(_F_LABELS, flow.labels))
-    if flow.helper is not None:
-        out.append(tlv(_F_HELPER, flow.helper.encode()))
-    if flow.master is not None:
-        master = flow.master
-        out.append(
-            tlv(_F_MASTER, _MASTER.pack(flow.master_proto, len(master.l4)) + master.src + master.dst + master.l4)
-        )
-    if flow.seqadj is not None:
-        out.append(tlv(_F_SEQADJ, _SEQADJ.pack(*flow.seqadj[0], *flow.seqadj[1])))
-    return b"".join(out)
-
-
-def _tuple_at(data: bytes, offset: int, address: int, l4: int) -> tuple[Tuple, int]:
-    middle, ports, end = offset + address, offset + 2 * address, offset + 2 * address + l4
-    if end > len(data):
-        raise WireError("malformed", "flow: truncated tuple")
-    return Tuple(data[offset:middle], data[middle:ports], data[ports:end]), end
-
-
-def decode_flow(data: bytes) -> Flow:
-    """The flow of a record; unknown optional fields are skipped.  Raises WireError ``malformed``."""
-    if len(data) < _FLOW.size:
-        raise WireError("malformed", "flow: truncated head")
-    family, proto, zone, l4, status, timeout = _FLOW.unpack_from(data)
-    address = _ADDRESS_BYTES.get(family)
-    if address is None or l4 not in (0, 4):
-        raise WireError("malformed", f"flow: family {family}, {l4} bytes of ports")
-    orig, offset = _tuple_at(data, _FLOW.size, address, l4)
-    reply, offset = _tuple_at(data, offset, address, l4)
-    fields = dict(iter_tlv(data, offset))
-    try:
-        helper = fields[_F_HELPER].decode("ascii") if _F_HELPER in fields else None
-        master, master_proto = None, 0
-        if _F_MASTER in fields:
-            master_proto, master_l4 = _MASTER.unpack_from(fields[_F_MASTER])
-            if master_l4 not in (0, 4):
-                raise WireError("malformed", f"flow: master with {master_l4} bytes of ports")
-            master, _end = _tuple_at(fields[_F_MASTER], _MASTER.size, address, master_l4)
-        seqadj = None
-        if _F_SEQADJ in fields:
-            numbers = _SEQADJ.unpack(fields[_F_SEQADJ])
-            seqadj = (SeqAdj(*numbers[:3]), SeqAdj(*numbers[3:]))
-        state = fields[_F_STATE][0] if _F_STATE in fields else None
-        wscale, flags = fields.get(_F_WSCALE), fields.get(_F_FLAGS)
-        return Flow(
-            family,
-            proto,
-            zone,
-            orig,
-            reply,
-            status,
-            timeout=None if timeout == _NO_TIMEOUT else timeout,
-            state=state,
-            tcp_wscale=None if wscale is None else (wscale[0], wscale[1]),
-            tcp_flags=None if flags is None else (flags[0], flags[1]),
-            sctp_vtags=_VTAGS.unpack(fields[_F_VTAGS]) if _F_VTAGS in fields else None,
-            mark=_U32.unpack(fields[_F_MARK])[0] if _F_MARK in fields else None,
-            labels=fields.get(_F_LABELS),
-            helper=helper,
-            master=master,
-            master_proto=master_proto,
-            seqadj=seqadj,
-        )
-    except (struct.error, IndexError, UnicodeDecodeError) as error:
-        raise WireError("malformed", f"flow: {error!r}") from error
-
-
-def tcp_state(record: bytes) -> int | None:
-    """State of a TCP flow in a valid record, without decoding all of it; None for other protocols."""
-    if record[1] != IPPROTO_TCP:
-        return None
-    place = _FLOW.size + 4 * _ADDRESS_BYTES[record[0]] + 2 * record[4]
-    if record[place : place + TLV_BYTES] == _STATE_HEADER:  # where encode_flow puts it
-        return record[place + TLV_BYTES]
-    return decode_flow(record).state
-
-
-def decode_key(key: bytes) -> tuple[int, int, int, Tuple]:
-    """Family, protocol, zone and original tuple of a flow key.  Raises WireError ``malformed``."""
-    if len(key) < 4 or key[0] not in _ADDRESS_BYTES:
-        raise WireError("malformed", "flow key")
-    address = _ADDRESS_BYTES[key[0]]
-    l4 = len(key) - 4 - 2 * address
-    if l4 not in (0, 4):
-        raise WireError("malformed", "flow key: size")
-    orig, _end = _tuple_at(key, 4, address, l4)
-    return key[0], key[1], int.from_bytes(key[2:4], "big"), orig
