@@ -1,16 +1,77 @@
 # Copyright: (c) 2026, The ctsync authors
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Many ctnetlink messages at once: events and dumps to rows, rows to requests.  No I/O."""
+"""Many ctnetlink messages at once, by columns: events and dumps to rows, rows to requests.  No I/O.
+
+Messages of a kind that the kernel writes again and again have the same attributes in the same places.  What stands at
+a place is the *column* of that place: ``block[place::length]`` takes one byte out of each of a thousand joined
+messages in a single step of the interpreter, ``out[place::length] = column`` writes one into a thousand rows.
+
+Nothing is guessed.  A :class:`Layout` is learned from a message that was walked attribute by attribute, and it knows
+the header (length and type) of each attribute that the walk went through.  A message of the same length and type whose
+headers are all the same at the same places has the same attributes with values of the same sizes, so the general way
+(:func:`ctnetlink.decode_flow`) would find the same; every other message goes the general way.  They are compared as
+whole numbers: ``block & mask == want``, where the mask has the headers' bits.  The length alone tells nothing: 216
+bytes are "TCP with a mark" and "TCP in a zone of the original direction".
+
+What layouts there are comes from net/netfilter/nf_conntrack_netlink.c.  ``ctnetlink_conntrack_event`` writes
+TUPLE_ORIG, TUPLE_REPLY, [ZONE], ID, STATUS; then in an event of an entry's end [COUNTERS_ORIG, COUNTERS_REPLY,
+TIMESTAMP] (accounting, timestamps), [TIMEOUT] (if deleted; a timer's end has none) and [PROTOINFO], a TCP state alone;
+in other events TIMEOUT, [PROTOINFO] (not of UDP and ICMP), [HELP, SECCTX, LABELS, TUPLE_MASTER, SEQ_ADJ_ORIG,
+SEQ_ADJ_REPLY, SYNPROXY]; then [MARK] (if changed or not 0) and [TIMESTAMP_EVENT].  ``ctnetlink_fill_info``, for dumps:
+TUPLE_ORIG, TUPLE_REPLY, [ZONE], STATUS, MARK, ID, USE, [TUPLE_MASTER], TIMEOUT, [COUNTERS_ORIG, COUNTERS_REPLY,
+TIMESTAMP], [PROTOINFO, HELP, SECCTX, LABELS, SEQ_ADJ...].  A tuple is IP {SRC, DST}, PROTO {NUM, and two ports, or id,
+type and code}, [ZONE].  With IPv4 and ports, in bytes from the start of the message (struct nlmsghdr: 16, struct
+nfgenmsg: 4)::
+
+    20 TUPLE_ORIG   24 IP  28 header of SRC, 32 SRC  36, 40 DST  44 PROTO  48, 52 NUM  56, 60 SRC_PORT  64, 68 DST_PORT
+    72 TUPLE_REPLY  76 IP  80, 84 SRC  88, 92 DST  96 PROTO  100, 104 NUM  108, 112 SRC_PORT  116, 120 DST_PORT
+
+With IPv6 NUM is at 76.  Those two places are all that is fixed in this module, and only to sort messages before they
+are compared with what was learned.
+"""
 
 from __future__ import annotations
 
-from . import ctnetlink
-from .errors import NetlinkError
-from .flow import Flow, merge
-from .rows import Changes, is_partial, pack_value, unpack
+import array
+import functools
+import operator
+import struct
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Callable, NamedTuple
 
-# <linux/netlink.h>: a message of a subsystem has it in the high byte of its type
+from . import ctnetlink
+from .constants import (
+    AF_INET,
+    AF_INET6,
+    ICMP_PROTOCOLS,
+    IPS_ASSURED,
+    IPS_CONFIRMED,
+    IPS_DST_NAT,
+    IPS_SEEN_REPLY,
+    IPS_SRC_NAT,
+    TCP_FLAG_BE_LIBERAL,
+)
+from .errors import NetlinkError
+from .flow import BOTH_DIRECTIONS, Flow, merge
+from .rows import (
+    FLAGS_FROM_END,
+    MARK_FROM_END,
+    NO_SCALE,
+    SCALE_FROM_END,
+    SHAPES,
+    STATE_FROM_END,
+    STATUS_FROM_END,
+    TIMEOUT_FROM_END,
+    Changes,
+    Shape,
+    is_partial,
+    pack_value,
+    unpack,
+)
+
+# <linux/netlink.h>: the type of a message of a subsystem has the subsystem in its high byte
 _CT_NEW = ctnetlink.NFNL_SUBSYS_CTNETLINK << 8 | ctnetlink.IPCTNL_MSG_CT_NEW
 _CT_DELETE = ctnetlink.NFNL_SUBSYS_CTNETLINK << 8 | ctnetlink.IPCTNL_MSG_CT_DELETE
 
@@ -76,17 +137,428 @@ def _newer(known: Flow, flow: Flow) -> Flow:
     return merge(known, flow) if known.reply == flow.reply else flow
 
 
-class General:
-    """The general way: every message is walked attribute by attribute and becomes a flow.
+# --- layouts ---
 
-    ``malformed`` counts datagrams of events and messages of a dump that could not be decoded.
+_FAMILY_AT = ctnetlink.HEADER_LEN  # struct nfgenmsg begins with it
+_ATTRIBUTES_AT = ctnetlink.HEADER_LEN + 4
+_SEQ_AT = 8
+
+# What messages are sorted by: length, type, [flags,] family, the bytes at 52 and 76
+_EVENT_HEAD = "=IH10xB35xB23xB"
+_DUMP_HEAD = struct.Struct("=IHH8xB35xB23xB")
+HEAD_BYTES = _DUMP_HEAD.size
+"""Bytes that a buffer must have behind the start of a message, however short that is."""
+
+_ATTR = struct.Struct("=HH")  # struct nlattr: length, type
+
+_COLUMNS_FROM = 10  # fewer messages are cheaper one by one
+_COMPARED = 32  # messages at once
+_LAYOUTS_PER_HEAD = 8
+_HEADS = 256
+
+# Attributes whose values decide more than a column can tell
+_GENERAL_ONLY = frozenset(
+    (
+        *(ctnetlink.CTA_HELP, ctnetlink.CTA_LABELS, ctnetlink.CTA_TUPLE_MASTER),
+        *(ctnetlink.CTA_SEQ_ADJ_ORIG, ctnetlink.CTA_SEQ_ADJ_REPLY),
+    )
+)
+
+_IP_KINDS = {
+    AF_INET: (ctnetlink.CTA_IP_V4_SRC, ctnetlink.CTA_IP_V4_DST),
+    AF_INET6: (ctnetlink.CTA_IP_V6_SRC, ctnetlink.CTA_IP_V6_DST),
+}
+
+# TCP window scales (at most 14) and flags travel as nibbles: every byte as high and as low one, for translate()
+_SCALE_HIGH = bytes(min(byte, 14) << 4 for byte in range(256))
+_SCALE_LOW = bytes(min(byte, 14) for byte in range(256))
+_FLAGS_HIGH = bytes((byte & 15) << 4 for byte in range(256))
+_FLAGS_LOW = bytes(byte & 15 for byte in range(256))
+
+_Places = dict[int, tuple[int, int]]  # kind of an attribute: place and end of its value
+_Part = tuple[int, int]  # place, size; place 0: not there
+
+
+class _UnlearnableError(Exception):
+    """A message that only the general way may read."""
+
+
+class _Walk:
+    """The attributes of one message by place; ``headers`` are the places of struct nlattr that were passed."""
+
+    def __init__(self, message: bytes) -> None:
+        self._message = message
+        self.headers: list[int] = []
+        self.top = self._attributes(_ATTRIBUTES_AT, len(message))
+
+    def _attributes(self, at: int, end: int) -> _Places:
+        found: _Places = {}
+        while at < end:
+            if end - at < _ATTR.size:
+                raise _UnlearnableError
+            length, kind = _ATTR.unpack_from(self._message, at)
+            kind &= ctnetlink.NLA_TYPE_MASK
+            if kind in found or not _ATTR.size <= length <= end - at:
+                raise _UnlearnableError
+            self.headers.append(at)
+            found[kind] = (at + _ATTR.size, at + length)
+            at += (length + 3) & ~3
+        return found
+
+    def inside(self, found: _Places, kind: int) -> _Places:
+        """The attributes inside one of ``found``, none if that is missing."""
+        return self._attributes(*found[kind]) if kind in found else {}
+
+    def tuple_parts(self, kind: int, family: int, proto: int, size: int, l4: int) -> tuple[list[_Part], int, int]:
+        """Of a tuple: places of source, destination and l4; place of the protocol; place of the zone or 0."""
+        parts = self.inside(self.top, kind)
+        addresses = self.inside(parts, ctnetlink.CTA_TUPLE_IP)
+        keys = self.inside(parts, ctnetlink.CTA_TUPLE_PROTO)
+        places = [(addresses[one][0], size) for one in _IP_KINDS[family]]
+        if l4:
+            places += [(keys[one][0], bytes_) for one, bytes_ in ctnetlink.l4_layout(proto)]
+        return places, keys[ctnetlink.CTA_PROTO_NUM][0], _place(parts, ctnetlink.CTA_TUPLE_ZONE)
+
+
+def _place(found: _Places, kind: int) -> int:
+    return found[kind][0] if kind in found else 0
+
+
+class Layout:
+    """Messages that have exactly these attributes: what is compared, and where the parts of a row are.
+
+    ``key_len`` is that of their rows, 0 if such messages go the general way.  ``ended``: they tell the end of flows.
+    ``length``: bytes of each.
     """
 
-    def __init__(self) -> None:
-        self.malformed = 0
+    def __init__(self, message: bytes) -> None:
+        """Learn from one message.  Raises NetlinkError if it is malformed, _UnlearnableError if it is unusual."""
+        flow = ctnetlink.decode_flow(message[ctnetlink.HEADER_LEN :])
+        self.length = len(message)
+        if self.length & 3:
+            raise _UnlearnableError
+        self.ended = int.from_bytes(message[4:6], sys.byteorder) == _CT_DELETE
+        walk = _Walk(message)
+        sizes = (flow.family, flow.proto, len(flow.orig.src), len(flow.orig.l4))
+        key, proto_at, zone_at = walk.tuple_parts(ctnetlink.CTA_TUPLE_ORIG, *sizes)
+        reply, reply_proto_at, reply_zone_at = walk.tuple_parts(ctnetlink.CTA_TUPLE_REPLY, *sizes)
+        zones = [(place, 2) for place in (_place(walk.top, ctnetlink.CTA_ZONE), zone_at, reply_zone_at) if place]
+        if len(zones) > 1 or (zones and not flow.zone):
+            raise _UnlearnableError
+        self._zone_at = zones[0][0] if zones else 0
+        state, scales, flags = _protoinfo(walk)
+        walk.inside(walk.top, ctnetlink.CTA_TIMESTAMP)
+        general = not _GENERAL_ONLY.isdisjoint(walk.top) or (not self.ended and needs_flow(flow))
+        self.key_len = 0 if general else len(flow.key)
+        suffix = b"" if flow.zone_dir == BOTH_DIRECTIONS else bytes((flow.zone_dir,))
+        value: list[_Part] = []
+        if not self.ended:
+            status = _place(walk.top, ctnetlink.CTA_STATUS)
+            if not status:
+                raise _UnlearnableError
+            timeout = _place(walk.top, ctnetlink.CTA_TIMEOUT)
+            mark = _place(walk.top, ctnetlink.CTA_MARK)
+            value = [*reply, (status + 2, 2), (timeout, 4), (state, 1), (0, 2), (mark, 4)]
+        fixed = [(place, _ATTR.size) for place in walk.headers]
+        fixed += [(0, 6), (_FAMILY_AT, 1), (proto_at, 1), (reply_proto_at, 1)]  # 6: nlmsg_len, nlmsg_type
+        self._prepare_comparison(message, fixed)
+        self._prepare_rows([(proto_at, 1), *key, *zones], suffix, value)
+        self._prepare_row([(proto_at, 1), *key, *zones], suffix, value)
+        self._scales, self._flags = scales, flags
 
-    def event(self, data: ctnetlink.Buffer, into: Gathering) -> tuple[int, bool]:
-        """A datagram of events: how many were in it, and whether it says that others were lost."""
+    # comparing
+
+    def _prepare_comparison(self, message: bytes, fixed: list[_Part]) -> None:
+        mask = bytearray(self.length)
+        for place, size in fixed:
+            mask[place : place + size] = b"\xff" * size
+        self._mask = int.from_bytes(mask * _COMPARED, "little")
+        self._want = int.from_bytes(message * _COMPARED, "little") & self._mask
+        self._mask_one = int.from_bytes(mask, "little")
+        self._want_one = int.from_bytes(message, "little") & self._mask_one
+
+    def fits(self, block: bytes, count: int) -> bool:
+        """Do all ``count`` joined messages have this layout?"""
+        step = self.length * _COMPARED
+        for at in range(0, len(block) - step + 1, step):
+            if int.from_bytes(block[at : at + step], "little") & self._mask != self._want:
+                return False
+        rest = count % _COMPARED
+        if not rest:
+            return True
+        beyond = 8 * self.length * (_COMPARED - rest)
+        number = int.from_bytes(block[-self.length * rest :], "little")
+        return number & (self._mask >> beyond) == self._want >> beyond
+
+    # many messages
+
+    def _prepare_rows(self, key: list[_Part], suffix: bytes, value: list[_Part]) -> None:
+        """Which byte of a row comes from which of a message."""
+        self._moves: list[tuple[int, int]] = []
+        row = bytearray()
+        for place, size in key:
+            self._moves += [(len(row) + one, place + one) for one in range(size)]
+            row += bytes(size)
+        row += suffix
+        for place, size in value:
+            if place:
+                self._moves += [(len(row) + one, place + one) for one in range(size)]
+            row += bytes(size)
+        if value:
+            row[-SCALE_FROM_END] = NO_SCALE
+        self._row = bytes(row)
+        self._pairs = struct.Struct(f"{self.key_len}s{len(row) - self.key_len}s")
+
+    def pairs(self, block: bytes, count: int) -> Iterator[tuple[bytes, bytes]] | None:
+        """Key and value (b"" if ended) of ``count`` joined messages that have this layout.
+
+        None if one has a value that a column cannot carry.
+        """
+        length, size = self.length, len(self._row)
+        out = bytearray(self._row * count)
+        for to, place in self._moves:
+            out[to::size] = block[place::length]
+        if not self.ended:
+            if out[size - TIMEOUT_FROM_END :: size].count(0xFF):
+                return None  # perhaps rows.NO_TIMEOUT
+            if self._flags:
+                original, reply = self._flags
+                out[size - FLAGS_FROM_END :: size] = _joined(
+                    block[original::length].translate(_FLAGS_HIGH), block[reply::length].translate(_FLAGS_LOW)
+                )
+                scales = bytes(count)
+                if self._scales:
+                    original, reply = self._scales
+                    scales = _joined(
+                        block[original::length].translate(_SCALE_HIGH), block[reply::length].translate(_SCALE_LOW)
+                    )
+                out[size - SCALE_FROM_END :: size] = scales
+        if self._zone_at and _joined(block[self._zone_at :: length], block[self._zone_at + 1 :: length]).count(0):
+            return None  # zone 0 has no bytes in a key
+        return self._pairs.iter_unpack(out)
+
+    # one message
+
+    def _prepare_row(self, key: list[_Part], suffix: bytes, value: list[_Part]) -> None:
+        """A struct that takes the parts out of a message, and the places of a row's parts among them.
+
+        Behind the parts come those that a message lacks.
+        """
+        places = dict(part for part in (*key, *value) if part[0])
+        text, at = "=", 0
+        for place in sorted(places):
+            text += f"{place - at}x{places[place]}s"
+            at = place + places[place]
+        self._parts = struct.Struct(text)
+        number = {place: index for index, place in enumerate(sorted(places))}
+        self._key = operator.itemgetter(*(number[place] for place, _size in key))
+        self._suffix = suffix
+        absent = len(number)
+        indexes = (number[place] if place else absent + size for place, size in value)
+        self._value = operator.itemgetter(*indexes) if value else None
+
+    def fits_one(self, message: bytes) -> bool:
+        return int.from_bytes(message, "little") & self._mask_one == self._want_one
+
+    def pair(self, message: bytes) -> tuple[bytes, bytes] | None:
+        """The same as :meth:`pairs` of one message that has this layout."""
+        parts = self._parts.unpack_from(message)
+        key = b"".join(self._key(parts)) + self._suffix
+        if self._zone_at and not message[self._zone_at] and not message[self._zone_at + 1]:
+            return None
+        if self._value is None:
+            return key, b""
+        nibbles = _UNKNOWN
+        if self._flags:
+            original, reply = self._flags
+            flags = _FLAGS_HIGH[message[original]] | _FLAGS_LOW[message[reply]]
+            scales = 0
+            if self._scales:
+                original, reply = self._scales
+                scales = _SCALE_HIGH[message[original]] | _SCALE_LOW[message[reply]]
+            nibbles = bytes((scales, flags))
+        value = b"".join(self._value((*parts, b"", b"\0", nibbles, b"", b"\0\0\0\0")))
+        return None if value[-TIMEOUT_FROM_END] == 0xFF else (key, value)
+
+
+_UNKNOWN = bytes((NO_SCALE, 0))
+
+
+def _joined(one: bytes, other: bytes) -> bytes:
+    """Two columns, each byte the bits of both."""
+    return (int.from_bytes(one, "little") | int.from_bytes(other, "little")).to_bytes(len(one), "little")
+
+
+def _protoinfo(walk: _Walk) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """Places of the TCP state, of both window scales, of both flags."""
+    info = walk.inside(walk.top, ctnetlink.CTA_PROTOINFO)
+    if not info:
+        return 0, (), ()
+    if set(info) != {ctnetlink.CTA_PROTOINFO_TCP}:
+        raise _UnlearnableError  # SCTP has tags, which are extras; DCCP is rare
+    tcp = walk.inside(info, ctnetlink.CTA_PROTOINFO_TCP)
+    scales = (ctnetlink.CTA_PROTOINFO_TCP_WSCALE_ORIGINAL, ctnetlink.CTA_PROTOINFO_TCP_WSCALE_REPLY)
+    flags = (ctnetlink.CTA_PROTOINFO_TCP_FLAGS_ORIGINAL, ctnetlink.CTA_PROTOINFO_TCP_FLAGS_REPLY)
+    return (
+        _place(tcp, ctnetlink.CTA_PROTOINFO_TCP_STATE),
+        tuple(tcp[kind][0] for kind in scales) if tcp.keys() >= set(scales) else (),
+        tuple(tcp[kind][0] for kind in flags) if tcp.keys() >= set(flags) else (),
+    )
+
+
+# --- reading ---
+
+
+class Reader:
+    """Events and dumped entries to rows and flows: by columns where the layout is known, else the general way.
+
+    ``fast`` and ``general`` count the messages that went each way, ``malformed`` those that could not be decoded.
+    ``columns`` False: everything goes the general way.
+    """
+
+    def __init__(self, columns: bool = True) -> None:
+        self.fast = 0
+        self.general = 0
+        self.malformed = 0
+        self._columns = columns
+        self._layouts: dict[tuple[int, ...], list[Layout]] = {}
+
+    def events(self, data: bytearray, stride: int, lengths: list[int], into: Gathering) -> tuple[int, bool]:
+        """Datagrams of events, one every ``stride`` bytes, each as long as ``lengths`` says (0: to be skipped).
+
+        Returns how many events were in them, and whether they say that others were lost.  One that fills its place and
+        says that it is longer was cut off: lost.
+        """
+        count = len(lengths)
+        if not count:
+            return 0, False
+        longest = max(lengths)
+        with memoryview(data)[: count * stride] as view:
+            heads = list(_slots(f"{_EVENT_HEAD}{stride - HEAD_BYTES}x").iter_unpack(view))
+            whole = _slots(f"{longest}s{stride - longest}x").iter_unpack(view)
+            raw = [message for (message,) in whole]
+        odd: dict[int, bytes] = {}
+        lost = False
+        if [head[0] for head in heads] != lengths:
+            for slot, length in enumerate(lengths):
+                if heads[slot][0] != length:
+                    odd[slot] = raw[slot][:length]
+                    lost |= length == stride < heads[slot][0]
+        events, others = self._read(raw, heads, odd, into)
+        return events, lost or others
+
+    def dump(self, data: bytearray, length: int, into: Gathering) -> tuple[int, bool, list[ctnetlink.Message]]:
+        """A datagram of a dump: how many entries were in it, whether the dump was interrupted, the other messages.
+
+        ``data`` has HEAD_BYTES more than the ``length`` bytes.  Raises NetlinkError if the datagram is malformed;
+        malformed entries are counted.
+        """
+        raw: list[bytes] = []
+        heads: list[tuple[int, ...]] = []
+        others: list[ctnetlink.Message] = []
+        flags = at = 0
+        with memoryview(data) as view:
+            while at < length:
+                head = _DUMP_HEAD.unpack_from(data, at)
+                size, kind = head[0], head[1]
+                if not ctnetlink.HEADER_LEN <= size <= length - at:
+                    raise NetlinkError(f"netlink message of {size} bytes in {length - at}")
+                flags |= head[2]
+                message = bytes(view[at : at + size])
+                if kind == _CT_NEW:
+                    raw.append(message)
+                    heads.append(head)
+                else:
+                    others += self._other(message)
+                at += (size + 3) & ~3
+        entries, _lost = self._read(raw, heads, {}, into)
+        return entries, bool(flags & ctnetlink.NLM_F_DUMP_INTR), others
+
+    def _other(self, message: bytes) -> list[ctnetlink.Message]:
+        try:
+            return [found for found in ctnetlink.parse_messages(message) if found.flow is None]
+        except NetlinkError:
+            self.malformed += 1
+            return []
+
+    def _read(
+        self, raw: list[bytes], heads: list[tuple[int, ...]], odd: dict[int, bytes], into: Gathering
+    ) -> tuple[int, bool]:
+        """Messages (with something behind the shorter ones) and by what to sort them; those in ``odd`` are not sound.
+
+        Returns how many events or entries they were, and whether they say that events were lost.
+        """
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for slot, head in enumerate(heads):
+            if head in groups:
+                groups[head].append(slot)
+            else:
+                groups[head] = [slot]
+        if odd:
+            for head, members in groups.items():
+                groups[head] = [slot for slot in members if slot not in odd]
+        found: list[tuple[bytes, bytes] | None] = [None] * len(raw)
+        ended = False
+        key_len, same = 0, True
+        for head, members in groups.items():
+            for layout, slots, pairs in self._sorted(head, members, raw):
+                ended |= layout.ended
+                same &= key_len in (0, layout.key_len)
+                key_len = layout.key_len
+                if len(slots) == len(raw) and not into.flows and not ended:
+                    into.rows.setdefault(key_len, {}).update(pairs)
+                    self.fast += len(raw)
+                    return len(raw), False
+                for slot, pair in zip(slots, pairs):
+                    found[slot] = pair
+        pairs_ = [pair for pair in found if pair is not None]
+        if len(pairs_) == len(raw) and not into.flows:
+            self.fast += len(raw)
+            self._put(pairs_, ended, key_len if same else 0, into)
+            return len(raw), False
+        return self._one_by_one(raw, heads, odd, found, into)
+
+    def _put(self, found: list[tuple[bytes, bytes]], ended: bool, key_len: int, into: Gathering) -> None:
+        """The last pair of each key; an empty value is the end of a flow."""
+        last = dict(found)
+        if ended:
+            for key in dict.fromkeys(key for key, value in found if not value):
+                into.end(key)
+                if not last[key]:
+                    del last[key]
+        if key_len:
+            into.rows.setdefault(key_len, {}).update(last)
+        else:
+            for key, value in last.items():
+                into.rows.setdefault(len(key), {})[key] = value
+
+    def _one_by_one(
+        self,
+        raw: list[bytes],
+        heads: list[tuple[int, ...]],
+        odd: dict[int, bytes],
+        found: list[tuple[bytes, bytes] | None],
+        into: Gathering,
+    ) -> tuple[int, bool]:
+        """The same in the order of the messages, for flows that are more than a row."""
+        events, lost = 0, False
+        for slot, pair in enumerate(found):
+            if pair is None:
+                message = odd.get(slot)
+                count, others = self._general(raw[slot][: heads[slot][0]] if message is None else message, into)
+                events += count
+                lost |= others
+                continue
+            events += 1
+            self.fast += 1
+            if pair[1]:
+                into.row(*pair)
+            else:
+                into.end(pair[0])
+        return events, lost
+
+    def _general(self, data: bytes, into: Gathering) -> tuple[int, bool]:
+        """A datagram the general way: how many events or entries, and whether it says that others were lost."""
         events, lost = 0, False
         try:
             for message in ctnetlink.parse_messages(data):
@@ -100,4 +572,320 @@ class General:
                     into.flow(message.flow)
         except NetlinkError:
             self.malformed += 1
+        self.general += events
         return events, lost
+
+    def _sorted(
+        self, head: tuple[int, ...], members: list[int], raw: list[bytes]
+    ) -> Iterator[tuple[Layout, list[int], Iterable[tuple[bytes, bytes]]]]:
+        """What of a group of messages a layout can read: the layout, which messages, key and value of each."""
+        length, kind, family = head[0], head[1], head[-3]
+        if not self._columns or not members or kind not in (_CT_NEW, _CT_DELETE) or family not in _IP_KINDS:
+            return
+        if length < HEAD_BYTES:
+            return
+        sign = (length, kind, family, head[-2] if family == AF_INET else head[-1])
+        known = self._layouts.get(sign)
+        if known is None:
+            if len(self._layouts) >= _HEADS:
+                self._layouts.clear()
+            known = self._layouts[sign] = []
+        if len(members) >= _COLUMNS_FROM:
+            messages = [raw[slot] for slot in members] if len(members) != len(raw) else raw
+            if len(messages[0]) != length:
+                messages = [message[:length] for message in messages]
+            block = b"".join(messages)
+            layout = next((one for one in known if one.fits(block, len(members))), None)
+            if layout is None and not known:
+                layout = self._learn(known, messages[0])
+                if layout is not None and not layout.fits(block, len(members)):
+                    layout = None
+            if layout is not None:
+                pairs = layout.pairs(block, len(members)) if layout.key_len else None
+                if pairs is not None:
+                    yield layout, members, pairs
+                    return
+        for slot in members:
+            message = raw[slot][:length]
+            layout = next((one for one in known if one.fits_one(message)), None) or self._learn(known, message)
+            pair = layout.pair(message) if layout is not None and layout.key_len else None
+            if layout is not None and pair is not None:
+                yield layout, [slot], (pair,)
+
+    @staticmethod
+    def _learn(known: list[Layout], message: bytes) -> Layout | None:
+        """Its layout, None if only the general way can read it."""
+        if len(known) >= _LAYOUTS_PER_HEAD:
+            return None
+        try:
+            layout = Layout(message)
+        except (NetlinkError, _UnlearnableError):
+            return None
+        known.append(layout)
+        return layout
+
+
+_slots = functools.lru_cache(maxsize=64)(struct.Struct)
+
+
+# --- writing ---
+
+
+class Batch(NamedTuple):
+    """Requests for the kernel.  ``pieces``: joined messages and the length of each of them.
+
+    The nlmsg_seq of the first request of the first piece is the number that was asked for, and so on; ``order`` tells
+    which row the request of each number is for.
+    """
+
+    pieces: list[tuple[bytearray, int]]
+    order: list[int]
+
+
+BATCH_ROWS = 1024
+"""Rows to one :class:`Batch` at most; some 250 bytes each."""
+
+_BITS_WRITTEN = bytes(byte & (IPS_SEEN_REPLY | IPS_ASSURED) | IPS_CONFIRMED for byte in range(256))
+_SCALE_HIGH_READ = bytes(byte >> 4 for byte in range(256))
+_SCALE_LOW_READ = bytes(byte & 15 for byte in range(256))
+_FLAGS_HIGH_READ = bytes(byte >> 4 | TCP_FLAG_BE_LIBERAL for byte in range(256))
+_FLAGS_LOW_READ = bytes(byte & 15 | TCP_FLAG_BE_LIBERAL for byte in range(256))
+
+# Rows that differ in one of these bits have different attributes in their requests
+_NAT_BITS = bytes((byte & (IPS_SRC_NAT | IPS_DST_NAT)) >> 4 for byte in range(256))
+_NO_STATE_BITS = bytes(0 if byte else 4 for byte in range(256))
+_ASSURED_BITS = bytes(8 if byte & IPS_ASSURED else 0 for byte in range(256))
+_NO_SCALE_BITS = bytes(16 if byte == NO_SCALE else 0 for byte in range(256))
+_SCALED_BITS = bytes(32 if byte & 0x11 == 0x11 else 0 for byte in range(256))
+
+_ICMP_BITS = {proto: ctnetlink.icmp_mirror(proto) for proto in ICMP_PROTOCOLS}
+
+
+def create(key_len: int, keys: Sequence[bytes], values: Sequence[bytes], timeouts: Sequence[int], first: int) -> Batch:
+    """The requests that :func:`ctnetlink.create` makes of these rows, numbered from ``first``.
+
+    ``timeouts`` in seconds.  Raises NetlinkError if a row cannot be expressed.
+    """
+
+    def sample(key: bytes, value: bytes) -> bytes:
+        return ctnetlink.create(unpack(key, value), timeout=0)
+
+    return _requests(sample, _Rows(key_len, keys, values, timeouts), first)
+
+
+def update(key_len: int, keys: Sequence[bytes], values: Sequence[bytes], timeouts: Sequence[int], first: int) -> Batch:
+    """The requests that :func:`ctnetlink.update` makes of these rows; otherwise as :func:`create`."""
+
+    def sample(key: bytes, value: bytes) -> bytes:
+        return ctnetlink.update(unpack(key, value), timeout=0)
+
+    return _requests(sample, _Rows(key_len, keys, values, timeouts), first)
+
+
+def timers(key_len: int, keys: Sequence[bytes], timeouts: Sequence[int], first: int) -> Batch:
+    """Requests that change timeouts and nothing else; otherwise as :func:`create`."""
+
+    def sample(key: bytes, _value: bytes) -> bytes:
+        return ctnetlink.update(ctnetlink.flow_of_key(key), timeout=0, status=False)
+
+    return _requests(sample, _Rows(key_len, keys, None, timeouts), first)
+
+
+def delete(key_len: int, keys: Sequence[bytes], first: int) -> Batch:
+    """Requests that delete the entries of these keys; otherwise as :func:`create`."""
+
+    def sample(key: bytes, _value: bytes) -> bytes:
+        return ctnetlink.delete(ctnetlink.flow_of_key(key))
+
+    return _requests(sample, _Rows(key_len, keys), first)
+
+
+class _Rows(NamedTuple):
+    """What requests are to be made of."""
+
+    key_len: int
+    keys: Sequence[bytes]
+    values: Sequence[bytes] | None = None
+    timeouts: Sequence[int] | None = None
+
+
+def _requests(sample: Callable[[bytes, bytes], bytes], rows: _Rows, first: int) -> Batch:
+    """Rows of the same attributes share a template: the message that ``sample`` makes of one of them."""
+    shape = SHAPES.get(rows.key_len)
+    if shape is None:
+        raise NetlinkError(f"flow key of {rows.key_len} bytes")
+    batch = Batch([], [])
+    for group in _alike(shape, rows):
+        keys, values, seconds = _joined_rows(shape, rows, group)
+        count = len(group)
+        template = sample(keys[: shape.key], values[: shape.value])
+        length = len(template)
+        request = _Filler(bytearray(template * count), _Walk(template), shape, keys, values)
+        number = first + len(batch.order)
+        request.column(_SEQ_AT, array.array("I", [one & _MAX for one in range(number, number + count)]).tobytes(), 4)
+        request.fill(seconds)
+        batch.pieces.append((request.out, length))
+        batch.order.extend(group)
+    return batch
+
+
+_MAX = 0xFFFFFFFF
+
+
+def _joined_rows(shape: Shape, rows: _Rows, group: Sequence[int]) -> tuple[bytes, bytes, bytes]:
+    """Keys, values and timeouts (4 bytes each, network order) of a group."""
+    keys, values, timeouts = rows.keys, rows.values, rows.timeouts
+    if len(group) != len(keys):
+        keys = [keys[index] for index in group]
+        values = None if values is None else [values[index] for index in group]
+        timeouts = None if timeouts is None else [timeouts[index] for index in group]
+    key, value, seconds = b"".join(keys), b"".join(values or ()), array.array("I", timeouts or ())
+    if sys.byteorder == "little":
+        seconds.byteswap()
+    if len(key) != len(group) * shape.key or len(value) != len(values or ()) * shape.value:
+        raise NetlinkError(f"rows that do not all have the shape of a key of {shape.key} bytes")
+    return key, value, seconds.tobytes()
+
+
+def _alike(shape: Shape, rows: _Rows) -> list[Sequence[int]]:
+    """Groups of rows (their indexes) whose requests have the same attributes."""
+    count = len(rows.keys)
+    keys = b"".join(rows.keys)
+    if not count or len(keys) != count * shape.key:
+        return [range(count)] if count else []
+    signs = [keys[0 :: shape.key]]
+    if shape.zone:
+        at = shape.key - shape.zone
+        signs.append(_joined(keys[at :: shape.key], keys[at + 1 :: shape.key]).translate(_NO_STATE_BITS))
+    if shape.zone == 3:
+        signs.append(keys[shape.key - 1 :: shape.key])  # the direction
+    if rows.values is not None:
+        values, size = b"".join(rows.values), shape.value
+        if len(values) != count * size:
+            return [range(count)]
+        status = values[size - STATUS_FROM_END + 1 :: size]
+        sign = _joined(status.translate(_NAT_BITS), status.translate(_ASSURED_BITS))
+        for from_end, bits in (
+            (STATE_FROM_END, _NO_STATE_BITS),
+            (SCALE_FROM_END, _NO_SCALE_BITS),
+            (FLAGS_FROM_END, _SCALED_BITS),
+        ):
+            sign = _joined(sign, values[size - from_end :: size].translate(bits))
+        signs.append(sign)
+    if all(sign.count(sign[0]) == count for sign in signs):
+        return [range(count)]
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, signature in enumerate(zip(*signs)):
+        groups.setdefault(signature, []).append(index)
+    return list(groups.values())
+
+
+class _Filler:
+    """Requests that were all made of one row, to be filled with the columns of others.
+
+    ``keys`` and ``values``: of the rows, joined.
+    """
+
+    def __init__(self, out: bytearray, walk: _Walk, shape: Shape, keys: bytes, values: bytes) -> None:
+        self.out = out
+        self._walk = walk
+        self._shape = shape
+        self._keys = keys
+        self._values = values
+        self._length = len(out) * shape.key // len(keys)
+
+    def column(self, to: int, source: bytes, size: int = 1, at: int = 0, width: int | None = None) -> None:
+        """``width`` bytes (all if None) from ``at`` on of each of the joined items of ``size`` bytes."""
+        for one in range(size if width is None else width):
+            self.out[to + one :: self._length] = source[at + one :: size]
+
+    def _key(self, to: int, at: int, width: int) -> None:
+        self.column(to, self._keys, self._shape.key, at, width)
+
+    def _value(self, to: int, at: int, width: int) -> None:
+        self.column(to, self._values, self._shape.value, at, width)
+
+    def _tail(self, from_end: int) -> bytes:
+        """A column of the part behind the reply tuple."""
+        return self._values[self._shape.value - from_end :: self._shape.value]
+
+    def fill(self, seconds: bytes) -> None:
+        top = self._walk.top
+        self._tuples()
+        if ctnetlink.CTA_STATUS in top and self._values:
+            self.column(top[ctnetlink.CTA_STATUS][0] + 3, self._tail(STATUS_FROM_END - 1).translate(_BITS_WRITTEN))
+        if seconds:
+            self.column(top[ctnetlink.CTA_TIMEOUT][0], seconds, 4)
+        if ctnetlink.CTA_MARK in top:
+            self._value(top[ctnetlink.CTA_MARK][0], self._shape.value - MARK_FROM_END, 4)
+        if ctnetlink.CTA_PROTOINFO in top:
+            self._protoinfo(self._walk.inside(top, ctnetlink.CTA_PROTOINFO))
+
+    def _tuples(self) -> None:
+        shape, top = self._shape, self._walk.top
+        proto = self._keys[0]
+        icmp = proto in ICMP_PROTOCOLS
+        sizes = (shape.family, proto, shape.address, shape.l4)
+        parts = (0, 2, 3) if icmp else (0, 2)  # of l4
+        places, _proto, zone = self._walk.tuple_parts(ctnetlink.CTA_TUPLE_ORIG, *sizes)
+        l4 = 1 + 2 * shape.address
+        for (to, width), at in zip(places, (1, 1 + shape.address, *(l4 + part for part in parts))):
+            self._key(to, at, width)
+        zones = [zone, _place(top, ctnetlink.CTA_ZONE)]
+        nat = [kind for kind in (ctnetlink.CTA_NAT_SRC, ctnetlink.CTA_NAT_DST) if kind in top]
+        if ctnetlink.CTA_TUPLE_REPLY in top:
+            places, _proto, zone = self._walk.tuple_parts(ctnetlink.CTA_TUPLE_REPLY, *sizes)
+            zones.append(zone)
+            if nat:  # the mirrored original tuple, see ctnetlink.create
+                turned = parts if icmp else (2, 0)
+                for (to, width), at in zip(places, (1 + shape.address, 1, *(l4 + part for part in turned))):
+                    self._key(to, at, width)
+                if icmp and shape.l4:
+                    self.column(places[3][0], self._keys[l4 + 2 :: shape.key].translate(_ICMP_BITS[proto]))
+            else:
+                l4 = 2 * shape.address
+                for (to, width), at in zip(places, (0, shape.address, *(l4 + part for part in parts))):
+                    self._value(to, at, width)
+        for zone in zones:
+            if zone:
+                self._key(zone, shape.key - shape.zone, 2)
+        for kind in nat:
+            self._translation(kind, icmp)
+
+    def _translation(self, kind: int, icmp: bool) -> None:
+        """CTA_NAT_SRC: the target of the reply; CTA_NAT_DST: its source.  An ICMP flow's id belongs to its source."""
+        address = self._shape.address
+        source = kind == ctnetlink.CTA_NAT_SRC
+        found = self._walk.inside(self._walk.top, kind)
+        for one in _NAT_ADDRESSES[self._shape.family]:
+            self._value(found[one][0], address if source else 0, address)
+        for place, _end in self._walk.inside(found, ctnetlink.CTA_NAT_PROTO).values():
+            if icmp and not source:
+                self._key(place, 1 + 2 * address, 2)
+            else:
+                self._value(place, 2 * address + (2 if source and not icmp else 0), 2)
+
+    def _protoinfo(self, info: _Places) -> None:
+        states = self._tail(STATE_FROM_END)
+        known = states[0] != 0  # else the template has a state that suits all
+        dccp = self._walk.inside(info, ctnetlink.CTA_PROTOINFO_DCCP)
+        if dccp and known:
+            self.column(dccp[ctnetlink.CTA_PROTOINFO_DCCP_STATE][0], states)
+        tcp = self._walk.inside(info, ctnetlink.CTA_PROTOINFO_TCP)
+        if tcp and known:
+            self.column(tcp[ctnetlink.CTA_PROTOINFO_TCP_STATE][0], states)
+        scales = self._tail(SCALE_FROM_END)
+        if not tcp or scales[0] == NO_SCALE:
+            return
+        flags = self._tail(FLAGS_FROM_END)
+        self.column(tcp[ctnetlink.CTA_PROTOINFO_TCP_FLAGS_ORIGINAL][0], flags.translate(_FLAGS_HIGH_READ))
+        self.column(tcp[ctnetlink.CTA_PROTOINFO_TCP_FLAGS_REPLY][0], flags.translate(_FLAGS_LOW_READ))
+        if ctnetlink.CTA_PROTOINFO_TCP_WSCALE_ORIGINAL in tcp:
+            self.column(tcp[ctnetlink.CTA_PROTOINFO_TCP_WSCALE_ORIGINAL][0], scales.translate(_SCALE_HIGH_READ))
+            self.column(tcp[ctnetlink.CTA_PROTOINFO_TCP_WSCALE_REPLY][0], scales.translate(_SCALE_LOW_READ))
+
+
+_NAT_ADDRESSES = {
+    AF_INET: (ctnetlink.CTA_NAT_V4_MINIP, ctnetlink.CTA_NAT_V4_MAXIP),
+    AF_INET6: (ctnetlink.CTA_NAT_V6_MINIP, ctnetlink.CTA_NAT_V6_MAXIP),
+}

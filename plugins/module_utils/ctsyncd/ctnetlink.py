@@ -422,6 +422,12 @@ _L4_LAYOUTS = {
     IPPROTO_ICMPV6: ((CTA_PROTO_ICMPV6_ID, 2), (CTA_PROTO_ICMPV6_TYPE, 1), (CTA_PROTO_ICMPV6_CODE, 1)),
 }
 
+
+def l4_layout(proto: int) -> tuple[tuple[int, int], ...]:
+    """Attributes and sizes of ``Tuple.l4``, in its order."""
+    return _L4_LAYOUTS.get(proto, _PORTS)
+
+
 # A tuple of addresses and ports: its bytes, and the attribute headers (five groups) between its values
 _PORT_TUPLES = {
     family: (
@@ -510,6 +516,12 @@ def message(kind: int, flags: int, seq: int, payload: bytes = b"") -> bytes:
 
 def _request(what: int, flags: int, seq: int, family: int, *parts: bytes) -> bytes:
     return message(NFNL_SUBSYS_CTNETLINK << 8 | what, flags, seq, _NFGEN.pack(family, 0, 0) + b"".join(parts))
+
+
+def icmp_mirror(proto: int) -> bytes:
+    """The type of the other direction by type, of ICMP or ICMPv6 (for bytes.translate)."""
+    kinds = _ICMP_MIRROR if proto == IPPROTO_ICMP else _ICMPV6_MIRROR
+    return bytes(kinds.get(kind, kind) for kind in range(256))
 
 
 def mirror(proto: int, direction: Tuple) -> Tuple:
