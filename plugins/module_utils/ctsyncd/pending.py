@@ -19,7 +19,7 @@ from . import wire
 
 FIXED_BYTES = 60  # about what a record of columns costs besides what grows with its rows
 FIRST_GUESS_BYTES = 12.0  # a row, before one was seen
-SLACK_BYTES = 200  # less room than this is not worth another record of columns
+SLACK_BYTES = 200  # less room than this, or than an eighth of a block, is not worth another record of columns
 
 
 class _Generation:
@@ -70,7 +70,7 @@ class _Columns:
             if count == 1:
                 return b"", 0
             count = max(1, min(count - 1, int(count * 0.97 * (room - FIXED_BYTES) / (len(record) - FIXED_BYTES))))
-        if count < self.left:
+        if count < self.left and 2 * len(record) > min(room, 50 * guess):
             guesses[self.shape] = max(1.0, (len(record) - FIXED_BYTES) / count * 1.02)
         self.rest = self.rest[count * self._width :]
         self.left -= count
@@ -242,7 +242,7 @@ class Pending:
                 self._drop(stage)
             if not stage.left:
                 self._stages.popleft()
-            elif out and (not count or left < SLACK_BYTES):
+            elif out and (not count or left < max(SLACK_BYTES, room // 8)):
                 break
         return b"".join(out), changes, born
 
