@@ -399,7 +399,7 @@ def _encode_columns(columns: list[bytes], count: int) -> bytes:
             continue
         high |= 1
         if count >= _FEW_ROWS and max(often, column.count(column[count >> 1])) * _FEW_SHARE > count:
-            values = bytes(set(column))
+            values = bytes(sorted(set(column)))
             if len(values) <= _FEW and 1 + len(values) + (count + 1) // 2 < count:
                 few.append(_encode_few(column, values))
                 continue
