@@ -151,7 +151,7 @@ HEAD_BYTES = _DUMP_HEAD.size
 
 _ATTR = struct.Struct("=HH")  # struct nlattr: length, type
 
-_COLUMNS_FROM = 10  # fewer messages are cheaper one by one
+_COLUMNS_FROM = 6  # fewer messages are cheaper one by one
 _COMPARED = 32  # messages at once
 _LAYOUTS_PER_HEAD = 8
 _HEADS = 256
@@ -488,49 +488,56 @@ class Reader:
 
         Returns how many events or entries they were, and whether they say that events were lost.
         """
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for slot, head in enumerate(heads):
-            if head in groups:
-                groups[head].append(slot)
-            else:
-                groups[head] = [slot]
-        if odd:
-            for head, members in groups.items():
-                groups[head] = [slot for slot in members if slot not in odd]
-        found: list[tuple[bytes, bytes] | None] = [None] * len(raw)
-        ended = False
-        key_len, same = 0, True
+        count = len(raw)
+        groups: dict[tuple[int, ...], Sequence[int]] = {}
+        if heads and heads.count(heads[0]) == count and not odd:
+            groups[heads[0]] = range(count)
+        else:
+            lists: dict[tuple[int, ...], list[int]] = {}
+            for slot, head in enumerate(heads):
+                if slot in odd:
+                    continue
+                if head in lists:
+                    lists[head].append(slot)
+                else:
+                    lists[head] = [slot]
+            groups.update(lists)
+        found: list[tuple[bytes, bytes] | None] = [None] * count
+        ended, key_lens = False, set()
         for head, members in groups.items():
             for layout, slots, pairs in self._sorted(head, members, raw):
                 ended |= layout.ended
-                same &= key_len in (0, layout.key_len)
-                key_len = layout.key_len
-                if len(slots) == len(raw) and not into.flows and not ended:
-                    into.rows.setdefault(key_len, {}).update(pairs)
-                    self.fast += len(raw)
-                    return len(raw), False
+                key_lens.add(layout.key_len)
+                if len(slots) == count and not into.flows:
+                    self.fast += count
+                    last = dict(pairs)
+                    self._put(last, last if ended else (), key_lens, into)
+                    return count, False
                 for slot, pair in zip(slots, pairs):
                     found[slot] = pair
-        pairs_ = [pair for pair in found if pair is not None]
-        if len(pairs_) == len(raw) and not into.flows:
-            self.fast += len(raw)
-            self._put(pairs_, ended, key_len if same else 0, into)
-            return len(raw), False
+        sound = [pair for pair in found if pair is not None]
+        if len(sound) == count and not into.flows:
+            self.fast += count
+            last = dict(sound)
+            self._put(last, [key for key, value in sound if not value] if ended else (), key_lens, into)
+            return count, False
         return self._one_by_one(raw, heads, odd, found, into)
 
-    def _put(self, found: list[tuple[bytes, bytes]], ended: bool, key_len: int, into: Gathering) -> None:
-        """The last pair of each key; an empty value is the end of a flow."""
-        last = dict(found)
+    @staticmethod
+    def _put(last: dict[bytes, bytes], gone: Iterable[bytes], key_lens: set[int], into: Gathering) -> None:
+        """The last value of each key, empty if that is its end; all keys that ended."""
+        ended = dict.fromkeys(gone)
         if ended:
-            for key in dict.fromkeys(key for key, value in found if not value):
-                into.end(key)
-                if not last[key]:
-                    del last[key]
-        if key_len:
-            into.rows.setdefault(key_len, {}).update(last)
-        else:
-            for key, value in last.items():
-                into.rows.setdefault(len(key), {})[key] = value
+            into.gone.update(ended)
+            for table in into.rows.values():
+                for key in ended.keys() & table.keys():
+                    del table[key]
+            last = {key: value for key, value in last.items() if value}
+        if len(key_lens) == 1:
+            into.rows.setdefault(key_lens.pop(), {}).update(last)
+            return
+        for key, value in last.items():
+            into.rows.setdefault(len(key), {})[key] = value
 
     def _one_by_one(
         self,
@@ -576,8 +583,8 @@ class Reader:
         return events, lost
 
     def _sorted(
-        self, head: tuple[int, ...], members: list[int], raw: list[bytes]
-    ) -> Iterator[tuple[Layout, list[int], Iterable[tuple[bytes, bytes]]]]:
+        self, head: tuple[int, ...], members: Sequence[int], raw: list[bytes]
+    ) -> Iterator[tuple[Layout, Sequence[int], Iterable[tuple[bytes, bytes]]]]:
         """What of a group of messages a layout can read: the layout, which messages, key and value of each."""
         length, kind, family = head[0], head[1], head[-3]
         if not self._columns or not members or kind not in (_CT_NEW, _CT_DELETE) or family not in _IP_KINDS:
@@ -658,7 +665,11 @@ _ASSURED_BITS = bytes(8 if byte & IPS_ASSURED else 0 for byte in range(256))
 _NO_SCALE_BITS = bytes(16 if byte == NO_SCALE else 0 for byte in range(256))
 _SCALED_BITS = bytes(32 if byte & 0x11 == 0x11 else 0 for byte in range(256))
 
-_ICMP_BITS = {proto: ctnetlink.icmp_mirror(proto) for proto in ICMP_PROTOCOLS}
+_ICMP_MIRROR = {proto: ctnetlink.icmp_mirror(proto) for proto in ICMP_PROTOCOLS}
+
+
+def _sample_create(key: bytes, value: bytes) -> bytes:
+    return ctnetlink.create(unpack(key, value), timeout=0)
 
 
 def create(key_len: int, keys: Sequence[bytes], values: Sequence[bytes], timeouts: Sequence[int], first: int) -> Batch:
@@ -666,38 +677,34 @@ def create(key_len: int, keys: Sequence[bytes], values: Sequence[bytes], timeout
 
     ``timeouts`` in seconds.  Raises NetlinkError if a row cannot be expressed.
     """
+    return _requests(_sample_create, _Rows(key_len, keys, values, timeouts), first)
 
-    def sample(key: bytes, value: bytes) -> bytes:
-        return ctnetlink.create(unpack(key, value), timeout=0)
 
-    return _requests(sample, _Rows(key_len, keys, values, timeouts), first)
+def _sample_update(key: bytes, value: bytes) -> bytes:
+    return ctnetlink.update(unpack(key, value), timeout=0)
 
 
 def update(key_len: int, keys: Sequence[bytes], values: Sequence[bytes], timeouts: Sequence[int], first: int) -> Batch:
     """The requests that :func:`ctnetlink.update` makes of these rows; otherwise as :func:`create`."""
+    return _requests(_sample_update, _Rows(key_len, keys, values, timeouts), first)
 
-    def sample(key: bytes, value: bytes) -> bytes:
-        return ctnetlink.update(unpack(key, value), timeout=0)
 
-    return _requests(sample, _Rows(key_len, keys, values, timeouts), first)
+def _sample_timers(key: bytes, _value: bytes) -> bytes:
+    return ctnetlink.update(ctnetlink.flow_of_key(key), timeout=0, status=False)
 
 
 def timers(key_len: int, keys: Sequence[bytes], timeouts: Sequence[int], first: int) -> Batch:
     """Requests that change timeouts and nothing else; otherwise as :func:`create`."""
+    return _requests(_sample_timers, _Rows(key_len, keys, None, timeouts), first)
 
-    def sample(key: bytes, _value: bytes) -> bytes:
-        return ctnetlink.update(ctnetlink.flow_of_key(key), timeout=0, status=False)
 
-    return _requests(sample, _Rows(key_len, keys, None, timeouts), first)
+def _sample_delete(key: bytes, _value: bytes) -> bytes:
+    return ctnetlink.delete(ctnetlink.flow_of_key(key))
 
 
 def delete(key_len: int, keys: Sequence[bytes], first: int) -> Batch:
     """Requests that delete the entries of these keys; otherwise as :func:`create`."""
-
-    def sample(key: bytes, _value: bytes) -> bytes:
-        return ctnetlink.delete(ctnetlink.flow_of_key(key))
-
-    return _requests(sample, _Rows(key_len, keys), first)
+    return _requests(_sample_delete, _Rows(key_len, keys), first)
 
 
 class _Rows(NamedTuple):
@@ -709,30 +716,36 @@ class _Rows(NamedTuple):
     timeouts: Sequence[int] | None = None
 
 
-def _requests(sample: Callable[[bytes, bytes], bytes], rows: _Rows, first: int) -> Batch:
+_Sign = tuple[int, ...]
+_Sample = Callable[[bytes, bytes], bytes]
+
+
+def _requests(sample: _Sample, rows: _Rows, first: int) -> Batch:
     """Rows of the same attributes share a template: the message that ``sample`` makes of one of them."""
     shape = SHAPES.get(rows.key_len)
     if shape is None:
         raise NetlinkError(f"flow key of {rows.key_len} bytes")
     batch = Batch([], [])
-    for group in _alike(shape, rows):
-        keys, values, seconds = _joined_rows(shape, rows, group)
-        count = len(group)
-        template = sample(keys[: shape.key], values[: shape.value])
-        length = len(template)
-        request = _Filler(bytearray(template * count), _Walk(template), shape, keys, values)
-        number = first + len(batch.order)
-        request.column(_SEQ_AT, array.array("I", [one & _MAX for one in range(number, number + count)]).tobytes(), 4)
-        request.fill(seconds)
-        batch.pieces.append((request.out, length))
+    for sign, group in _alike(shape, rows):
+        keys, values, seconds = _joined_rows(rows, group)
+        known = (sample, shape.key, sign)
+        template = _templates.get(known)
+        if template is None:
+            if len(_templates) >= _TEMPLATES:
+                _templates.clear()
+            key, value = keys[: shape.key], values[: shape.value]
+            template = _templates[known] = _Template(sample(key, value), shape, key, value)
+        batch.pieces.append((template.fill(keys, values, seconds, first + len(batch.order)), template.length))
         batch.order.extend(group)
     return batch
 
 
+_templates: dict[tuple[_Sample, int, _Sign], _Template] = {}
+_TEMPLATES = 256
 _MAX = 0xFFFFFFFF
 
 
-def _joined_rows(shape: Shape, rows: _Rows, group: Sequence[int]) -> tuple[bytes, bytes, bytes]:
+def _joined_rows(rows: _Rows, group: Sequence[int]) -> tuple[bytes, bytes, bytes]:
     """Keys, values and timeouts (4 bytes each, network order) of a group."""
     keys, values, timeouts = rows.keys, rows.values, rows.timeouts
     if len(group) != len(keys):
@@ -742,17 +755,17 @@ def _joined_rows(shape: Shape, rows: _Rows, group: Sequence[int]) -> tuple[bytes
     key, value, seconds = b"".join(keys), b"".join(values or ()), array.array("I", timeouts or ())
     if sys.byteorder == "little":
         seconds.byteswap()
-    if len(key) != len(group) * shape.key or len(value) != len(values or ()) * shape.value:
-        raise NetlinkError(f"rows that do not all have the shape of a key of {shape.key} bytes")
     return key, value, seconds.tobytes()
 
 
-def _alike(shape: Shape, rows: _Rows) -> list[Sequence[int]]:
-    """Groups of rows (their indexes) whose requests have the same attributes."""
+def _alike(shape: Shape, rows: _Rows) -> list[tuple[_Sign, Sequence[int]]]:
+    """Groups of rows (their indexes) whose requests have the same attributes, and what these have in common."""
     count = len(rows.keys)
     keys = b"".join(rows.keys)
-    if not count or len(keys) != count * shape.key:
-        return [range(count)] if count else []
+    if not count:
+        return []
+    if len(keys) != count * shape.key:
+        raise NetlinkError(f"keys that do not all have {shape.key} bytes")
     signs = [keys[0 :: shape.key]]
     if shape.zone:
         at = shape.key - shape.zone
@@ -762,7 +775,7 @@ def _alike(shape: Shape, rows: _Rows) -> list[Sequence[int]]:
     if rows.values is not None:
         values, size = b"".join(rows.values), shape.value
         if len(values) != count * size:
-            return [range(count)]
+            raise NetlinkError(f"values that do not all have {size} bytes")
         status = values[size - STATUS_FROM_END + 1 :: size]
         sign = _joined(status.translate(_NAT_BITS), status.translate(_ASSURED_BITS))
         for from_end, bits in (
@@ -773,64 +786,64 @@ def _alike(shape: Shape, rows: _Rows) -> list[Sequence[int]]:
             sign = _joined(sign, values[size - from_end :: size].translate(bits))
         signs.append(sign)
     if all(sign.count(sign[0]) == count for sign in signs):
-        return [range(count)]
-    groups: dict[tuple[int, ...], list[int]] = {}
+        return [(tuple(sign[0] for sign in signs), range(count))]
+    groups: dict[_Sign, list[int]] = {}
     for index, signature in enumerate(zip(*signs)):
         groups.setdefault(signature, []).append(index)
-    return list(groups.values())
+    return list(groups.items())
 
 
-class _Filler:
-    """Requests that were all made of one row, to be filled with the columns of others.
+class _Template:
+    """A request that was made of one row, and where the bytes of other rows with the same attributes go."""
 
-    ``keys`` and ``values``: of the rows, joined.
-    """
-
-    def __init__(self, out: bytearray, walk: _Walk, shape: Shape, keys: bytes, values: bytes) -> None:
-        self.out = out
-        self._walk = walk
+    def __init__(self, message: bytes, shape: Shape, key: bytes, value: bytes) -> None:
+        self.length = len(message)
+        self._message = message
         self._shape = shape
-        self._keys = keys
-        self._values = values
-        self._length = len(out) * shape.key // len(keys)
+        self._walk = _Walk(message)
+        self._key, self._value = key, value
+        # place, which column (of keys, values, seconds, numbers) and what to translate it with
+        self._moves: list[tuple[int, int, int, bytes | None]] = []
+        self._prepare()
 
-    def column(self, to: int, source: bytes, size: int = 1, at: int = 0, width: int | None = None) -> None:
-        """``width`` bytes (all if None) from ``at`` on of each of the joined items of ``size`` bytes."""
-        for one in range(size if width is None else width):
-            self.out[to + one :: self._length] = source[at + one :: size]
+    def fill(self, keys: bytes, values: bytes, seconds: bytes, first: int) -> bytearray:
+        """Requests for these joined rows, numbered from ``first``."""
+        count = len(keys) // self._shape.key
+        out = bytearray(self._message * count)
+        numbers = array.array("I", [number & _MAX for number in range(first, first + count)]).tobytes()
+        sources = (keys, values, seconds, numbers)
+        sizes = (self._shape.key, self._shape.value, 4, 4)
+        length = self.length
+        for to, source, at, table in self._moves:
+            column = sources[source][at :: sizes[source]]
+            out[to::length] = column if table is None else column.translate(table)
+        return out
 
-    def _key(self, to: int, at: int, width: int) -> None:
-        self.column(to, self._keys, self._shape.key, at, width)
+    def _move(self, to: int, source: int, at: int, width: int = 1, table: bytes | None = None) -> None:
+        self._moves += [(to + one, source, at + one, table) for one in range(width)]
 
-    def _value(self, to: int, at: int, width: int) -> None:
-        self.column(to, self._values, self._shape.value, at, width)
-
-    def _tail(self, from_end: int) -> bytes:
-        """A column of the part behind the reply tuple."""
-        return self._values[self._shape.value - from_end :: self._shape.value]
-
-    def fill(self, seconds: bytes) -> None:
-        top = self._walk.top
-        self._tuples()
-        if ctnetlink.CTA_STATUS in top and self._values:
-            self.column(top[ctnetlink.CTA_STATUS][0] + 3, self._tail(STATUS_FROM_END - 1).translate(_BITS_WRITTEN))
-        if seconds:
-            self.column(top[ctnetlink.CTA_TIMEOUT][0], seconds, 4)
+    def _prepare(self) -> None:
+        top, value = self._walk.top, self._shape.value
+        self._move(_SEQ_AT, _NUMBERS, 0, 4)
+        self._prepare_tuples()
+        if ctnetlink.CTA_STATUS in top and self._value:
+            self._move(top[ctnetlink.CTA_STATUS][0] + 3, _VALUES, value - STATUS_FROM_END + 1, 1, _BITS_WRITTEN)
+        if ctnetlink.CTA_TIMEOUT in top:
+            self._move(top[ctnetlink.CTA_TIMEOUT][0], _SECONDS, 0, 4)
         if ctnetlink.CTA_MARK in top:
-            self._value(top[ctnetlink.CTA_MARK][0], self._shape.value - MARK_FROM_END, 4)
+            self._move(top[ctnetlink.CTA_MARK][0], _VALUES, value - MARK_FROM_END, 4)
         if ctnetlink.CTA_PROTOINFO in top:
-            self._protoinfo(self._walk.inside(top, ctnetlink.CTA_PROTOINFO))
+            self._prepare_protoinfo(self._walk.inside(top, ctnetlink.CTA_PROTOINFO))
 
-    def _tuples(self) -> None:
+    def _prepare_tuples(self) -> None:
         shape, top = self._shape, self._walk.top
-        proto = self._keys[0]
+        proto, address, ports = self._key[0], shape.address, 2 * shape.address
         icmp = proto in ICMP_PROTOCOLS
-        sizes = (shape.family, proto, shape.address, shape.l4)
+        sizes = (shape.family, proto, address, shape.l4)
         parts = (0, 2, 3) if icmp else (0, 2)  # of l4
         places, _proto, zone = self._walk.tuple_parts(ctnetlink.CTA_TUPLE_ORIG, *sizes)
-        l4 = 1 + 2 * shape.address
-        for (to, width), at in zip(places, (1, 1 + shape.address, *(l4 + part for part in parts))):
-            self._key(to, at, width)
+        for (to, width), at in zip(places, (1, 1 + address, *(1 + ports + part for part in parts))):
+            self._move(to, _KEYS, at, width)
         zones = [zone, _place(top, ctnetlink.CTA_ZONE)]
         nat = [kind for kind in (ctnetlink.CTA_NAT_SRC, ctnetlink.CTA_NAT_DST) if kind in top]
         if ctnetlink.CTA_TUPLE_REPLY in top:
@@ -838,53 +851,53 @@ class _Filler:
             zones.append(zone)
             if nat:  # the mirrored original tuple, see ctnetlink.create
                 turned = parts if icmp else (2, 0)
-                for (to, width), at in zip(places, (1 + shape.address, 1, *(l4 + part for part in turned))):
-                    self._key(to, at, width)
-                if icmp and shape.l4:
-                    self.column(places[3][0], self._keys[l4 + 2 :: shape.key].translate(_ICMP_BITS[proto]))
+                for (to, width), at in zip(places, (1 + address, 1, *(1 + ports + part for part in turned))):
+                    self._move(to, _KEYS, at, width, _ICMP_MIRROR[proto] if icmp and at == 1 + ports + 2 else None)
             else:
-                l4 = 2 * shape.address
-                for (to, width), at in zip(places, (0, shape.address, *(l4 + part for part in parts))):
-                    self._value(to, at, width)
+                for (to, width), at in zip(places, (0, address, *(ports + part for part in parts))):
+                    self._move(to, _VALUES, at, width)
         for zone in zones:
             if zone:
-                self._key(zone, shape.key - shape.zone, 2)
+                self._move(zone, _KEYS, shape.key - shape.zone, 2)
         for kind in nat:
-            self._translation(kind, icmp)
+            self._prepare_translation(kind, icmp)
 
-    def _translation(self, kind: int, icmp: bool) -> None:
+    def _prepare_translation(self, kind: int, icmp: bool) -> None:
         """CTA_NAT_SRC: the target of the reply; CTA_NAT_DST: its source.  An ICMP flow's id belongs to its source."""
         address = self._shape.address
         source = kind == ctnetlink.CTA_NAT_SRC
         found = self._walk.inside(self._walk.top, kind)
         for one in _NAT_ADDRESSES[self._shape.family]:
-            self._value(found[one][0], address if source else 0, address)
+            self._move(found[one][0], _VALUES, address if source else 0, address)
         for place, _end in self._walk.inside(found, ctnetlink.CTA_NAT_PROTO).values():
             if icmp and not source:
-                self._key(place, 1 + 2 * address, 2)
+                self._move(place, _KEYS, 1 + 2 * address, 2)
             else:
-                self._value(place, 2 * address + (2 if source and not icmp else 0), 2)
+                self._move(place, _VALUES, 2 * address + (2 if source and not icmp else 0), 2)
 
-    def _protoinfo(self, info: _Places) -> None:
-        states = self._tail(STATE_FROM_END)
-        known = states[0] != 0  # else the template has a state that suits all
+    def _prepare_protoinfo(self, info: _Places) -> None:
+        size = self._shape.value
+        state, scales, flags = size - STATE_FROM_END, size - SCALE_FROM_END, size - FLAGS_FROM_END
+        known = self._value[state] != 0  # else the template has a state that suits all
         dccp = self._walk.inside(info, ctnetlink.CTA_PROTOINFO_DCCP)
         if dccp and known:
-            self.column(dccp[ctnetlink.CTA_PROTOINFO_DCCP_STATE][0], states)
+            self._move(dccp[ctnetlink.CTA_PROTOINFO_DCCP_STATE][0], _VALUES, state)
         tcp = self._walk.inside(info, ctnetlink.CTA_PROTOINFO_TCP)
         if tcp and known:
-            self.column(tcp[ctnetlink.CTA_PROTOINFO_TCP_STATE][0], states)
-        scales = self._tail(SCALE_FROM_END)
-        if not tcp or scales[0] == NO_SCALE:
+            self._move(tcp[ctnetlink.CTA_PROTOINFO_TCP_STATE][0], _VALUES, state)
+        if not tcp or self._value[scales] == NO_SCALE:
             return
-        flags = self._tail(FLAGS_FROM_END)
-        self.column(tcp[ctnetlink.CTA_PROTOINFO_TCP_FLAGS_ORIGINAL][0], flags.translate(_FLAGS_HIGH_READ))
-        self.column(tcp[ctnetlink.CTA_PROTOINFO_TCP_FLAGS_REPLY][0], flags.translate(_FLAGS_LOW_READ))
-        if ctnetlink.CTA_PROTOINFO_TCP_WSCALE_ORIGINAL in tcp:
-            self.column(tcp[ctnetlink.CTA_PROTOINFO_TCP_WSCALE_ORIGINAL][0], scales.translate(_SCALE_HIGH_READ))
-            self.column(tcp[ctnetlink.CTA_PROTOINFO_TCP_WSCALE_REPLY][0], scales.translate(_SCALE_LOW_READ))
+        for kind, at, table in (
+            (ctnetlink.CTA_PROTOINFO_TCP_FLAGS_ORIGINAL, flags, _FLAGS_HIGH_READ),
+            (ctnetlink.CTA_PROTOINFO_TCP_FLAGS_REPLY, flags, _FLAGS_LOW_READ),
+            (ctnetlink.CTA_PROTOINFO_TCP_WSCALE_ORIGINAL, scales, _SCALE_HIGH_READ),
+            (ctnetlink.CTA_PROTOINFO_TCP_WSCALE_REPLY, scales, _SCALE_LOW_READ),
+        ):
+            if kind in tcp:
+                self._move(tcp[kind][0], _VALUES, at, 1, table)
 
 
+_KEYS, _VALUES, _SECONDS, _NUMBERS = range(4)
 _NAT_ADDRESSES = {
     AF_INET: (ctnetlink.CTA_NAT_V4_MINIP, ctnetlink.CTA_NAT_V4_MAXIP),
     AF_INET6: (ctnetlink.CTA_NAT_V6_MINIP, ctnetlink.CTA_NAT_V6_MAXIP),
