@@ -20,9 +20,10 @@ import random
 import struct
 import zlib
 from types import SimpleNamespace
-from typing import Any, Callable, Iterator, NamedTuple
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import (
+    columns,
     config,
     control,
     crypto,
@@ -32,6 +33,7 @@ from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import 
     netlink,
     readiness,
     render,
+    rows,
     service,
     session,
     vrrp,
@@ -170,24 +172,84 @@ def requested(request: engine.Request) -> int:
     return 0
 
 
+def _batches(key_len: int, keys: Sequence[bytes], values: Sequence[bytes]) -> None:
+    """Rows as the kernel would get them, many at once."""
+    for make in (columns.create, columns.update):
+        try:
+            batch = make(key_len, keys, values, [1] * len(keys), 7)
+        except NetlinkError:
+            continue
+        check(sorted(batch.order) == list(range(len(keys))), "each row is one request")
+
+
+def carried_out(job: engine.Job, chance: random.Random) -> list[tuple[int, int]]:
+    """What the kernel refuses of a job, at random."""
+    if isinstance(job, engine.Request):
+        error = requested(job) or chance.choice(_ERRNOS)
+        return [(0, error)] if error else []
+    if job.values:
+        _batches(job.key_len, job.keys, job.values)
+    answers = ((index, chance.choice(_ERRNOS)) for index in range(len(job.keys)))
+    return [(index, error) for index, error in answers if error]
+
+
+def changes(flows: Sequence[Flow], gone: Sequence[bytes] = ()) -> rows.Changes:
+    """Flows as the kernel's edge gives them."""
+    gathering = columns.Gathering()
+    for flow in flows:
+        gathering.flow(flow)
+    found = gathering.changes(len(flows))
+    return found._replace(gone=[*found.gone, *gone])
+
+
 # --- the sync protocol: codecs ---
+
+
+def _row_records(flows: Sequence[Flow]) -> Iterator[bytes]:
+    """ROWS records of flows, one for each shape."""
+    groups: dict[int, bytes] = {}
+    for flow in flows:
+        key, value, _extras = rows.pack(flow)
+        groups[len(key)] = groups.get(len(key), b"") + key + value
+    for key_len, joined in groups.items():
+        yield wire.tlv(wire.RECORD_ROWS, wire.encode_rows(key_len, joined))
+
+
+def _gone_records(flows: Sequence[Flow]) -> Iterator[bytes]:
+    for flow in flows:
+        yield wire.tlv(wire.RECORD_GONE, wire.encode_gone(len(flow.key), flow.key))
+
+
+def _flow_record(flow: Flow) -> bytes:
+    return wire.tlv(wire.RECORD_FLOW, wire.encode_flow_record(*rows.pack(flow)))
+
+
+def _many(count: int) -> list[Flow]:
+    """Connections to a few ports: their record has columns of each mode."""
+    return [
+        FLOWS[0]._replace(
+            orig=FLOWS[0].orig._replace(l4=_ports(40000 + 77 * number, (22, 80, 443)[number % 3])),
+            reply=FLOWS[0].reply._replace(l4=_ports((22, 80, 443)[number % 3], 40000 + 77 * number)),
+        )
+        for number in range(count)
+    ]
 
 
 def _wire_seeds() -> list[bytes]:
     hello = wire.Hello(bytes(range(16)), "fw2", 0, "0.1.0")
-    flows = [wire.encode_flow(flow) for flow in FLOWS]
-    records = b"".join(wire.tlv(wire.RECORD_UPSERT, flow) for flow in flows[:4])
+    singles = [_flow_record(flow) for flow in FLOWS]
+    many = [*_row_records(_many(3)), *_row_records(_many(40)), *_row_records(FLOWS), *_gone_records(FLOWS)]
+    many.append(wire.tlv(wire.RECORD_GONE, wire.encode_gone(13, b"".join(flow.key for flow in _many(31)))))
     return [
         wire.encode_header(wire.HELLO, 1, bytes(range(16)), 7) + bytes(40),
         wire.encode_header(wire.DATA, 1, bytes(range(16)), 1 << 40) + bytes(40),
         wire.encode_hello(hello),
-        wire.encode_ack(wire.Ack(5, 517, ((7, 9), (12, 13))))[wire.TLV_BYTES :],
+        wire.encode_ack(wire.Ack(5, 517, 0b1100011))[wire.TLV_BYTES :],
         wire.encode_status(wire.Status(wire.ROLE_ACTIVE, 3, 1000))[wire.TLV_BYTES :],
-        wire.encode_block(9, records)[wire.TLV_BYTES :],
+        wire.encode_block(9, b"".join(many[:3]))[wire.TLV_BYTES :],
         wire.encode_bulk_end(3, 9)[wire.TLV_BYTES :],
-        records,
-        *flows,
-        *(flow.key for flow in FLOWS),
+        b"".join(singles[:4]),
+        *(record[wire.TLV_BYTES :] for record in singles + many),
     ]
 
 
@@ -207,12 +269,37 @@ def wire_runner() -> Runner:
     """Every decoder of the sync protocol, with the same bytes."""
 
     def flow(data: bytes) -> None:
-        found = wire.decode_flow(data)
-        _round_trip(found, wire.encode_flow, wire.decode_flow, 0)
-        check(wire.decode_key(found.key)[3] == found.orig, "the key names the tuple")
+        record = wire.decode_flow_record(data)
+        check(wire.encode_flow_record(*record) == data, "a flow is written as it was read")
+        one_flow(*record)
+
+    def one_flow(key: bytes, value: bytes, extras: bytes = b"") -> None:
+        found = rows.unpack(key, value, extras)
+        check(found.key == key, "the key is that of the flow")
+        again = rows.unpack(*rows.pack(found))
+        check(again.orig == found.orig and again.reply == found.reply, "the tuples survive")
         shown(found)
         for operation in (engine.CREATE, engine.UPDATE, engine.TIMER, engine.DELETE):
             requested(engine.Request(operation, found.key, found, found.timeout))
+
+    def many(data: bytes) -> None:
+        key_len, joined = wire.decode_rows(data)
+        width = rows.SHAPES[key_len].row
+        count, rest = divmod(len(joined), width)
+        check(rest == 0 and 1 <= count <= wire.MAX_ROWS, "rows are whole, and not too many")
+        check(wire.decode_rows(wire.encode_rows(key_len, joined)) == (key_len, joined), "rows survive")
+        keys, values = wire.split_rows(key_len, joined)
+        check(list(wire.iter_rows(key_len, joined)) == list(zip(keys, values)), "rows are keys and values")
+        for place in {0, count - 1}:
+            one_flow(keys[place], values[place])
+        _batches(key_len, keys, values)
+
+    def gone(data: bytes) -> None:
+        key_len, joined = wire.decode_gone(data)
+        check(len(joined) % key_len == 0 and len(joined) <= wire.MAX_ROWS * key_len, "keys are whole, and not too many")
+        check(wire.decode_gone(wire.encode_gone(key_len, joined)) == (key_len, joined), "keys survive")
+        keys = wire.split_keys(key_len, joined)
+        check(ctnetlink.flow_of_key(keys[0]).key == keys[0], "the key is that of the flow")
 
     def tlvs(data: bytes) -> None:
         size = sum(wire.TLV_BYTES + len(payload) for _kind, payload in wire.iter_tlv(data))
@@ -228,7 +315,7 @@ def wire_runner() -> Runner:
         _round_trip(wire.decode_status(data), wire.encode_status, wire.decode_status, wire.TLV_BYTES)
 
     decoders: tuple[Callable[[bytes], Any], ...] = (
-        *(flow, tlvs, hello, ack, status, wire.decode_header, wire.decode_block, wire.decode_key),
+        *(flow, many, gone, tlvs, hello, ack, status, wire.decode_header, wire.decode_block),
         *(wire.decode_bulk_begin, wire.decode_bulk_end),
     )
 
@@ -237,7 +324,7 @@ def wire_runner() -> Runner:
         for decode in decoders:
             try:
                 decode(data)
-                accepted = accepted or decode in (flow, hello, ack, status)
+                accepted = accepted or decode in (flow, many, gone, hello, ack, status)
             except WireError as error:
                 check(error.kind in ("malformed", "truncated", "wrong_version"), f"kind {error.kind}")
         return accepted
@@ -320,13 +407,14 @@ class Peer:
         check(len(out) <= 2 * WINDOW_BLOCKS + 64, f"{len(out)} datagrams at once")
         check(all(len(datagram) <= PAYLOAD for datagram in out), "no datagram is longer than configured")
         if one.dump is not None:
-            one.dump_slice(FLOWS[: int(chance.random() * len(FLOWS))], self.now)
+            one.dump_slice(changes(FLOWS[: int(chance.random() * len(FLOWS))]), self.now)
             one.dump_finished(chance.random() < 0.8, self.now)
         for _dummy in range(200):
-            requests = one.kernel_requests(256)
-            if not requests:
+            jobs = one.kernel_work(256)
+            if not jobs:
                 break
-            one.kernel_results([(request, requested(request) or chance.choice(_ERRNOS)) for request in requests])
+            for job in jobs:
+                one.kernel_results(job, carried_out(job, chance))
         else:
             raise AssertionError("requests to the kernel breed requests without end")
         check(len(one.session._out) == 0, "everything was handed out")
@@ -334,7 +422,9 @@ class Peer:
     def bounded(self) -> None:
         one, known = self.engine, self.engine.session._established
         check(len(one.cache) <= TABLE_LIMIT and len(one.pending) <= TABLE_LIMIT, "the tables keep their bounds")
-        check(len(one._announced) <= 1000 + TABLE_LIMIT and len(one._refused) <= TABLE_LIMIT, "so do the sets")
+        check(len(one._announced) <= 1000 + TABLE_LIMIT, "so does the set of what was announced")
+        noted = (one.copies.asked, one.copies.outdated, one.copies.refused, one.copies._others)
+        check(all(len(keys) <= TABLE_LIMIT for keys in noted), "and what is noted of the kernel's copies")
         check(len(one.counters) < 120 and len(one.session.counters) < 40, "no input makes up counters")
         if known is not None:
             check(len(known.early) <= WINDOW_BLOCKS, "blocks ahead are bounded by the credit given")
@@ -348,27 +438,30 @@ def _blocks(*records: bytes) -> Iterator[bytes]:
 
 
 def session_grammar() -> Grammar:
-    upserts = [wire.tlv(wire.RECORD_UPSERT, wire.encode_flow(flow)) for flow in FLOWS]
-    bulk = wire.encode_bulk_begin(1) + b"".join(upserts) + wire.encode_bulk_end(1, len(upserts))
-    deletes = b"".join(wire.tlv(wire.RECORD_DELETE, flow.key) for flow in FLOWS)
-    changed = wire.tlv(wire.RECORD_UPSERT, wire.encode_flow(FLOWS[0]._replace(reply=FLOWS[7].reply, mark=5)))
+    singles = [_flow_record(flow) for flow in FLOWS]
+    states = b"".join((*_row_records(FLOWS), *singles))
+    bulk = wire.encode_bulk_begin(1) + states + wire.encode_bulk_end(1, len(FLOWS))
+    ends = b"".join(_gone_records(FLOWS))
+    changed = b"".join(_row_records([FLOWS[0]._replace(reply=FLOWS[7].reply, mark=5)]))
+    many = [*_row_records(_many(30)), *_row_records(_many(100))]
     status = wire.encode_status(wire.Status(wire.ROLE_ACTIVE, wire.STATUS_REPLICATES, 9))
-    ack = wire.encode_ack(wire.Ack(1, 513, ((3, 5),)))
+    ack = wire.encode_ack(wire.Ack(1, 513, 0b110))
     hello = wire.encode_hello(wire.Hello(_ECHO, "fw2", 0, "0.1.0"))
     blank = wire.encode_hello(wire.Hello(wire.NO_NONCE, "fw2", 0, "0.1.0"))
     frames = [
-        *_blocks(bulk, b"".join(upserts), deletes, changed, upserts[6], deletes[:30] + changed),
-        *(wire.encode_block(number, upserts[number % 9]) for number in (6, 7, 9, 500, 511, 512, 600)),
+        *_blocks(bulk, states, ends, changed, singles[6], ends[:30] + changed, *many, many[0] + ends),
+        *(wire.encode_block(number, singles[number % 9]) for number in (6, 7, 9, 500, 511, 512, 600)),
         wire.encode_block(0, wire.tlv(wire.RECORD_BULK_REQUEST)),
         wire.encode_block(1, wire.encode_bulk_begin(2)),
         wire.encode_block(2, wire.encode_bulk_end(2, 0)),
-        *(status, ack, status + ack, wire.tlv(wire.FRAME_BYE), wire.encode_ack(wire.Ack(0, 1 << 63, ()))),
-        wire.encode_ack(wire.Ack(0, 2, ((1, 2),))) + wire.encode_block(1, upserts[0]),
+        *(status, ack, status + ack, wire.tlv(wire.FRAME_BYE), wire.encode_ack(wire.Ack(0, 1 << 63, 0))),
+        wire.encode_ack(wire.Ack(0, 2, 1)) + wire.encode_block(1, singles[0]),
     ]
     seeds = [bytes((what,)) + frame for frame in frames for what in (5, 100, 252)]
     seeds += [bytes((_DO_HELLO,)) + hello, bytes((_DO_HELLO,)) + blank]
-    seeds += [bytes((_DO_ROLE,)) + status, bytes((_DO_WAIT,)) + ack, bytes((_DO_EVENT,)) + upserts[0][3:]]
-    seeds += [bytes((_DO_EVENT,)) + upsert[3:] for upsert in upserts] + [bytes((_DO_BARE,)) + bulk]
+    seeds += [bytes((_DO_ROLE,)) + status, bytes((_DO_WAIT,)) + ack, bytes((_DO_BARE,)) + bulk]
+    seeds += [bytes((_DO_EVENT,)) + single[wire.TLV_BYTES :] for single in singles]
+    seeds += [bytes((_DO_BARE,)) + record for record in many]
     numbers = tuple(struct.pack("!Q", number) for number in (0, 1, 2, 3, 511, 512, 1 << 63, (1 << 64) - 1))
     return Grammar(seeds, functools.partial(tlv_lengths, start=1), _tlv_wrap, tuple(range(10)), (_ECHO, *numbers))
 
@@ -394,10 +487,11 @@ def _session_runner(mode: str) -> Runner:
             peer.hello(rest)
         elif what == _DO_EVENT:
             try:
-                flow = wire.decode_flow(rest)
+                flow = rows.unpack(*wire.decode_flow_record(rest))
             except WireError:
                 return False
-            peer.engine.kernel_event(flow, chance.random() < 0.3, peer.now)
+            ended = [flow.key] if chance.random() < 0.5 else []
+            peer.engine.kernel_changes(changes([flow] if chance.random() < 0.7 else [], ended), peer.now)
         elif what == _DO_BARE:  # records in a block of the right number
             known = peer.engine.session._established
             peer.data(wire.encode_block(known.expected if known else next(block), rest[:9000]))
@@ -446,8 +540,7 @@ def _exchange() -> _Exchange:
         for step in range(60):
             now += 0.05
             if step == 20:
-                two.kernel_event(FLOWS[0], False, now)
-                two.kernel_event(FLOWS[2], False, now)
+                two.kernel_changes(changes((FLOWS[0], FLOWS[2])), now)
             for datagram in two.poll(now):
                 one.receive(datagram, now)
                 dead.append(datagram)
@@ -455,11 +548,12 @@ def _exchange() -> _Exchange:
                 two.receive(datagram, now)
                 dead.append(datagram)
             if two.dump is not None:
-                two.dump_slice(FLOWS, now)
+                two.dump_slice(changes(FLOWS), now)
                 two.dump_finished(True, now)
             if one.dump is not None:
                 one.dump_finished(True, now)
-            one.kernel_results([(request, 0) for request in one.kernel_requests(999)])
+            for job in one.kernel_work(999):
+                one.kernel_results(job, ())
     check(len(one.cache) >= 5 and one.complete, "the exchange replicated something")
     for name, secret in (("fw2", bytes(32)), ("fw3", SECRET)):
         stranger = _engine(name, "fw1", crypt, 40, secret=secret)
@@ -477,7 +571,7 @@ def _dead_datagrams() -> tuple[bytes, ...]:
 
 
 def sealed_grammar() -> Grammar:
-    return Grammar(_dead_datagrams(), None, None, (), (b"\1\1\1\0", b"\1\2\1\0", b"\1\2\2\0", b"\2\2\1\0"))
+    return Grammar(_dead_datagrams(), None, None, (), (b"\2\1\1\0", b"\2\2\1\0", b"\2\2\2\0", b"\1\2\1\0"))
 
 
 def _state(one: engine.Engine) -> tuple[Any, ...]:
@@ -487,7 +581,7 @@ def _state(one: engine.Engine) -> tuple[Any, ...]:
         part = (id(known), known.highest, known.seen, known.expected, len(known.early), known.limit, known.next_block)
     return (
         *part,
-        [(key, replica.record, replica.injected) for key, replica in one.cache.items()],
+        [(replica, one.copies.held(replica.key)) for replica in one.cache.items()],
         *(len(one.pending), len(one._kernel), one.dump, one.complete, one.role, one._peer, one.session.last_seen),
         one.session._hello.nonce,
     )
@@ -604,7 +698,7 @@ def netlink_runner() -> Runner:
 def _all_received(one: engine.Engine) -> wire.Ack:
     known = one.session._established
     number = known.next_block if known is not None else 0
-    return wire.Ack(number, number + WINDOW_BLOCKS, ())
+    return wire.Ack(number, number + WINDOW_BLOCKS, 0)
 
 
 def rtnetlink_grammar() -> Grammar:
@@ -743,7 +837,7 @@ def control_runner() -> Runner:
 
     def run(data: bytes) -> bool:
         peer = Peer()
-        peer.data(wire.encode_block(0, wire.tlv(wire.RECORD_UPSERT, wire.encode_flow(FLOWS[0]))))
+        peer.data(wire.encode_block(0, _flow_record(FLOWS[0])))
         one._engine, one._session = peer.engine, peer.engine.session
         sock = _ClientSocket(data)
         client = control._Client(sock, 5.0)  # type: ignore[arg-type]
