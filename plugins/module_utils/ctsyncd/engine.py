@@ -823,21 +823,26 @@ class Engine:
         attempt: int = 0,
     ) -> None:
         """Queue work for flows of any shape, in pieces; small ones join what was queued last, if it is the same."""
-        for key_len in sorted(set(map(len, keys))):
-            mask = [len(key) == key_len for key in keys]
-            parts = [list(itertools.compress(part, mask)) for part in (keys, values, timeouts)]
+        lengths = set(map(len, keys))
+        if len(lengths) > 1:
+            for key_len in sorted(lengths):
+                mask = [len(key) == key_len for key in keys]
+                some_keys, some_values = list(itertools.compress(keys, mask)), list(itertools.compress(values, mask))
+                self._work(operation, some_keys, some_values, list(itertools.compress(timeouts, mask)), attempt)
+            return
+        for key_len in lengths:
             last = self._kernel[-1] if self._kernel else None
             if (
                 isinstance(last, Work)
                 and (last.operation, last.key_len, last.attempt) == (operation, key_len, attempt)
-                and len(last.keys) + len(parts[0]) <= WORK_SIZE
+                and len(last.keys) + len(keys) <= WORK_SIZE
             ):
-                self._queued += len(parts[0])
-                last.keys.extend(parts[0])
-                last.values.extend(parts[1])
-                last.timeouts.extend(parts[2])
-                continue
-            work = Work(operation, key_len, *parts, attempt)
+                self._queued += len(keys)
+                last.keys.extend(keys)
+                last.values.extend(values)
+                last.timeouts.extend(timeouts)
+                return
+            work = Work(operation, key_len, list(keys), list(values), list(timeouts), attempt)
             for first in range(0, len(work.keys), WORK_SIZE):
                 self._push(work.part(first, first + WORK_SIZE))
 
@@ -1392,27 +1397,30 @@ class Engine:
         return (*self.impaired, text)
 
     def peer_status(self, now: float) -> dict[str, Any]:
-        """The peer's part of ``status --json``.  ``bulk``: of the node that is to have the table, the backup."""
+        """The peer's part of ``status --json``.
+
+        ``bulk`` says whether the backup of the two, whichever that is, holds the table of the active node; ``table``
+        says it in words.
+        """
         alive = self.session.alive(now)
         events, age = self.lag(now)
         last = self.session.last_seen
-        peer_complete = bool(self._peer.flags & wire.STATUS_COMPLETE)
-        progress = None
+        progress = self._progress()
         if self.active:
             sending = self._bulk_due or (self.dump is not None and self.dump.purpose == BULK)
-            bulk = "complete" if peer_complete else "sending" if sending and self.session.established else "none"
+            complete = bool(self._peer.flags & wire.STATUS_COMPLETE)
+            bulk = "complete" if complete else "sending" if sending and self.session.established else "none"
         else:
             receiving = self.cache.bulk_running or self._completing
             bulk = "complete" if self.complete else "receiving" if receiving else "none"
-            progress = self._progress()
         return {
             "node": self.session.peer,
             "state": "up" if alive else "silent" if self.session.established else "handshake",
             "role": _ROLE_NAMES.get(self._peer.role, "unknown") if alive else "unknown",
-            "complete": peer_complete,
             "last_seen_s": None if last is None else round(max(0.0, now - last), 3),
             "lag": {"events": events, "age_s": round(age, 3)},
             "bulk": bulk,
+            "table": readiness.table_text(self.active, bulk, progress),
             "progress": None if progress is None else {"flows": progress[0], "expected": progress[1]},
         }
 

@@ -130,11 +130,28 @@ def _why_incomplete(facts: Facts) -> str:
         return f"replication is off on {facts.peer}"
     if facts.peer_role != ACTIVE:
         return f"{facts.peer} is not active: nobody has a table to give"
-    if facts.progress is None:
-        return f"the table of {facts.peer} is not complete here yet"
-    flows, expected = facts.progress
-    about = f" of about {expected}" if expected >= flows else ""
-    return f"the table of {facts.peer} is not complete here yet: receiving, {flows}{about} flows so far"
+    so_far = "" if facts.progress is None else f": receiving, {_so_far(facts.progress)} flows so far"
+    return (
+        f"the table of {facts.peer} is not complete here yet{so_far} (without {facts.peer} this node serves as it is)"
+    )
+
+
+def _so_far(progress: tuple[int, int]) -> str:
+    flows, expected = progress
+    return f"{flows} of about {expected}" if expected >= flows else str(flows)
+
+
+def table_text(active: bool, bulk: str, progress: tuple[int, int] | None) -> str:
+    """Of a peer: has it, if it is the backup, the whole table; has this node, if it is the backup, that of the peer?"""
+    if active:
+        return {"complete": "holds the whole table", "sending": "is being sent the table"}.get(
+            bulk, "does not hold the table"
+        )
+    if bulk == "receiving" and progress is not None:
+        return f"its table is coming in: {_so_far(progress)} flows"
+    return {"complete": "its whole table is here", "receiving": "its table is being compared with the kernel"}.get(
+        bulk, "its table is not here"
+    )
 
 
 def _why_reread(seconds: float) -> str:

@@ -212,8 +212,8 @@ def _peer_text(peer: Mapping[str, Any]) -> str:
     if isinstance(lag, Mapping):
         events = lag.get("events") or 0
         words.append(f"lag {events} changes, {_seconds(lag.get('age_s'))}" if events else "no lag")
-    if peer.get("bulk"):
-        words.append(f"bulk {peer['bulk']}")
+    if peer.get("table"):
+        words.append(str(peer["table"]))
     return ", ".join(words)
 
 

@@ -738,9 +738,11 @@ def test_status_for_people() -> None:
     sim = busy(Simulation().start())
     sim.converge(sim.fw1, sim.fw2)
     status = sim.fw1.up.peer_status(sim.now)
-    assert (status["node"], status["state"], status["role"], status["complete"]) == ("fw2", "up", "backup", True)
+    assert (status["node"], status["state"], status["role"], status["bulk"]) == ("fw2", "up", "backup", "complete")
+    assert status["table"] == "holds the whole table"
     assert status["lag"] == {"events": 0, "age_s": 0.0}
     assert sim.fw2.up.peer_status(sim.now)["bulk"] == "complete"
+    assert sim.fw2.up.peer_status(sim.now)["table"] == "its whole table is here"
     sim.wire.cut = True
     sim.run(5.0)
     assert sim.fw1.up.peer_status(sim.now)["state"] == "silent"

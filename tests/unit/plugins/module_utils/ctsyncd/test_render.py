@@ -191,6 +191,7 @@ STATUS = {
             "last_seen_s": 0.2,
             "lag": {"events": 3, "age_s": 0.5},
             "bulk": "complete",
+            "table": "holds the whole table",
         }
     ],
     "flows": {"kernel": 12, "external": None},
@@ -204,7 +205,7 @@ def test_status_begins_with_the_verdict() -> None:
     assert lines[0] == "DEGRADED: peer fw2 is down; 2 events were lost"
     assert "  node        fw1 (active)" in lines
     assert "  virtual IP  192.168.0.100 on eth1, held" in lines
-    peer = "fw2 (192.168.100.2) is up, backup, seen 0.2 s ago, lag 3 changes, 0.5 s, bulk complete"
+    peer = "fw2 (192.168.100.2) is up, backup, seen 0.2 s ago, lag 3 changes, 0.5 s, holds the whole table"
     assert f"  peer        {peer}" in lines
     assert "  flows       12 kernel, unknown external" in lines
     assert "  transition  to active, 12.1 s ago" in lines
