@@ -46,6 +46,7 @@ from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.errors 
     WireError,
 )
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import Flow, SeqAdj, Tuple
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.rows import Changes
 
 from .mutate import Grammar, netlink_lengths, tlv_lengths
 
@@ -617,10 +618,50 @@ class _FakeSocket:
     def __init__(self) -> None:
         self.waiting: list[bytes] = []
 
-    def recvfrom(self, size: int, _flags: int = 0) -> tuple[bytes, tuple[int, int]]:
+    def recvfrom_into(self, buffer: memoryview, _size: int = 0, _flags: int = 0) -> tuple[int, tuple[int, int]]:
         if not self.waiting:
             raise BlockingIOError
-        return self.waiting.pop(0)[:size], (0, 0)
+        data = self.waiting.pop(0)[: len(buffer)]
+        buffer[: len(data)] = data
+        return len(data), (0, 0)
+
+
+class _Netlink:
+    """Event socket and table dump on a fake socket: by columns, or everything the general way."""
+
+    def __init__(self, by_columns: bool) -> None:
+        self._socket = _FakeSocket()
+        self._events = netlink.EventSocket.__new__(netlink.EventSocket)
+        self._walk = netlink.TableDump.__new__(netlink.TableDump)
+        for one in (self._events, self._walk):
+            one._sock = self._socket  # type: ignore[assignment]
+            one.reader = columns.Reader(by_columns)
+        self._events.overruns = 0
+        real, netlink._recvmmsg = netlink._recvmmsg, None
+        # places as long as the inputs: what several datagrams of the kernel would be comes in one
+        self._events._receiver = netlink.Receiver(self._socket, 8, 33_000)  # type: ignore[arg-type]
+        netlink._recvmmsg = real
+        self._walk._data = bytearray(netlink._READ_SIZE + columns.HEAD_BYTES)
+
+    def events(self, datagrams: list[bytes]) -> tuple[Changes, int]:
+        """What they say, and how many of them are malformed."""
+        self._socket.waiting = datagrams[:]
+        self._events.reader.malformed = 0
+        changes = self._events.read()
+        return changes._replace(gone=sorted(changes.gone)), self._events.malformed
+
+    def dump(self, datagram: bytes) -> tuple[Changes | int, int, bool, bool]:
+        """What a slice of a dump says or the errno of its failure, what is malformed, is it interrupted, is it done."""
+        walk = self._walk
+        self._socket.waiting = [datagram]
+        walk.done = walk.interrupted = False
+        walk.reader.malformed = 0
+        try:
+            found: Changes | int = walk.read()
+        except NetlinkError as error:
+            check(0 <= error.errno <= 4095, f"errno {error.errno}")
+            return error.errno, 0, False, False
+        return found, walk.malformed, walk.interrupted, walk.done
 
 
 def event(flow: Flow, what: int, flags: int, portid: int = 0) -> bytes:
@@ -650,49 +691,41 @@ def netlink_grammar() -> Grammar:
 
 
 def netlink_runner() -> Runner:
-    """Events to an active engine, the same bytes as a slice of a dump, and as the answer to a batch."""
+    """Events, alone and many at once, to an active engine too; the same bytes as a dump.  Both ways say the same."""
     peer = Peer()
     peer.engine.set_role(readiness.ACTIVE, 0.0)
-    events = netlink.EventSocket.__new__(netlink.EventSocket)
-    events.overruns = events.malformed = 0
-    walk = netlink.TableDump.__new__(netlink.TableDump)
-    source = _FakeSocket()
-    events._sock = walk._sock = source  # type: ignore[assignment]
+    fast, general = _Netlink(True), _Netlink(False)
 
     def run(data: bytes) -> bool:
         peer.now += 0.001
-        source.waiting = [data]
-        found = 0
-        for message in events.read():
-            check(0 <= message.errno <= 4095, f"errno {message.errno}")
-            if message.flow is None:
-                continue
-            found += 1
-            flow = message.flow
-            timeout = None if flow.timeout is None else min(flow.timeout, 0xFFFFFFFE)  # the greatest that travels
-            plain = flow._replace(start=None, ident=None, timeout=timeout)
-            check(wire.decode_flow(wire.encode_flow(flow)) == plain, f"{flow!r} does not survive the sync link")
+        changes, malformed = fast.events([data])
+        check((changes, malformed) == general.events([data]), "both ways say the same")
+        many = [data, *_EVENTS, data, data, data, data, data]
+        check(fast.events(many) == general.events(many), "both ways say the same of many")
+        check(fast.dump(data) == general.dump(data), "both ways say the same in a dump")
+        flows = [*changes.flows]
+        flows += [rows.unpack(key, value) for table in changes.rows.values() for key, value in table.items()]
+        check(max(len(flows), changes.events) * 40 <= len(data), "no flow comes from nothing")
+        for flow in flows:
+            check(rows.unpack(*rows.pack(flow)).key == flow.key, f"{flow!r} does not survive the sync link")
             shown(flow)
             requested(engine.Request(engine.CREATE, flow.key, flow, flow.timeout))
-            peer.engine.kernel_event(flow, message.kind == ctnetlink.Kind.DESTROY, peer.now)
-        check(found * 40 <= len(data), "no flow comes from nothing")
-        walk.done = walk.interrupted = False
-        walk.malformed = 0
-        source.waiting = [data]
-        try:
-            check(len(walk.read()) * 40 <= len(data), "no flow comes from nothing")
-        except NetlinkError as error:
-            check(0 <= error.errno <= 4095, f"errno {error.errno}")
-        if found:
+        for key_len, table in changes.rows.items():
+            _batches(key_len, list(table), list(table.values()))
+        if changes.events:
+            peer.engine.kernel_changes(changes, peer.now)
             peer.turn(random.Random(zlib.crc32(data)))
             peer.data(wire.encode_ack(_all_received(peer.engine)))
             if len(peer.engine._announced) > 900:
                 peer.engine.set_role(readiness.BACKUP, peer.now)
                 peer.engine.set_role(readiness.ACTIVE, peer.now)
             peer.bounded()
-        return found > 0
+        return changes.events > 0
 
     return run
+
+
+_EVENTS = (event(FLOWS[0], 0, 0), event(FLOWS[0], 2, 0))
 
 
 def _all_received(one: engine.Engine) -> wire.Ack:
