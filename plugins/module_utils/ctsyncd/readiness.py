@@ -131,9 +131,8 @@ def _why_incomplete(facts: Facts) -> str:
     if facts.peer_role != ACTIVE:
         return f"{facts.peer} is not active: nobody has a table to give"
     so_far = "" if facts.progress is None else f": receiving, {_so_far(facts.progress)} flows so far"
-    return (
-        f"the table of {facts.peer} is not complete here yet{so_far} (without {facts.peer} this node serves as it is)"
-    )
+    bound = f" (if {facts.peer} fails, this node serves with what it has)"
+    return f"the table of {facts.peer} is not complete here yet{so_far}{bound}"
 
 
 def _so_far(progress: tuple[int, int]) -> str:
