@@ -19,6 +19,7 @@ import os
 import random
 import struct
 import zlib
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
@@ -54,6 +55,7 @@ Runner = Callable[[bytes], bool]
 
 SECRET = bytes(range(32))
 OWN = (bytes((192, 168, 0, 1)), bytes((192, 168, 1, 1)), bytes((192, 168, 0, 100)))
+WIRE_CORPUS = Path(__file__).resolve().parents[1] / "corpus" / "wire.jsonl"
 PAYLOAD = 1400
 TABLE_LIMIT = 64
 WINDOW_BLOCKS = 512  # docs/protocol.md
@@ -251,6 +253,7 @@ def _wire_seeds() -> list[bytes]:
         wire.encode_bulk_end(3, 9)[wire.TLV_BYTES :],
         b"".join(singles[:4]),
         *(record[wire.TLV_BYTES :] for record in singles + many),
+        *(bytes.fromhex(json.loads(line)["payload"]) for line in WIRE_CORPUS.read_text(encoding="utf-8").splitlines()),
     ]
 
 

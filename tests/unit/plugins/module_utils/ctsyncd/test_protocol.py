@@ -11,10 +11,13 @@ import json
 import re
 import struct
 from pathlib import Path
+from typing import Any, Callable, Iterator
 
+import pytest
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import rows, wire
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import session as sessions
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.crypto import LibraryCrypto
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.errors import WireError
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import Flow
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.session import (
     BlockReceived,
@@ -24,6 +27,7 @@ from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.session
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from unit.simulation import SECRET, tcp
 
+CORPUS = Path(__file__).resolve().parents[4] / "corpus" / "wire.jsonl"
 DOCUMENT = Path(__file__).resolve().parents[5] / "docs" / "protocol.md"
 FLOW: Flow = tcp(51356, 40000, tcp_flags=(3, 3))
 HELPED: Flow = tcp(51357, 40001, tcp_flags=(3, 3), helper="ftp")._replace(state=None, tcp_wscale=None)
@@ -131,9 +135,16 @@ def test_vectors_open_with_the_keys_of_the_document_and_nothing_of_ours() -> Non
 
 
 def columns(payload: bytes, reply: int) -> list[bytes]:
-    """The rows of a record, by the words of the document and nothing of ours; ``reply`` is 0 for GONE."""
+    """The rows of a good record, by the words of the document and nothing of ours; ``reply``: bytes of a tuple that the
+    values begin with, 0 for GONE."""
     key_len, count = payload[0], payload[1] << 8 | payload[2]
-    address, layer4, zone = {13: (4, 4, 0), 37: (16, 4, 0)}[key_len]
+    address, layer4 = next(
+        (size, ports)
+        for size in (4, 16)
+        for ports in (0, 4)
+        for zone in (0, 2, 3)
+        if 1 + 2 * size + ports + zone == key_len
+    )
     width = key_len + (2 * address + layer4 + 13 if reply else 0)
     at = 3
 
@@ -165,7 +176,7 @@ def columns(payload: bytes, reply: int) -> list[bytes]:
                 at += count
             for row, byte in zip(table, values):
                 row[column] = byte
-    assert (at, zone) == (len(payload), 0)
+    assert at == len(payload)
     for row in table:
         source, destination = row[1 : 1 + address], row[1 + address : 1 + 2 * address]
         first, second = row[1 + 2 * address :][: layer4 // 2], row[1 + 2 * address :][layer4 // 2 : layer4]
@@ -207,3 +218,34 @@ def test_numbers_of_the_document_are_those_of_the_code() -> None:
     for name, value in stated.items():
         module = sessions if hasattr(sessions, name) else wire
         assert getattr(module, name) == float(value), name
+
+
+def entries() -> Iterator[dict[str, Any]]:
+    with CORPUS.open(encoding="utf-8") as lines:
+        yield from map(json.loads, lines)
+
+
+@pytest.mark.parametrize("entry", entries(), ids=lambda entry: f"{entry['decoder']}: {entry['what']}")
+def test_corpus_is_read_as_it_says(entry: dict[str, Any]) -> None:
+    """Good and bad payloads for those who write another implementation: what they mean, or that they are refused."""
+    payload = bytes.fromhex(entry["payload"])
+    decode: Callable[[bytes], Any] = {
+        "rows": wire.decode_rows,
+        "gone": wire.decode_gone,
+        "flow": wire.decode_flow_record,
+        "ack": wire.decode_ack,
+    }[entry["decoder"]]
+    if "error" in entry:
+        with pytest.raises(WireError) as caught:
+            decode(payload)
+        assert caught.value.kind == entry["error"]
+        return
+    found = decode(payload)
+    if entry["decoder"] == "ack":
+        assert found == wire.Ack(entry["expected"], entry["limit"], sum(1 << place for place in entry["early"]))
+    elif entry["decoder"] == "flow":
+        assert [part.hex() for part in found] == [entry["key"], entry["value"], entry["extras"]]
+    else:
+        assert found == (entry["key_len"], bytes.fromhex(entry["joined"]))
+        reply = rows.SHAPES[entry["key_len"]].reply if entry["decoder"] == "rows" else 0
+        assert b"".join(columns(payload, reply)).hex() == entry["joined"]
