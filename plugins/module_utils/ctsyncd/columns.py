@@ -502,25 +502,32 @@ class Reader:
                 else:
                     lists[head] = [slot]
             groups.update(lists)
-        found: list[tuple[bytes, bytes] | None] = [None] * count
-        ended, key_lens = False, set()
+        read: list[tuple[Sequence[int], list[tuple[bytes, bytes]]]] = []
+        keys = total = 0
+        key_lens: set[int] = set()
+        last: dict[bytes, bytes] = {}
+        gone: dict[bytes, bytes] = {}
         for head, members in groups.items():
             for layout, slots, pairs in self._sorted(head, members, raw):
-                ended |= layout.ended
                 key_lens.add(layout.key_len)
-                if len(slots) == count and not into.flows:
-                    self.fast += count
-                    last = dict(pairs)
-                    self._put(last, last if ended else (), key_lens, into)
-                    return count, False
-                for slot, pair in zip(slots, pairs):
-                    found[slot] = pair
-        sound = [pair for pair in found if pair is not None]
-        if len(sound) == count and not into.flows:
+                total += len(slots)
+                pairs_ = list(pairs)
+                table = dict(pairs_)
+                keys += len(table)
+                last.update(table)
+                if layout.ended:
+                    gone.update(table)
+                read.append((slots, pairs_))
+        if total == count and not into.flows:
             self.fast += count
-            last = dict(sound)
-            self._put(last, [key for key, value in sound if not value] if ended else (), key_lens, into)
+            if len(last) != keys:  # a flow with changes of several kinds: what was last is in the order of the messages
+                last = dict(_in_order(read, count))
+            self._put(last, gone, key_lens, into)
             return count, False
+        found: list[tuple[bytes, bytes] | None] = [None] * count
+        for slots, pairs_ in read:
+            for slot, pair in zip(slots, pairs_):
+                found[slot] = pair
         return self._one_by_one(raw, heads, odd, found, into)
 
     @staticmethod
@@ -630,6 +637,15 @@ class Reader:
             return None
         known.append(layout)
         return layout
+
+
+def _in_order(read: list[tuple[Sequence[int], list[tuple[bytes, bytes]]]], count: int) -> list[tuple[bytes, bytes]]:
+    """All of the ``count`` pairs, each at the place that it has."""
+    found = [(b"", b"")] * count
+    for slots, pairs in read:
+        for slot, pair in zip(slots, pairs):
+            found[slot] = pair
+    return found
 
 
 _slots = functools.lru_cache(maxsize=64)(struct.Struct)
