@@ -87,7 +87,7 @@ def test_too_much_work_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_state_that_grows_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "WINDOW_BLOCKS", 1 << 40)  # what the session takes; the promise is the old one
+    monkeypatch.setattr(session, "WINDOW_BLOCKS", 1 << 16)  # what the session takes; the promise is the old one
     monkeypatch.setattr(targets, "WINDOW_BLOCKS", 512)
     known = [fuzzer.run_batch("session", 2, number, 400).findings for number in range(2)]
     assert any("bounded" in finding.error for findings in known for finding in findings)
