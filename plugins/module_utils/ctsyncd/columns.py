@@ -153,8 +153,8 @@ _ATTR = struct.Struct("=HH")  # struct nlattr: length, type
 
 _COLUMNS_FROM = 6  # fewer messages are cheaper one by one
 _COMPARED = 32  # messages at once
-_LAYOUTS_PER_HEAD = 8
-_HEADS = 256
+_LAYOUTS_PER_HEAD = 4  # of some 16 kB each
+_HEADS = 128
 
 # Attributes whose values decide more than a column can tell
 _GENERAL_ONLY = frozenset(
