@@ -29,7 +29,9 @@ from .rows import Changes
 
 try:
     import ctypes
-except ImportError:  # some small builds of Python lack it
+except (ImportError, MemoryError, OSError):
+    # Some small builds of Python lack it; older ones make a callback at import, which needs memory that can be written
+    # and executed, and MemoryDenyWriteExecute= of systemd.exec(5) forbids that.
     ctypes = None  # type: ignore[assignment]
 
 # <linux/netlink.h>
@@ -322,6 +324,9 @@ class Receiver:
             number = ctypes.get_errno()
             if number in {errno.EAGAIN, errno.EINTR}:
                 return []
+            if number == errno.ENOSYS:  # a filter of system calls, or a kernel without it
+                self._call = None
+                return self._receive_singly(limit)
             raise OSError(number, os.strerror(number))
         lengths: list[int] = self._lengths[:count].tolist()
         ports = self._ports[:count].tolist()

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import json
 import random
 import socket
@@ -349,11 +351,17 @@ def test_rows_of_another_shape_are_refused() -> None:
 # --- the edge, without a kernel ---
 
 
-@pytest.mark.parametrize("recvmmsg", [True, False])
-def test_a_receiver_gives_what_is_there(monkeypatch: pytest.MonkeyPatch, recvmmsg: bool) -> None:
+def refused(*_arguments: object) -> int:
+    """A system call that a filter refuses."""
+    ctypes.set_errno(errno.ENOSYS)
+    return -1
+
+
+@pytest.mark.parametrize("recvmmsg", ["there", "missing", "refused"])
+def test_a_receiver_gives_what_is_there(monkeypatch: pytest.MonkeyPatch, recvmmsg: str) -> None:
     """Netlink sockets that nobody writes to but themselves: such datagrams are not the kernel's."""
-    if not recvmmsg:
-        monkeypatch.setattr(netlink, "_recvmmsg", None)
+    if recvmmsg != "there":
+        monkeypatch.setattr(netlink, "_recvmmsg", refused if recvmmsg == "refused" else None)
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 2) as sock:  # NETLINK_USERSOCK
         sock.bind((0, 0))
         receiver = netlink.Receiver(sock, 4, 64)
