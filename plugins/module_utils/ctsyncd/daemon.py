@@ -132,6 +132,8 @@ class Daemon:
         self._watchdog_at = now
         self._report_at = now  # no verdict before
         self._report_due = True
+        self._condition: tuple[object, ...] = ()
+        self._read_at = now  # when the link was read last
 
     # --- life --------------------------------------------------------------------------------------------------------
 
@@ -212,9 +214,7 @@ class Daemon:
         self._work_for_kernel()
         self._answer_questions(now)
         self._watch_link()
-        self._report_due = now < self._report_at
-        if not self._report_due:
-            self._report(now)
+        self._look_for_news(now)
 
     def _serve(self, key: selectors.SelectorKey, mask: int, now: float) -> None:
         edge = key.data
@@ -247,6 +247,18 @@ class Daemon:
             deadline = min(deadline, next_control)
         return max(0.0, deadline - now)
 
+    def _look_for_news(self, now: float) -> None:
+        """A verdict costs more than a wake-up: it is made where something changed, and every second."""
+        self._report_due = now < self._report_at
+        if self._report_due:
+            return
+        self._report_at = now + REPORT_S
+        self._engine.problem = self._link.problem
+        condition = self._engine.condition(now)
+        if condition != self._condition:
+            self._condition = condition
+            self._report(now)
+
     def _every_second(self, now: float) -> None:
         """Called a little earlier, if the daemon is awake then: no wake-up for this alone."""
         self._second_at = now + self._second_s
@@ -255,6 +267,7 @@ class Daemon:
         self._fifo.tick(now + SLACK_S)
         if not self._link.is_open and now >= self._link.retry_at - SLACK_S:
             self._open_link(now)
+        self._report(now)
         self._notifier.status(self._status_line())
         if self._notifier.watchdog_interval_s is not None and now >= self._watchdog_at - SLACK_S:
             self._watchdog_at = now + self._notifier.watchdog_interval_s
@@ -290,7 +303,9 @@ class Daemon:
         self._link_watched = wanted
 
     def _read_link(self, now: float) -> None:
-        for datagram in self._link.receive(DATAGRAMS_PER_TURN):
+        limit = DATAGRAMS_PER_TURN if now - self._read_at < QUIET_S else 1  # to look for another one costs as much
+        self._read_at = now
+        for datagram in self._link.receive(limit):
             self._engine.receive(datagram, now)
 
     def _read_fifo(self, now: float) -> None:
@@ -451,7 +466,6 @@ class Daemon:
     # --- reports -----------------------------------------------------------------------------------------------------
 
     def _report(self, now: float) -> None:
-        self._report_at = now + REPORT_S
         self._engine.problem = self._link.problem
         self._engine.impaired = tuple(filter(None, (self._not_reloaded, self._fifo.problem, self._track.problem)))
         verdict = self._engine.verdict(now)

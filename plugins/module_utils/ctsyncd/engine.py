@@ -1357,6 +1357,27 @@ class Engine:
         times = [moment for moment in (oldest, waiting) if moment is not None]
         return sent + len(self.pending), max(0.0, now - min(times)) if times else 0.0
 
+    def condition(self, now: float) -> tuple[object, ...]:
+        """What the verdict depends on, short of numbers that grow: while it stays the same, so does the verdict."""
+        return (
+            self.role,
+            self.complete,
+            self._peer[:2],
+            self._peer_left,
+            self.session.established,
+            self.session.alive(now),
+            self._learn,
+            self._reread_at,
+            self.cache.bulk_running,
+            len(self.cache) > 0,
+            self._excluded > 0,
+            len(self.copies.refused),
+            self._queued > DUMP_ROOM,
+            self.lag(now)[1] > self.settings.lag_limit_s,
+            self.problem,
+            self.impaired,
+        )
+
     def verdict(self, now: float) -> readiness.Verdict:
         return readiness.judge(
             readiness.Facts(
