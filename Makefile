@@ -84,6 +84,14 @@ integration: root venv ## Integration tests in network namespaces (root)
 scale: root venv ## Ten times 10,000 sessions, a sync link that loses 30 %, the active node cut four times (10 minutes)
 	CTSYNC_SCALE=10000 CTSYNC_REPEAT=10 pytest -q tests/integration/test_scale.py
 
+BENCH ?= default
+.PHONY: bench
+bench: root venv ## ctsyncd and conntrackd side by side: BENCH=quick, default (20 minutes) or full; DOCS=yes (docs/performance.md)
+	sh tools/need.sh ip:iproute2 iptables-restore:iptables conntrack:conntrack conntrackd:conntrackd cc:gcc
+	@[ -e /usr/include/stdio.h ] || sh tools/need.sh libc6-dev linux-libc-dev
+	@/usr/bin/python3 -I -c 'import cryptography' 2>/dev/null || sh tools/need.sh python3-cryptography
+	PYTHONPATH=collections:tests python3 -m bench --size $(BENCH) $(if $(DOCS),--output docs)
+
 .PHONY: test-all
 test-all: test scale ## make test, and what takes longer
 

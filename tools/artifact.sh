@@ -51,7 +51,7 @@ PYTHON
 fi
 
 cd "$work"
-for playbook in site failover_test; do
+for playbook in site failover_test status switchover upgrade rotate_key uninstall; do
     ansible-playbook -i "$root/inventories/example/hosts.yml" "ctsync.ha_firewall.$playbook" --syntax-check
 done
 for module in installed/ansible_collections/ctsync/ha_firewall/plugins/modules/*.py; do

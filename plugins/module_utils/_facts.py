@@ -18,7 +18,7 @@ import stat
 import time
 from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
 
-from . import _keepalived, _systemd
+from . import _ctsyncd_files, _keepalived, _preflight, _systemd
 from .ctsyncd import netlink, render
 from .ctsyncd.errors import CtsyncError
 
@@ -29,6 +29,23 @@ KEEPALIVED_DUMP = "tmp/keepalived.json"  # in keepalived's own root, which may b
 DUMP_WAIT_S = 2.0
 VRRP_STATES = ("INIT", "BACKUP", "MASTER", "FAULT")  # vrrp.h: VRRP_STATE_*
 CONNTRACK_PROBE = "/proc/sys/net/netfilter/nf_conntrack_max"
+SYSCTL_FOLDER = "/proc/sys"
+# what decides how the two kernels keep the same flow; the nodes of a pair must agree on it
+SYSCTLS = (
+    "net.ipv4.ip_forward",
+    "net.ipv6.conf.all.forwarding",
+    "net.netfilter.nf_conntrack_events",
+    "net.netfilter.nf_conntrack_generic_timeout",
+    "net.netfilter.nf_conntrack_icmp_timeout",
+    "net.netfilter.nf_conntrack_max",
+    "net.netfilter.nf_conntrack_tcp_be_liberal",
+    "net.netfilter.nf_conntrack_tcp_loose",
+    "net.netfilter.nf_conntrack_tcp_timeout_close_wait",
+    "net.netfilter.nf_conntrack_tcp_timeout_established",
+    "net.netfilter.nf_conntrack_timestamp",
+    "net.netfilter.nf_conntrack_udp_timeout",
+    "net.netfilter.nf_conntrack_udp_timeout_stream",
+)
 DUMP_ATTEMPTS = 3  # a dump that the kernel interrupted is begun again
 
 
@@ -322,13 +339,66 @@ def unit_facts(run: Runner, systemctl: Optional[str], unit: str) -> Dict[str, bo
     return {"active": rc_active == 0, "enabled": rc_enabled == 0 and out.strip() in ("enabled", "enabled-runtime")}
 
 
-def host_facts(run: Runner, systemctl: Optional[str], modprobe: Optional[str]) -> Dict[str, Any]:
-    """What the collection needs of a host before anything of it is installed."""
+def sysctl_facts(folder: str = SYSCTL_FOLDER) -> Dict[str, Optional[str]]:
+    """What the kernel holds of :data:`SYSCTLS`; ``None`` for a key that it does not have."""
+    found: Dict[str, Optional[str]] = {}
+    for name in SYSCTLS:
+        text = read_text(os.path.join(folder, *name.split("."))).split()
+        found[name] = " ".join(text) if text else None
+    return found
+
+
+def key_facts(config: str, folder: str) -> Dict[str, Any]:
+    """The daemon's keys by id, each as a fingerprint (empty when its file cannot be read), and the one it sends with.
+
+    ``config`` is the daemon's configuration; without one there is no key. A key never leaves this function.
+    """
+    try:
+        document = json.loads(read_text(config))
+        ids = sorted(int(number) for number in document["keys"])
+        send = int(document.get("send_key") or ids[0])
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return {"keys": {}, "send_key": None}
+    prints = {
+        str(number): _preflight.summarize_key(read_text(os.path.join(folder, f"{number}.key")))["fingerprint"]
+        for number in ids
+    }
+    return {"keys": prints, "send_key": send}
+
+
+def keepalived_version(run: Runner, program: Optional[str]) -> str:
+    """Version of the installed keepalived; empty without one."""
+    if not program:
+        return ""
+    dummy, out, err = run([program, "--version"])
+    return ".".join(map(str, _keepalived.parse_version(out + err)))
+
+
+def keepalived_facts(config: str) -> Dict[str, bool]:
+    """Whether there is a configuration of keepalived, and whether this collection wrote it."""
+    text = read_text(config)
+    return {"configured": bool(text), "ours": bool(text) and _keepalived.is_ours(text)}
+
+
+def host_facts(
+    run: Runner,
+    systemctl: Optional[str],
+    modprobe: Optional[str],
+    keepalived: Optional[str] = None,
+    *,
+    config: str = _ctsyncd_files.CONFIG,
+    keepalived_config: str = _keepalived.CONFIG_PATH,
+) -> Dict[str, Any]:
+    """What the collection needs of a host, and what it has put there before."""
     conntrack = os.path.exists(CONNTRACK_PROBE)
     if not conntrack and modprobe:
         conntrack = run([modprobe, "--dry-run", "--quiet", "nf_conntrack_netlink"])[0] == 0
     return {
         "conntrack": conntrack,
         "conntrackd": {"pids": processes_named("conntrackd"), **unit_facts(run, systemctl, "conntrackd.service")},
+        "ctsyncd": key_facts(config, os.path.join(os.path.dirname(config), "keys")),
+        "keepalived": {"version": keepalived_version(run, keepalived), **keepalived_facts(keepalived_config)},
+        "sysctls": sysctl_facts(),
         "systemd": _systemd.booted(),
+        "time": time.time(),
     }

@@ -52,6 +52,16 @@ class Iptables:
         """Whether the programs are installed."""
         return bool(self.program and self.save_program and self.restore_program)
 
+    @property
+    def save_command(self) -> List[str]:
+        """Prints what the kernel holds, with counters."""
+        return [self.save_program, "-c"]
+
+    @property
+    def restore_command(self) -> List[str]:
+        """Applies standard input; what it does not name stays."""
+        return [self.restore_program, "-w", LOCK_WAIT, "--noflush"]
+
     def _run(self, command: Sequence[str], data: str = "") -> Outcome:
         rc, out, err = self._module.run_command(
             list(command), data=data or None, binary_data=True, environ_update=_ENVIRONMENT
@@ -60,12 +70,12 @@ class Iptables:
 
     def save(self) -> Outcome:
         """What the kernel holds now, with counters."""
-        return self._run([self.save_program, "-c"])
+        return self._run(self.save_command)
 
     def restore(self, text: str, *, test: bool = False) -> Outcome:
         """Apply (or only test) input for iptables-restore; what it does not name stays."""
         mode = ["--test"] if test else []
-        return self._run([self.restore_program, "-w", LOCK_WAIT, "--noflush", *mode], text)
+        return self._run([*self.restore_command, *mode], text)
 
     def scratch(self, text: str, sets: Sequence[str] = ()) -> Outcome:
         """Load the text into an empty network namespace that ends with the command, and print what the kernel holds.

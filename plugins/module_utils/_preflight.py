@@ -20,6 +20,15 @@ from . import _keepalived, _ruleset
 MINIMUM_PYTHON = (3, 9)
 MINIMUM_KEY_BYTES = 32
 NODES = 2  # what this version of the daemon replicates between
+CLOCK_SKEW_S = 30.0
+# set by the role kernel on both nodes, whatever they are now
+ROLE_SYSCTLS = (
+    "net.ipv4.ip_forward",
+    "net.ipv6.conf.all.forwarding",
+    "net.netfilter.nf_conntrack_events",
+    "net.netfilter.nf_conntrack_tcp_loose",
+    "net.netfilter.nf_conntrack_timestamp",
+)
 
 Interface = Union[ipaddress.IPv4Interface, ipaddress.IPv6Interface]
 
@@ -34,6 +43,10 @@ VARIABLES: Dict[str, str] = {
     "key_id": "ha_firewall_key_id",
     "rules": "ruleset_rules",
     "rules6": "ruleset_rules6",
+    "address_sets": "ruleset_address_sets",
+    "filter_rules": "ruleset_filter_rules",
+    "nat_rules": "ruleset_nat_rules",
+    "forward_policy": "ruleset_forward_policy",
 }
 DEFAULTS: Dict[str, Any] = {"sync_port": 3781, "key_id": 1, "rules": [], "rules6": [], "virtual_ips": [], "key": ""}
 
@@ -169,6 +182,8 @@ class _Group:
         self._priorities()
         self._sync_group()
         self._keys()
+        self._sysctls()
+        self._clocks()
         self._duplicate_addresses()
         return self.lines()
 
@@ -397,6 +412,38 @@ class _Group:
         number = as_int(node.get("key_id"))
         if number is None or not 1 <= number <= 255:
             self.add(host, "key_id", f"{node.get('key_id')!r} is not 1 to 255: choose one of these")
+        elif not node.get("rotation"):
+            self._key_change(host, number, str(key.get("fingerprint") or ""))
+
+    def _key_change(self, host: str, number: int, fingerprint: str) -> None:
+        """A running pair gets another key step by step only: at once, the nodes would not understand each other."""
+        node = self.nodes[host]
+        held = ((node.get("host") or {}).get("ctsyncd") or {}).get("keys") or {}
+        if not held:
+            return
+        listed = {as_int(entry) for entry in node.get("key_ids") or ()} | {number}
+        ids = " and ".join(sorted(held, key=int))
+        if str(number) not in held:
+            self.add(
+                host,
+                "key_id",
+                f"{number} is not among the keys that this node runs with ({ids}), and a change at once would cut the"
+                " replication: run the playbook rotate_key",
+            )
+        elif fingerprint and held[str(number)] not in ("", fingerprint):
+            self.add(
+                host,
+                "key",
+                f"is not the key that this node runs with under the id {number}: give a new key an id of its own"
+                " (ha_firewall_key_id) and run the playbook rotate_key",
+            )
+        elif any(as_int(known) not in listed for known in held):
+            self.add(
+                host,
+                "key_id",
+                f"a key rotation is half done, this node accepts the keys {ids}: complete it by the playbook"
+                " rotate_key",
+            )
 
     def _key_summary(self, host: str) -> Mapping[str, Any]:
         key = self.nodes[host].get("key")
@@ -434,7 +481,7 @@ class _Group:
 
     def _rules_error(self, host: str, words: str) -> None:
         """The ruleset module's message, whose options are called otherwise."""
-        for option in ("rules", "rules6"):
+        for option in ("rules", "rules6", "address_sets", "filter_rules", "nat_rules", "forward_policy"):
             if words.startswith(f"{option}: "):
                 self.add(host, option, words[len(option) + 2 :].replace(" Nothing was changed.", ""))
                 return
@@ -461,20 +508,64 @@ class _Group:
                 "has no connection tracking (/proc/sys/net/netfilter/nf_conntrack_max is missing and the module"
                 " nf_conntrack_netlink cannot be loaded): install the kernel's netfilter modules",
             )
+        held = probe.get("sysctls") or {}
+        if held.get("net.netfilter.nf_conntrack_max") and not held.get("net.netfilter.nf_conntrack_events"):
+            self.add(
+                host,
+                "kernel",
+                "tells nobody of connections (net.netfilter.nf_conntrack_events is missing): boot a kernel that was"
+                " built with CONFIG_NF_CONNTRACK_EVENTS, as those of the distributions are",
+            )
+        if not self.nodes[host].get("migrate"):
+            self._conntrackd(host, probe)
+
+    def _conntrackd(self, host: str, probe: Mapping[str, Any]) -> None:
         daemon = probe.get("conntrackd") or {}
+        remedy = "take over from it with -e migrate=true, or systemctl disable --now conntrackd"
         if daemon.get("pids") or daemon.get("active"):
             pids = f" (process {', '.join(map(str, daemon['pids']))})" if daemon.get("pids") else ""
             self.add(
                 host,
                 "conntrackd",
-                f"is active{pids}; two daemons must not write into one table: systemctl disable --now conntrackd",
+                f"is active{pids}; two daemons must not write into one table: {remedy}",
             )
         elif daemon.get("enabled"):
             self.add(
                 host,
                 "conntrackd",
-                "is not active, but would start at the next boot; two daemons must not write into one table:"
-                " systemctl disable --now conntrackd",
+                f"is not active, but would start at the next boot; two daemons must not write into one table: {remedy}",
+            )
+
+    # --- what both hosts must have in common ---
+
+    def _sysctls(self) -> None:
+        """What decides how a kernel keeps a flow: as it will be when the role kernel has run."""
+        values: Dict[str, Dict[str, Any]] = {}
+        for host, node in self.nodes.items():
+            held = (node.get("host") or {}).get("sysctls") or {}
+            wanted = {str(row["name"]): str(row["value"]) for row in node.get("sysctls") or () if "value" in row}
+            names = [name for name in held if name not in ROLE_SYSCTLS]
+            values[host] = {name: wanted.get(name, held[name]) for name in {*names, *(wanted if held else ())}}
+        for sentence in sysctl_differences(values):
+            self.say("", sentence)
+
+    def _clocks(self) -> None:
+        """Ages of sessions and the nodes' logs are compared by their clocks. Nothing else depends on them."""
+        ahead = {}
+        for host, node in self.nodes.items():
+            told, asked = (node.get("host") or {}).get("time"), node.get("asked_at")
+            if told and asked:
+                ahead[host] = float(told) - float(asked)
+        if len(ahead) < 2:
+            return
+        first, last = min(ahead, key=lambda host: ahead[host]), max(ahead, key=lambda host: ahead[host])
+        limit = max(float(node.get("clock_skew_s") or CLOCK_SKEW_S) for node in self.nodes.values())
+        skew = ahead[last] - ahead[first]
+        if skew > limit:
+            self.say(
+                last,
+                f"clock: is {skew:.0f} s ahead of {first}'s, and more than {limit:.0f} s make the ages of sessions and"
+                " the logs of the nodes useless: let both follow one time server",
             )
 
     def _duplicate_addresses(self) -> None:
@@ -502,6 +593,18 @@ class _Group:
         return all(name.startswith(("docker", "br-", "virbr", "podman", "cni", "lxcbr", "lxdbr")) for name in names)
 
 
+def sysctl_differences(values: Mapping[str, Mapping[str, Any]]) -> List[str]:
+    """One sentence for each sysctl that the nodes have, but not with the same value; ``values`` by host."""
+    reasons = []
+    for name in sorted({name for held in values.values() for name in held}):
+        found = {host: held.get(name) for host, held in values.items()}
+        if None in found.values() or len(set(found.values())) < 2:
+            continue
+        each = ", ".join(f"{host}: {value}" for host, value in found.items())
+        reasons.append(f"{name} differs ({each}): set it once for the group in kernel_extra_sysctls")
+    return reasons
+
+
 def group_problems(
     nodes: Mapping[str, Mapping[str, Any]],
     facts: Optional[Mapping[str, Mapping[str, Any]]] = None,
@@ -510,7 +613,9 @@ def group_problems(
     """Everything that is wrong with a pair of firewalls, one sentence each; empty when all is well.
 
     ``nodes``: host name to options (keys of :data:`VARIABLES`; ``key`` may be a key or :func:`summarize_key`'s result;
-    ``host`` is the probe of ha_facts' subset ``host``; ``rules_error`` what the ruleset module said).
+    ``host`` is the probe of ha_facts' subset ``host``, ``asked_at`` the controller's clock when it was made;
+    ``rules_error`` what the ruleset module said; ``sysctls`` what will be set; ``key_ids`` more keys that are wanted;
+    ``rotation`` and ``migrate`` allow what these playbooks are for).
     ``facts``: host name to ``ansible_facts``; what needs facts is not checked for a host without.
     """
     return _Group(nodes, facts or {}, track_weight).check()

@@ -31,6 +31,7 @@ PREFIX = "CTSYNC-"
 VIP_CHAIN = PREFIX + "VIP"
 JUMP_COMMENT = "ctsync: own rules"
 RESETS_COMMENT = "ctsync resets"
+NODE_COMMENT = "ctsync: node"  # a rule whose comment begins so has addresses that differ from node to node
 STRAY_COMMENT = "ctsync stray to a virtual address"
 MAX_CHAIN_NAME = 28  # XT_EXTENSION_MAXNAMELEN in <linux/netfilter/x_tables.h> less the terminating zero
 VRRP = "112"  # IANA protocol number; the name needs /etc/protocols, which small images lack
@@ -296,6 +297,8 @@ def _parse_rule(text: str, number: int, option: str, family: str, declared: Dict
             raise refuse(f"the name '{chain}' is reserved; choose another")
         if any(own_chain(chain) == own_chain(name) for name in builtin):
             raise refuse(f"the name '{chain}' is reserved; choose another")
+        if re.fullmatch(r"(FILTER|NAT)-\d+", chain):
+            raise refuse(f"the name '{chain}' is reserved for typed rules; choose another")
         if chain in declared.setdefault(table, set()):
             raise refuse(f"chain {chain} of table {table} is declared twice")
         declared[table].add(chain)
@@ -503,7 +506,8 @@ def _pair_lines(family: str, pair: Pair) -> Dict[Tuple[str, str], List[Line]]:
         if not mine:
             continue
         for peer in mine:
-            add("filter", "INPUT", "-i", interface, "-s", peer, "-p", VRRP, "-j", "ACCEPT")
+            who = ("-i", interface, "-s", peer, "-p", VRRP)
+            add("filter", "INPUT", *who, *_comment(f"{NODE_COMMENT}, VRRP of a peer"), "-j", "ACCEPT")
         add("filter", "INPUT", "-i", interface, "-p", VRRP, *_comment("ctsync VRRP from a stranger"), "-j", "DROP")
         add("raw", "PREROUTING", "-i", interface, "-p", VRRP, "-j", "CT", "--notrack")
         add("raw", "OUTPUT", "-o", interface, "-p", VRRP, "-j", "CT", "--notrack")
@@ -512,7 +516,8 @@ def _pair_lines(family: str, pair: Pair) -> Dict[Tuple[str, str], List[Line]]:
         port = ("-p", "udp", "-m", "udp", "--dport", str(pair.sync_port))
         to_us = ("-d", pair.sync_address) if pair.sync_address else ()
         for peer in peers:
-            add("filter", "INPUT", "-i", pair.sync_interface, "-s", peer, *to_us, *port, "-j", "ACCEPT")
+            who = ("-i", pair.sync_interface, "-s", peer, *to_us, *port)
+            add("filter", "INPUT", *who, *_comment(f"{NODE_COMMENT}, sync of a peer"), "-j", "ACCEPT")
         add("filter", "INPUT", *port, *_comment("ctsync sync from a stranger"), "-j", "DROP")
         add("raw", "PREROUTING", "-i", pair.sync_interface, *port, "-j", "CT", "--notrack")
         add("raw", "OUTPUT", "-o", pair.sync_interface, *port, "-j", "CT", "--notrack")
@@ -595,13 +600,24 @@ def build_plan(
     rules: Sequence[Rule],
     pair: Optional[Pair] = None,
     *,
+    typed: Sequence[Rule] = (),
+    forward_policy: str = "",
     count_resets: bool = False,
     nflog_group: Optional[int] = None,
 ) -> Plan:
-    """Our chains for one family: the pair's VRRP and sync rules, then the operator's, then the drop of strays."""
+    """Our chains for one family: the pair's VRRP and sync rules, the typed, the verbatim, and the drop of strays."""
     pair = pair or Pair()
     plan: Plan = {}
-    _place(rules, plan)
+    _place(typed, plan)
+    verbatim: Plan = {}
+    _place(rules, verbatim)
+    for name, table in verbatim.items():
+        merged = plan.setdefault(name, TablePlan())
+        merged.policies.update(table.policies)
+        for chain, lines in table.chains.items():
+            merged.chains.setdefault(chain, []).extend(lines)
+    if forward_policy:
+        plan.setdefault("filter", TablePlan()).policies["FORWARD"] = forward_policy
     for table in plan.values():
         for name, lines in table.chains.items():
             doubled: List[Line] = []
@@ -802,6 +818,35 @@ def predict(live: Tables, wanted: Tables, policies: Dict[Tuple[str, str], str], 
     return after
 
 
+def put_back(live: Tables, before: Tables, policies: Dict[Tuple[str, str], str], position: str = "first") -> Tables:
+    """The live tables with our chains and jumps as they were `before`, and the given policies.
+
+    Where the rules of others are the same as before, our jumps return to exactly their old places, otherwise to the
+    declared position.
+    """
+    after: Tables = copy.deepcopy(live)
+    for name in [n for n in BUILTIN_CHAINS if n in live or n in before]:
+        table, old = after.setdefault(name, Table()), before.get(name, Table())
+        for chain in [c for c in table.chains if is_own_chain(c)]:
+            if chain not in old.chains:
+                del table.chains[chain]
+        for chain, rules in old.chains.items():
+            if is_own_chain(chain):
+                table.chains[chain] = list(rules)
+        for chain in BUILTIN_CHAINS[name]:
+            now, then = table.chains.get(chain, []), old.chains.get(chain, [])
+            foreign = [r for r in now if not is_own_jump(r.rule)]
+            jumps = [r for r in then if is_own_jump(r.rule)]
+            if _text(foreign) == [r.rule for r in then if not is_own_jump(r.rule)]:
+                table.chains[chain] = list(then)
+            else:
+                table.chains[chain] = jumps + foreign if position == "first" else foreign + jumps
+    for (name, chain), policy in policies.items():
+        _policy, packets, size = after.setdefault(name, Table()).policies.get(chain, (policy, 0, 0))
+        after[name].policies[chain] = (policy, packets, size)
+    return after
+
+
 def _text(rules: Sequence[SavedRule]) -> List[str]:
     return [saved.rule for saved in rules]
 
@@ -888,16 +933,35 @@ def own_rules(tables: Tables) -> Dict[str, Dict[str, List[str]]]:
     return found
 
 
-def fingerprint(states: Dict[str, Tables]) -> str:
-    """SHA-256 over the normalised rules of our chains and the jumps to them, all families; empty without any."""
-    digest = hashlib.sha256()
-    empty = True
+def fingerprint_text(states: Dict[str, Tables]) -> str:
+    """What the fingerprint is taken of: our chains of all tables, the jumps to them, and the policy of FORWARD.
+
+    No counters, and no addresses in rules that differ from node to node by their nature (:data:`NODE_COMMENT`), so that
+    the nodes of a pair have the same text. A family in which there is nothing of ours is left out.
+    """
+    lines: List[str] = []
     for family in sorted(states):
-        for table, chains in own_rules(states[family]).items():
+        tables = own_rules(states[family])
+        if not tables:
+            continue
+        for table, chains in tables.items():
             for chain, rules in chains.items():
-                empty = False
-                digest.update("\n".join([f"{family} {table} {chain}", *rules, ""]).encode())
-    return "" if empty else digest.hexdigest()
+                lines += [f"{family} {table} {chain}", *(_without_node(rule) for rule in rules)]
+        policies = states[family].get("filter", Table()).policies
+        lines.append(f"{family} filter FORWARD policy {policies.get('FORWARD', ('ACCEPT', 0, 0))[0]}")
+    return "\n".join(["ctsync ruleset 1", *lines, ""]) if lines else ""
+
+
+def fingerprint(states: Dict[str, Tables]) -> str:
+    """SHA-256 of `fingerprint_text`; empty where there is nothing of ours."""
+    text = fingerprint_text(states)
+    return hashlib.sha256(text.encode()).hexdigest() if text else ""
+
+
+def _without_node(rule: str) -> str:
+    if f'--comment "{NODE_COMMENT}' not in rule:
+        return rule
+    return re.sub(r"(?<= )(-[sd]) \S+", r"\1 *", rule)
 
 
 def find_program(name: str) -> str:

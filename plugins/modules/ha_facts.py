@@ -25,7 +25,8 @@ options:
   gather_subset:
     description:
       - What to gather. Each subset is a key of the facts; V(role) also gives C(virtual_ips).
-      - V(flows) and V(ruleset) need root. V(host) is what the collection needs of a host, and whether conntrackd runs.
+      - V(flows) and V(ruleset) need root. V(host) is what the collection needs of a host, what it has put there, and
+        whether conntrackd runs; it needs root, too. Keys are shown as fingerprints, never as they are.
     type: list
     elements: str
     choices: [all, flows, host, role, ruleset, sync, vrrp]
@@ -157,10 +158,20 @@ ansible_facts:
               returned: success
               sample: []
         host:
-          description: What the collection needs of a host, and whether conntrackd is there.
+          description:
+            - What the collection needs of a host, what it has put there, and whether conntrackd is there.
+            - C(ctsyncd) has the ids of the daemon's keys with a fingerprint of each, and the id it sends with;
+              C(sysctls) what the nodes of a pair must agree on; C(time) the host's clock in seconds since 1970.
           returned: with V(host) in O(gather_subset)
           type: dict
-          sample: {conntrack: true, systemd: true, conntrackd: {pids: [], active: false, enabled: false}}
+          sample:
+            conntrack: true
+            conntrackd: {pids: [], active: false, enabled: false}
+            ctsyncd: {keys: {"1": 9f86d081884c7d659a2feaa0c55ad015}, send_key: 1}
+            keepalived: {version: 2.2.7, configured: true, ours: true}
+            sysctls: {net.netfilter.nf_conntrack_max: "262144"}
+            systemd: true
+            time: 1764000000.1
         role:
           description: V(active) holds all virtual IPs, V(backup) none; V(unknown) otherwise.
           returned: with V(role) in O(gather_subset)
@@ -263,7 +274,14 @@ def gather(module: AnsibleModule) -> dict[str, Any]:
         facts["ruleset"] = _ruleset.read_live(run)
     if "host" in subsets:
         systemctl = module.get_bin_path("systemctl")
-        facts["host"] = _facts.host_facts(run, systemctl, module.get_bin_path("modprobe"))
+        facts["host"] = _facts.host_facts(
+            run,
+            systemctl,
+            module.get_bin_path("modprobe"),
+            module.get_bin_path("keepalived"),
+            config=config,
+            keepalived_config=params["keepalived_config"],
+        )
     return facts
 
 

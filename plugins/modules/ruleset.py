@@ -21,20 +21,46 @@ description:
     kernel. The wanted rules are loaded into an empty network namespace that exists only for this moment, and what
     iptables-save prints there is compared with what it prints for the machine.
   - A rule that iptables does not accept is reported before anything is changed.
+  - New rules are on probation. A process on the node puts the old ones back, unless the controller confirms the new
+    ones over a new connection within O(rollback_timeout) seconds. The playbook needs nothing for this, and no C(async).
 extends_documentation_fragment:
   - ctsync.ha_firewall.attributes
 attributes:
   idempotent:
     details: A run that changes nothing also keeps the counters of all rules.
+  async:
+    description: Supports being used with the C(async) keyword.
+    support: none
+    details: The module waits for nothing but its own confirmation, at most O(rollback_timeout) seconds.
   platform:
     details: Needs iptables 1.6.2 or newer (nf_tables or legacy), unshare of util-linux, and systemd for O(persist).
 options:
+  address_sets:
+    description:
+      - Named sets of addresses for O(filter_rules) and O(nat_rules), which refer to them as C(@name).
+      - Each is a list of addresses, networks and ranges (C(a-b)) of either family, of sets named before (C(@name)),
+        and of exclusions (C(!) before any of these). A set is what it names less what it excludes.
+    type: dict
+    default: {}
   backend:
     description:
       - Which iptables programs to use. V(auto) takes C(iptables) as the machine's alternatives have it.
     type: str
     choices: [auto, nft, legacy]
     default: auto
+  canary:
+    description:
+      - A command that must succeed on the node before new rules are confirmed, for example
+        C(ping -c 1 -W 2 192.0.2.1). If it fails, the old rules are put back at once.
+      - It is run without a shell, and has the rest of O(rollback_timeout) for itself.
+    type: str
+  check_flows:
+    description:
+      - Before rules change, also in check mode, find out which established flows the new ones would cut, and warn.
+      - A packet of each flow is sent through the present rules and through the new ones, in network namespaces that end
+        with it. Nothing is sent to the network.
+    type: bool
+    default: true
   config_directory:
     description:
       - Directory for C(ruleset.v4) and C(ruleset.v6), which are restored at boot.
@@ -45,6 +71,155 @@ options:
       - Count TCP resets that the node itself sends, by a rule without target in C(CTSYNC-OUTPUT).
     type: bool
     default: false
+  filter_rules:
+    description:
+      - Rules of the table C(filter) as data. One rule does for both IPv4 and IPv6, as far as its addresses allow.
+      - In each chain they come before O(rules) and O(rules6), in their order.
+      - Every mistake is named with the number of the rule and the key.
+    type: list
+    elements: dict
+    default: []
+    suboptions:
+      action:
+        description: What becomes of a packet that matches, one of V(accept), V(drop), V(reject), V(log) and V(return).
+        type: str
+        required: true
+      chain:
+        description: C(INPUT), C(FORWARD) or C(OUTPUT).
+        type: str
+        default: FORWARD
+      comment:
+        description: Shown with the rule in the kernel's listings.
+        type: str
+      ctstate:
+        description:
+          - States of the connection, C(NEW), C(ESTABLISHED), C(RELATED), C(INVALID), C(UNTRACKED), C(SNAT), C(DNAT).
+        type: list
+        elements: str
+      destination_ports:
+        description: Ports and ranges (C(8000-8010)); needs O(filter_rules[].protocols).
+        type: list
+        elements: str
+      destinations:
+        description: As O(filter_rules[].sources).
+        type: list
+        elements: str
+      families:
+        description: C(ipv4), C(ipv6) or both. Default are those that the addresses leave.
+        type: list
+        elements: str
+      icmp_types:
+        description: Types of ICMP, by name or number.
+        type: list
+        elements: str
+      in_interfaces:
+        description: Interfaces by which the packet came, C(eth+) for all that begin so, or a single C(!eth0).
+        type: list
+        elements: str
+      limit:
+        description: Match no more often than this, for example C(10/minute).
+        type: str
+      log_prefix:
+        description: Begins the line of V(log).
+        type: str
+      out_interfaces:
+        description: Interfaces by which the packet goes.
+        type: list
+        elements: str
+      protocols:
+        description:
+          - Names (C(tcp), C(udp), C(sctp), C(icmp), C(esp), C(gre) and so on) or numbers. C(icmp) is ICMPv6 in IPv6.
+        type: list
+        elements: str
+      reject_with:
+        description: What V(reject) answers, for example C(tcp-reset).
+        type: str
+      source_ports:
+        description: As O(filter_rules[].destination_ports).
+        type: list
+        elements: str
+      sources:
+        description:
+          - Addresses, networks, ranges (C(a-b)) and sets (C(@name)); with a C(!) before it, one that does not match.
+          - Only exclusions mean all addresses but these.
+        type: list
+        elements: str
+      syn:
+        description: Only the first packet of a TCP connection.
+        type: bool
+  forward_policy:
+    description:
+      - The policy of C(FORWARD) in both families, as C(-P FORWARD) sets it in O(rules).
+    type: str
+    choices: [ACCEPT, DROP]
+  nat_rules:
+    description:
+      - Rules of the table C(nat) as data, the same way as O(filter_rules). Without any address they are for IPv4 only.
+    type: list
+    elements: dict
+    default: []
+    suboptions:
+      action:
+        description:
+          - V(snat), V(dnat), V(masquerade) and V(redirect), or V(accept) to leave packets as they are.
+        type: str
+        required: true
+      chain:
+        description:
+          - V(snat) and V(masquerade) use C(POSTROUTING), V(dnat) and V(redirect) use C(PREROUTING) or, if you say so,
+            C(OUTPUT). V(accept) needs it said.
+        type: str
+      comment:
+        description: Shown with the rule in the kernel's listings.
+        type: str
+      ctstate:
+        description: States of the connection.
+        type: list
+        elements: str
+      destination_ports:
+        description: Ports and ranges; needs O(nat_rules[].protocols).
+        type: list
+        elements: str
+      destinations:
+        description: As O(filter_rules[].sources).
+        type: list
+        elements: str
+      families:
+        description: C(ipv4), C(ipv6) or both.
+        type: list
+        elements: str
+      in_interfaces:
+        description: Interfaces by which the packet came.
+        type: list
+        elements: str
+      out_interfaces:
+        description: Interfaces by which the packet goes.
+        type: list
+        elements: str
+      persistent:
+        description: Give a client the same address each time, where there are several.
+        type: bool
+      protocols:
+        description: Names or numbers.
+        type: list
+        elements: str
+      source_ports:
+        description: Ports and ranges.
+        type: list
+        elements: str
+      sources:
+        description: As O(filter_rules[].sources), for example C(!10.8.0.0/16) for what shall not be translated.
+        type: list
+        elements: str
+      to_destination:
+        description: The address or range (C(a-b)) to which V(dnat) sends.
+        type: str
+      to_ports:
+        description: The port or range to translate to.
+        type: str
+      to_source:
+        description: The address or range from which V(snat) sends, a virtual address as a rule.
+        type: str
   nflog_group:
     description:
       - Give every rule with C(-j LOG) a twin before it with C(-j NFLOG) and this group, because LOG is silent in
@@ -68,6 +243,24 @@ options:
         no echo request. TCP, UDP and ICMP errors alike are dropped and never rejected.
     type: bool
     default: true
+  rollback_id:
+    description:
+      - Name of the rollback, given by the module's own action plugin. Leave it out.
+    type: str
+  rollback_step:
+    description:
+      - Which half of the work is asked for, given by the module's own action plugin. Leave it out.
+    type: str
+    choices: [apply, confirm, abort, status]
+    default: apply
+  rollback_timeout:
+    description:
+      - Seconds in which the controller must confirm new rules over a new connection before the node puts the old ones
+        back. V(0) for none, and then a mistake in a rule can lock you out.
+      - The rules are only stored for boot after the confirmation, so a reboot brings the old ones back, too.
+      - With a connection that does not pass the network (V(local), V(docker)) the confirmation proves less.
+    type: int
+    default: 30
   rules:
     description:
       - IPv4 rules as iptables arguments, verbatim and in order, for example C(-A FORWARD -i eth0 -j ACCEPT).
@@ -204,6 +397,30 @@ EXAMPLES = r"""
       address: 192.168.100.1
       peers: [192.168.100.2]
 
+- name: The same as data, and more
+  ctsync.ha_firewall.ruleset:
+    forward_policy: DROP
+    address_sets:
+      inside: [192.168.0.0/24, "fd00:c0de::/64"]
+      servers: ["@inside", "!192.168.0.3"]
+    filter_rules:
+      - {action: accept, in_interfaces: [eth0], ctstate: [ESTABLISHED, RELATED]}
+      - {action: accept, in_interfaces: [eth1], sources: ["@inside"], protocols: [tcp, udp]}
+      - action: accept
+        comment: web servers
+        in_interfaces: [eth0]
+        destinations: ["@servers"]
+        protocols: [tcp]
+        destination_ports: [80, 443, 8000-8010]
+        ctstate: [NEW]
+    nat_rules:
+      - action: snat
+        out_interfaces: [eth0]
+        sources: [192.168.0.0/24, "!192.168.0.9"]
+        protocols: [tcp, udp]
+        to_source: 192.168.1.100
+        to_ports: 1024-65535
+
 - name: Test rules on the machine before anything is changed
   ctsync.ha_firewall.ruleset:
     rules: "{{ ruleset_rules }}"
@@ -226,8 +443,11 @@ chains:
         FORWARD: ['-A FORWARD -m comment --comment "ctsync: own rules" -j CTSYNC-FORWARD']
 fingerprint:
   description:
-    - SHA-256 over RV(chains), without counters. Empty when there are no rules, or when iptables is not installed.
-    - The M(ctsync.ha_firewall.ha_facts) module reports the same number for what the kernel holds at that time.
+    - SHA-256 over RV(chains) and the policy of C(FORWARD) as the kernel prints them, without counters, and without the
+      addresses in the rules for VRRP and replication, so that it is the same on all nodes of a pair. Empty when there
+      are no rules, or when iptables is not installed.
+    - It also stands in C(/run/ctsync/ruleset.fingerprint). The M(ctsync.ha_firewall.ha_facts) module reports the same
+      number for what the kernel holds at that time.
   returned: always
   type: str
   sample: 0b0cbf6bd0c9e5f1d3f94f1a3f1d0a1d5c3ad0d8ab9a3d2a51a4bd7a6f7c0e11
@@ -236,19 +456,47 @@ policies:
   returned: always
   type: dict
   sample: {"ipv4": {"filter FORWARD": "DROP"}}
+rollback:
+  description:
+    - The probation of the rules. C(armed) is true, C(id) its name, C(deadline_s) the seconds in which the rules had to
+      be confirmed, and C(outcome) is V(confirmed), V(rolled back), V(failed) or V(unknown).
+  returned: when the rules were changed
+  type: dict
+  sample: {"armed": true, "id": "5f0c1d8e9a7b3c42", "outcome": "confirmed", "deadline_s": 30}
 validated_by:
   description: Who tested the rules, V(kernel) or (without iptables on the machine) V(syntax).
   returned: when O(state=present)
   type: str
   sample: kernel
+would_cut:
+  description:
+    - Established flows that the new rules cut (C(count), and the first of them in C(flows)), of those C(checked).
+    - Nothing is said of C(unknown) flows, which do not pass a trial of the present rules either, and of C(not_checked)
+      ones, which are neither TCP nor UDP or more than 2000. C(reason) says why nothing was checked, if so.
+  returned: when the rules change and O(check_flows=true)
+  type: dict
+  sample:
+    checked: 812
+    count: 1
+    flows: ["tcp 192.168.0.3:51356 -> 192.168.1.3:22"]
+    not_checked: 4
+    reason: ""
+    unknown: 0
 """
 
 import json
 import os
+import secrets
+import shlex
 import tempfile
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils import _ruleset
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils import (
+    _flow_trial,
+    _rollback,
+    _ruleset,
+    _typed_rules,
+)
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils._iptables import (
     Iptables,
     ScratchError,
@@ -260,7 +508,11 @@ UNIT = "ctsync-ruleset.service"
 UNIT_PATH = "/etc/systemd/system/" + UNIT
 FORWARDING = {"ipv4": "/proc/sys/net/ipv4/ip_forward", "ipv6": "/proc/sys/net/ipv6/conf/all/forwarding"}
 SILENTLY = """/bin/sh -c 'exec "$$0" "$$@" 2>/dev/null'"""  # in a unit: a jump that is not there is no news
+FINGERPRINT_PATH = "/run/ctsync/ruleset.fingerprint"
 FILES = {"ipv4": "ruleset.v4", "ipv6": "ruleset.v6"}
+LONGEST_WAIT = 120  # seconds, for the probation of an earlier run to end
+SHORTEST_ROLLBACK = 5  # seconds; a new connection takes one or two
+LONGEST_ROLLBACK = 3600  # seconds
 HEADER = "Firewall rules of ctsync, restored at boot by ctsync-ruleset.service. Written by Ansible: changes are lost."
 
 SERVICE_SPEC = {
@@ -280,13 +532,22 @@ SYNC_SPEC = {
     "port": {"type": "int", "default": 3781},
 }
 ARGUMENT_SPEC = {
+    "address_sets": {"type": "dict", "default": {}},
     "backend": {"type": "str", "choices": ["auto", "nft", "legacy"], "default": "auto"},
+    "canary": {"type": "str"},
+    "check_flows": {"type": "bool", "default": True},
     "config_directory": {"type": "path", "default": "/etc/ctsync"},
     "count_resets": {"type": "bool", "default": False},
+    "filter_rules": {"type": "list", "elements": "dict", "default": []},
+    "forward_policy": {"type": "str", "choices": ["ACCEPT", "DROP"]},
+    "nat_rules": {"type": "list", "elements": "dict", "default": []},
     "nflog_group": {"type": "int"},
     "persist": {"type": "bool", "default": True},
     "position": {"type": "str", "choices": ["first", "last"], "default": "first"},
     "protect_vips": {"type": "bool", "default": True},
+    "rollback_id": {"type": "str"},
+    "rollback_step": {"type": "str", "choices": ["apply", "confirm", "abort", "status"], "default": "apply"},
+    "rollback_timeout": {"type": "int", "default": 30},
     "rules": {"type": "list", "elements": "str", "default": []},
     "rules6": {"type": "list", "elements": "str", "default": []},
     "services": {"type": "list", "elements": "dict", "default": [], "options": SERVICE_SPEC},
@@ -361,18 +622,63 @@ def plans_from(params: dict) -> dict:
         pair = pair_from(params)
     except _ruleset.RulesetError as exc:
         problems += exc.problems
+    typed: dict = {}
+    try:
+        typed = _typed_rules.compile_rules(params["filter_rules"], params["nat_rules"], params["address_sets"])
+    except _ruleset.RulesetError as exc:
+        problems += exc.problems
+    problems += probation_problems(params)
+    policy = params["forward_policy"] or ""
+    for rule in [rule for family in rules for rule in rules[family] if rule.command == "policy" and policy]:
+        problems.append(f"forward_policy: {policy} and {rule.origin} say it twice; leave one of them out.")
     group = params["nflog_group"]
     if group is not None and not 0 <= group <= 65535:
         problems.append(f"nflog_group: {group} is out of range; write 0-65535.")
     if problems:
         raise _ruleset.RulesetError(problems)
     families = ["ipv4"]
-    if params["rules6"] or any(_ruleset.family_of(address) == "ipv6" for address in pair.addresses()):
+    if (
+        params["rules6"]
+        or typed["ipv6"]
+        or policy
+        or any(_ruleset.family_of(address) == "ipv6" for address in pair.addresses())
+    ):
         families.append("ipv6")
     return {
-        family: _ruleset.build_plan(family, rules[family], pair, count_resets=params["count_resets"], nflog_group=group)
+        family: _ruleset.build_plan(
+            family,
+            rules[family],
+            pair,
+            typed=typed[family],
+            forward_policy=policy,
+            count_resets=params["count_resets"],
+            nflog_group=group,
+        )
         for family in families
     }
+
+
+def probation_problems(params: dict) -> list:
+    """What is wrong with the options of the rollback."""
+    problems = []
+    timeout, canary = params["rollback_timeout"], params["canary"]
+    if timeout and not SHORTEST_ROLLBACK <= timeout <= LONGEST_ROLLBACK:
+        problems.append(
+            f"rollback_timeout: {timeout} is out of range; write {SHORTEST_ROLLBACK}-{LONGEST_ROLLBACK}, or 0 for none."
+        )
+    if canary is not None:
+        try:
+            words = shlex.split(canary)
+        except ValueError as exc:
+            problems.append(f"canary: '{canary}' cannot be split into words ({str(exc).lower()}).")
+        else:
+            if not words:
+                problems.append("canary: is empty; leave the option out, or write a command.")
+        if not timeout:
+            problems.append("canary: needs a rollback_timeout; with 0 its failure would change nothing.")
+    if params["rollback_id"] is not None and not _rollback.is_ident(params["rollback_id"]):
+        problems.append("rollback_id: is given by the action plugin; leave it out.")
+    return problems
 
 
 def locked_out(pair: _ruleset.Pair, connection: str) -> str:
@@ -402,10 +708,13 @@ class Run:
         self.tools = {family: Iptables(module, family, module.params["backend"]) for family in _ruleset.FAMILIES}
         self.state_file = os.path.join(self.params["state_directory"], "ruleset.json")
         self.live: dict = {}
+        self.saved: dict = {}
         self.after: dict = {}
         self.policies: dict = {}
         self.remembered: dict = {}
         self.validated_by = "kernel"
+        self.rollback: dict = {}
+        self.would_cut: dict = {}
 
     # -- look
 
@@ -420,6 +729,7 @@ class Run:
                     self.fail_command(f"The present {family} rules cannot be read: {outcome.words}.", outcome)
                 continue
             self.live[family] = _ruleset.parse_save(outcome.out)
+            self.saved[family] = outcome.out
 
     def load_state(self) -> dict:
         """The policies that earlier runs replaced: {family: {'filter FORWARD': {replaced, set}}}."""
@@ -501,6 +811,20 @@ class Run:
                 self.remembered[family] = keep
             self.after[family] = _ruleset.predict(live, wanted.get(family, {}), policies, self.params["position"])
 
+    def check_flows(self) -> None:
+        """Warn of established flows that the new rules cut."""
+        programs = [
+            [
+                _flow_trial.Program(self.tools[family].restore_program, _flow_trial.render_tables(tables))
+                for family, tables in states.items()
+            ]
+            for states in (self.live, self.after)
+        ]
+        self.would_cut = _flow_trial.would_cut(*programs)
+        words = _flow_trial.sentence(self.would_cut)
+        if words:
+            self.module.warn(words)
+
     def guard_forwarding(self, family: str, table: str, chain: str, now: str, policy: str) -> None:
         """Fail if a new DROP policy would cut what others forward."""
         if policy != "DROP" or now == "DROP" or self.params["take_over_forward_policy"]:
@@ -536,6 +860,13 @@ class Run:
                 starts.append(f"ExecStart={tool.restore_program} -w 10 --noflush {path}")
         # every deletion runs before the first restore
         starts.sort(key=lambda line: not line.startswith("ExecStartPre"))
+        fingerprint = _ruleset.fingerprint(self.after)
+        files[FINGERPRINT_PATH] = (fingerprint + "\n" if self.present and fingerprint else None, 0o644)
+        stored = os.path.join(self.params["config_directory"], "ruleset.fingerprint")
+        files[stored] = (files[FINGERPRINT_PATH][0] if starts else None, 0o644)
+        if starts:
+            starts.append(f"ExecStartPost=/bin/mkdir -p -m 0755 {os.path.dirname(FINGERPRINT_PATH)}")
+            starts.append(f"ExecStartPost=/bin/cp {stored} {FINGERPRINT_PATH}")
         files[UNIT_PATH] = (unit_text(starts) if starts else None, 0o644)
         text = {"version": 1, "policies": self.remembered}
         files[self.state_file] = (json.dumps(text, indent=1, sort_keys=True) + "\n" if self.remembered else None, 0o600)
@@ -566,6 +897,7 @@ class Run:
         for family, text in changes.items():
             outcome = self.tools[family].restore(text, test=True)
             if outcome.rc != 0:
+                self.call_off()
                 self.fail_command(
                     f"iptables refuses the {family} change: {outcome.words}. Nothing was changed.",
                     outcome,
@@ -590,6 +922,10 @@ class Run:
 
     def undo(self, families: list) -> str:
         """Put our part of the tables back; says in a sentence how that went."""
+        if self.rollback:
+            outcome = self.call_off()
+            if outcome["outcome"] == _rollback.ROLLED_BACK:
+                return "The rules of before are in place again."
         for family in families:
             now = _ruleset.parse_save(self.tools[family].save().out)
             back = _ruleset.render_change(now, self.live[family])
@@ -597,6 +933,72 @@ class Run:
             if outcome and outcome.rc != 0:
                 return f"Putting the old {family} rules back failed as well: {outcome.words}."
         return "The rules of before are in place again."
+
+    # -- probation
+
+    def arm(self, files: dict) -> None:
+        """Start the process that puts things back; nothing has been changed until here."""
+        timeout, ident = self.params["rollback_timeout"], self.params["rollback_id"] or secrets.token_hex(8)
+        parts = {}
+        for family, live in self.live.items():
+            tool = self.tools[family]
+            parts[family] = {
+                "before": self.saved[family],
+                "policies": {
+                    f"{name} {chain}": live.get(name, _ruleset.Table()).policies.get(chain, ("ACCEPT", 0, 0))[0]
+                    for name, chain in self.policies.get(family, {})
+                },
+                "save": tool.save_command,
+                "restore": tool.restore_command,
+            }
+        old = {path: [read_text(path), files[path][1]] for path in (self.state_file, FINGERPRINT_PATH)}
+        job = {"timeout": timeout, "position": self.params["position"], "families": parts, "files": old}
+        try:
+            _rollback.arm(ident, job)
+        except _rollback.GuardError as exc:
+            self.module.fail_json(
+                msg=f"The process that would put the old rules back cannot be started: {exc}. Set 'rollback_timeout: 0'"
+                " (role variable ruleset_rollback_timeout) to go without it. Nothing was changed."
+            )
+        self.rollback = {"armed": True, "id": ident, "deadline_s": timeout, "outcome": _rollback.ARMED}
+
+    def call_off(self) -> dict:
+        """Applying failed: let the guard put everything back and end."""
+        if not self.rollback:
+            return {"outcome": _rollback.UNKNOWN}
+        outcome = _rollback.ask(self.rollback["id"], "abort", "they could not be applied")
+        self.rollback["outcome"] = outcome["outcome"]
+        return outcome
+
+    def conclude(self, step: str) -> None:
+        """The second half: confirm, abort or look. Returns only if the new rules are confirmed."""
+        ident, words = self.params["rollback_id"] or "", ""
+        if not _rollback.is_ident(ident):
+            self.module.fail_json(msg="rollback_step is given by the action plugin, with a rollback_id; leave it out.")
+        outcome = _rollback.ask(ident, "status")
+        if step == "confirm" and self.params["canary"] and outcome["outcome"] == _rollback.ARMED:
+            words = _rollback.run_canary(shlex.split(self.params["canary"]), outcome["left_s"])
+            if words:
+                words = f"The canary '{self.params['canary']}' {words}."
+                outcome = _rollback.ask(ident, "abort", words)
+        if not words and step != "status":
+            outcome = _rollback.ask(ident, step, "the connection broke while they were applied")
+        self.rollback = {
+            "armed": True,
+            "id": ident,
+            "deadline_s": self.params["rollback_timeout"],
+            "outcome": outcome["outcome"],
+        }
+        if outcome["outcome"] != _rollback.CONFIRMED or step != "confirm":
+            problems = outcome.get("problems", [])
+            self.module.fail_json(
+                msg=" ".join(w for w in (words, *problems) if w) or f"The new rules are {outcome['outcome']}.",
+                rollback=self.rollback,
+                canary_failed=bool(words),
+                problems=problems,
+            )
+
+    # -- boot
 
     def unit_enabled(self) -> bool:
         systemctl = _ruleset.find_program("systemctl")
@@ -635,6 +1037,8 @@ class Run:
     def run(self) -> dict:
         params, module = self.params, self.module
         plans: dict = {}
+        if params["rollback_step"] != "apply":
+            self.conclude(params["rollback_step"])
         if self.present:
             try:
                 plans = plans_from(params)
@@ -643,6 +1047,15 @@ class Run:
                 module.fail_json(msg=f"{exc} Nothing was changed.", problems=exc.problems)
             if danger:
                 module.fail_json(msg=f"{danger} Nothing was changed.")
+        elif probation_problems(params):
+            module.fail_json(msg=" ".join([*probation_problems(params), "Nothing was changed."]))
+        if not module.check_mode and not params["validate_only"] and not self.rollback:
+            armed = _rollback.settle(LONGEST_WAIT)
+            if armed:
+                module.fail_json(
+                    msg=f"The rules of another run are still on probation ({', '.join(armed)}). Run again when they are"
+                    " confirmed or rolled back. Nothing was changed."
+                )
         missing = [family for family in plans if plans[family] and not self.tools[family].available]
         if missing:
             return self.without_iptables(plans, missing)
@@ -665,11 +1078,23 @@ class Run:
         diffs = self.diffs(files, stale)
         rules_differ = any(_ruleset.render_change(live, self.after[family]) for family, live in self.live.items())
         changed = bool(rules_differ or stale or enable)
-        if changed and not module.check_mode:
+        if rules_differ and not self.rollback and params["check_flows"]:
+            self.check_flows()
+        if not changed or module.check_mode:
+            return self.result(changed, diffs, self.after)
+        if self.rollback and rules_differ:
+            module.warn("Another program changed the rules while they were on probation. Run again to repair them.")
+        elif rules_differ:
+            if params["rollback_timeout"]:
+                self.arm(files)
             if self.remembered and self.state_file in stale:  # before the policy it remembers is replaced
                 self.write(self.state_file, *files[self.state_file])
             self.apply()
-            self.change_files(files, stale, enable)
+            self.write(FINGERPRINT_PATH, *files[FINGERPRINT_PATH])
+            if self.rollback:
+                self.rollback["outcome"] = _rollback.ask(self.rollback["id"], "start")["outcome"]
+                return self.result(changed, diffs, self.after)
+        self.change_files(files, stale, enable)
         return self.result(changed, diffs, self.after)
 
     def without_iptables(self, plans: dict, missing: list) -> dict:
@@ -724,6 +1149,10 @@ class Run:
         }
         if self.present:
             result["validated_by"] = self.validated_by
+        if self.rollback:
+            result["rollback"] = self.rollback
+        if self.would_cut:
+            result["would_cut"] = self.would_cut
         if self.module._diff and diffs:
             result["diff"] = diffs
         return result

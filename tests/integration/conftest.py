@@ -5,12 +5,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from typing import Iterator
+from pathlib import Path
+from typing import Callable, Iterator
 
 import pytest
 from integration import netns
+from integration.cluster import Cluster
+from integration.load import Load
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,3 +39,17 @@ def pair() -> Iterator[netns.Pair]:
     """a -- (fw1 | fw2) -- b; see :class:`netns.Pair`."""
     with netns.pair() as made:
         yield made
+
+
+@pytest.fixture
+def cluster(pair: netns.Pair, tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
+    """A factory of the pair's daemons: options are those of their configuration."""
+    with contextlib.ExitStack() as stack:
+        yield lambda **options: stack.enter_context(contextlib.closing(Cluster(pair, tmp_path, **options)))
+
+
+@pytest.fixture
+def load(pair: netns.Pair, tmp_path: Path) -> Iterator[Callable[..., Load]]:
+    """A factory of the pair under load; see :class:`Load`."""
+    with contextlib.ExitStack() as stack:
+        yield lambda *size, **options: stack.enter_context(contextlib.closing(Load(pair, tmp_path, *size, **options)))

@@ -1,7 +1,7 @@
 # Copyright: (c) 2026, The ctsync authors
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A sealed machine for module tests: own network namespace, own /etc and /var/lib, nothing reaches the host."""
+"""A sealed machine for module tests: own network namespace, own /etc, /var/lib and /run, nothing reaches the host."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 _SETUP = """
 mount -t tmpfs tmpfs /mnt
+mount -t tmpfs tmpfs /run
 for folder in etc var/lib; do
     mkdir -p /mnt/$folder/up /mnt/$folder/work
     mount -t overlay overlay -o lowerdir=/$folder,upperdir=/mnt/$folder/up,workdir=/mnt/$folder/work /$folder
@@ -49,16 +50,27 @@ class Machine:
                 raise RuntimeError(f"{self.name} cannot be removed")
             time.sleep(0.1)
 
+    def _inside(self, *command: str) -> list[str]:
+        return ["nsenter", "-t", str(self._holder.pid), "-n", "-m", "--", *command]
+
+    def start(self, *command: str) -> subprocess.Popen[bytes]:
+        """Start a command inside; whoever does so ends it."""
+        return subprocess.Popen(self._inside(*command), stdin=subprocess.DEVNULL)
+
     def run(self, *command: str, text: str = "", check: bool = True) -> str:
         """Run a command inside; its standard output."""
-        inside = ["nsenter", "-t", str(self._holder.pid), "-n", "-m", "--", *command]
-        done = subprocess.run(inside, input=text, text=True, capture_output=True, check=False)
+        done = subprocess.run(self._inside(*command), input=text, text=True, capture_output=True, check=False)
         if check and done.returncode:
             raise AssertionError(f"{command} ended with {done.returncode}: {done.stdout}{done.stderr}")
         return done.stdout
 
     def module(self, module: str, *, check: bool = False, diff: bool = True, env: dict | None = None, **params) -> dict:
-        """Run a module of the collection inside, by its file; its result."""
+        """Run a module of the collection inside, by its file; its result.
+
+        Nobody stands outside to confirm new rules, so they need no confirmation unless the test says so.
+        """
+        if module == "ruleset":
+            params.setdefault("rollback_timeout", 0)
         arguments = {"ANSIBLE_MODULE_ARGS": {**params, "_ansible_check_mode": check, "_ansible_diff": diff}}
         settings = [f"{key}={value}" for key, value in (env or {}).items()]
         command = ["env", f"PYTHONPATH={ROOT}/collections", *settings, sys.executable]

@@ -11,8 +11,7 @@ import signal
 import socket
 import struct
 import sys
-from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable
 
 import pytest
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import constants as k
@@ -20,8 +19,8 @@ from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import 
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.ctnetlink import Kind
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.filters import EventFilter, Filter
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import Flow, Tuple
-from integration.netns import CONNTRACK_SYSCTLS, Namespace, Net, Pair, wait_for
-from integration.test_daemon import Cluster, Daemon, Session
+from integration.cluster import Cluster, Daemon, Session
+from integration.netns import CONNTRACK_SYSCTLS, Namespace, Net, wait_for
 
 pytestmark = pytest.mark.netns
 
@@ -29,34 +28,17 @@ TCP_REPAIR = 19  # <linux/tcp.h>: a socket closed in this mode sends nothing
 PLAIN = ("-p", "tcp", "-s", "10.9.0.1", "-d", "10.9.0.2", "--dport", "22", "--timeout", "600", "--state", "ESTABLISHED")
 
 
-@pytest.fixture
-def cluster(pair: Pair, tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
-    made: list[Cluster] = []
-
-    def make(**options: Any) -> Cluster:
-        made.append(Cluster(pair, tmp_path, **options))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
-
-
-def port(session: Session) -> int:
-    return int(session.client.getsockname()[1])
-
-
 def replica(daemon: Daemon, session: Session) -> dict[str, Any] | None:
     """The backup's external cache on this session."""
     for line in daemon.ask("-e", "--json").splitlines():
         flow = json.loads(line)
-        if flow["orig"].get("sport") == port(session):
+        if flow["orig"].get("sport") == session.port:
             return dict(flow)
     return None
 
 
 def in_kernel(space: Namespace, session: Session) -> bool:
-    return f"sport={port(session)} " in space.conntrack("-L")
+    return f"sport={session.port} " in space.conntrack("-L")
 
 
 def insert(space: Namespace, number: int, *more: str) -> None:

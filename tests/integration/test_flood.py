@@ -15,8 +15,8 @@ from typing import Any, Iterator
 
 import pytest
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import crypto, session, wire
+from integration.cluster import Cluster, Daemon
 from integration.netns import Namespace, Pair, wait_for
-from integration.test_daemon import Cluster, Daemon
 
 pytestmark = pytest.mark.netns
 

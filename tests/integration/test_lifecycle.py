@@ -12,30 +12,16 @@ import socket
 import struct
 import threading
 import time
-from pathlib import Path
 from typing import Callable, Iterator
 
 import pytest
+from integration.cluster import VIP, Cluster, Daemon, Session, entry
 from integration.netns import Namespace, Pair, wait_for
-from integration.test_daemon import VIP, Cluster, Daemon, Session
 
 pytestmark = pytest.mark.netns
 
 SHORT_S = 5  # the kernel's UDP timers in some of these tests
 SERVER = "192.168.1.3"
-
-
-@pytest.fixture
-def cluster(pair: Pair, tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
-    made: list[Cluster] = []
-
-    def make(**options: object) -> Cluster:
-        made.append(Cluster(pair, tmp_path, **options))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
 
 
 def short_udp(lab: Cluster, seconds: int = SHORT_S) -> None:
@@ -56,15 +42,6 @@ def stream(lab: Cluster) -> Session:
     session = lab.all_kinds()["udp snat"]
     session.talk()
     return session
-
-
-def port_of(session: Session) -> int:
-    return int(session.client.getsockname()[1])
-
-
-def entry(space: Namespace, proto: str, sport: int) -> str:
-    """conntrack(8)'s line of a flow of a; empty where there is none."""
-    return space.conntrack("-L", "-p", proto, "--src", "192.168.0.3", "--sport", str(sport)).strip()
 
 
 def seconds_left(line: str) -> int:
@@ -107,7 +84,7 @@ def test_udp_stream_that_is_busy_without_events_survives(cluster: Callable[..., 
     lab = cluster().up()
     short_udp(lab, 8)
     session = stream(lab)
-    port = port_of(session)
+    port = session.port
 
     def assured() -> bool:  # its event is the flow's last
         session.talk()
@@ -137,13 +114,13 @@ def test_idle_flows_get_true_timers_at_the_take_over(cluster: Callable[..., Clus
     short_udp(lab)
     tcp, udp = lab.session(), stream(lab)
     lab.replicated(lab.fw1, lab.fw2)
-    assert seconds_left(entry(lab.pair.fw2, "udp", port_of(udp))) > 80_000  # parked
+    assert seconds_left(entry(lab.pair.fw2, "udp", udp.port)) > 80_000  # parked
     lab.power_cut(lab.fw1, lab.fw2)
     took_over(lab.fw2)
-    left = entry(lab.pair.fw2, "udp", port_of(udp))
+    left = entry(lab.pair.fw2, "udp", udp.port)
     assert not left or seconds_left(left) <= SHORT_S
-    assert seconds_left(entry(lab.pair.fw2, "tcp", port_of(tcp))) > 4 * 86_400
-    wait_for(lambda: not entry(lab.pair.fw2, "udp", port_of(udp)), "the idle stream's end")
+    assert seconds_left(entry(lab.pair.fw2, "tcp", tcp.port)) > 4 * 86_400
+    wait_for(lambda: not entry(lab.pair.fw2, "udp", udp.port), "the idle stream's end")
     tcp.talk()
 
 
@@ -172,8 +149,8 @@ def test_sides_change_and_change_back_with_flows_idle_beyond_their_timers(cluste
             began = time.monotonic()
             transfer(tcp, 8 << 20)
             wait_for(lambda began=began: time.monotonic() > began + 1.5 * SHORT_S, "more than the timers")
-            assert seconds_left(entry(backup.space, "udp", port_of(udp))) > 80_000
-            assert seconds_left(entry(backup.space, "tcp", port_of(tcp))) > 80_000
+            assert seconds_left(entry(backup.space, "udp", udp.port)) > 80_000
+            assert seconds_left(entry(backup.space, "tcp", tcp.port)) > 80_000
     assert trouble == []
     udp.talk()
     tcp.talk()
@@ -208,7 +185,7 @@ def test_flow_that_closed_during_the_switch_does_not_block_its_tuple(
     lab = cluster().up()
     session = lab.session()
     session.talk()
-    port = port_of(session)
+    port = session.port
     lab.replicated(lab.fw1, lab.fw2)
     lab.pair.unplug(lab.fw1.space)
     _vanish(session.client, lab.pair.a, port)
@@ -248,7 +225,7 @@ def test_nothing_half_open_is_injected(cluster: Callable[..., Cluster]) -> None:
     wait_for(lambda: lab.fw2.status()["counters"]["bulks_received"] >= 2, "another bulk")
     lab.ready(lab.fw1, lab.fw2)
     table = lab.pair.fw2.conntrack("-L", "-p", "tcp")
-    assert f"sport={port_of(whole)} " in table
+    assert f"sport={whole.port} " in table
     assert "dport=600" not in table
     assert "SYN_" not in table
     assert "dport=600" not in lab.fw2.ask("-e")
@@ -276,7 +253,7 @@ def test_port_that_is_taken_on_the_backup_is_named_and_harms_no_other(cluster: C
     assert status["counters"]["kernel_refused_create_eexist"] >= 1
     table = lab.pair.fw2.conntrack("-L", "-p", "tcp")
     for session in others:
-        assert re.search(rf"src=192\.168\.0\.3 .*sport={port_of(session)} .*dst=192\.168\.1\.100 ", table)
+        assert re.search(rf"src=192\.168\.0\.3 .*sport={session.port} .*dst=192\.168\.1\.100 ", table)
     lab.ready(lab.fw1, lab.fw2)  # by itself: the next attempt finds out that the other entry is stale
     lab.replicated(lab.fw1, lab.fw2)
     lab.power_cut(lab.fw1, lab.fw2)

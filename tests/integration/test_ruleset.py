@@ -36,10 +36,17 @@ FULL = {
 FILES = [
     "/etc/ctsync/ruleset.v4",
     "/etc/ctsync/ruleset.v6",
+    "/etc/ctsync/ruleset.fingerprint",
     "/etc/systemd/system/ctsync-ruleset.service",
     "/etc/systemd/system/multi-user.target.wants/ctsync-ruleset.service",
     "/var/lib/ctsync/ruleset.json",
+    "/run/ctsync/ruleset.fingerprint",
 ]
+UNIT = FILES[3]
+PEER = {
+    "vrrp_peers": [{"interface": "eth1", "addresses": ["192.168.0.1"]}],
+    "sync": {"interface": "eth2", "address": "192.168.100.2", "peers": ["192.168.100.1"]},
+}
 
 
 @pytest.fixture(params=["nft", "legacy"])
@@ -103,6 +110,36 @@ def test_present_twice_and_absent(machine, backend):
     assert not machine.module("ruleset", backend=backend, state="absent")["changed"]
 
 
+def test_both_nodes_have_one_fingerprint_and_a_different_rule_or_policy_another(machine, backend):
+    done = machine.module("ruleset", backend=backend, **FULL)
+    assert machine.run("cat", FILES[-1]) == done["fingerprint"] + "\n"
+    with Machine() as peer:
+        other = peer.module("ruleset", backend=backend, **{**FULL, **PEER})
+        assert other["fingerprint"] == done["fingerprint"]
+        assert other["chains"] != done["chains"]
+        peer.run(f"iptables-{backend}", "-I", "FORWARD", "-i", "foreign", "-j", "ACCEPT")
+        peer.run(f"iptables-{backend}", "-A", "CTSYNC-INPUT", "-i", "never", "-j", "DROP", "--set-counters", "7", "9")
+
+        def live():
+            return _ruleset.read_live(lambda command: (0, peer.run(*command), ""), backend)["fingerprint"]
+
+        assert live() != done["fingerprint"]  # a rule in a chain of ours
+        peer.run(f"iptables-{backend}", "-D", "CTSYNC-INPUT", "-i", "never", "-j", "DROP")
+        assert live() == done["fingerprint"]  # neither counters nor rules of others
+        peer.run(f"iptables-{backend}", "-P", "FORWARD", "ACCEPT")
+        assert live() != done["fingerprint"]
+        peer.run(f"iptables-{backend}", "-P", "FORWARD", "DROP")
+        peer.run(f"iptables-{backend}", "-t", "nat", "-F", "CTSYNC-POSTROUTING")
+        peer.run(
+            f"iptables-{backend}", "-t", "nat", "-A", "CTSYNC-POSTROUTING", "-s", "192.168.0.3", "-j", "MASQUERADE"
+        )
+        assert live() != done["fingerprint"]  # another NAT pool
+    machine.run("rm", FILES[-1])
+    repaired = machine.module("ruleset", backend=backend, **FULL)
+    assert repaired["changed"]
+    assert files(machine) == FILES
+
+
 def test_facts_read_the_same_fingerprint_and_the_counters(machine, backend):
     done = machine.module("ruleset", backend=backend, **FULL)
     machine.run("ip", "link", "set", "lo", "up")
@@ -118,6 +155,105 @@ def test_facts_read_the_same_fingerprint_and_the_counters(machine, backend):
     stray = facts["chains"]["filter"]["CTSYNC-VIP"]["rules"][-1]
     assert "ctsync stray" in stray["rule"]
     assert stray["packets"] > 0
+
+
+TYPED = {
+    "forward_policy": "DROP",
+    "address_sets": {
+        "office": ["10.9.0.0/16", "!10.9.1.0/24", "fd00:9::/64"],
+        "more": ["@office", "10.8.0.1-10.8.0.6"],
+    },
+    "filter_rules": [
+        {"action": "accept", "ctstate": ["ESTABLISHED", "RELATED"], "in_interfaces": "eth0"},
+        {
+            "action": "accept",
+            "comment": "web and more",
+            "protocols": ["tcp", "udp", "sctp"],
+            "sources": ["@more", "!10.9.0.66", "!fd00:9::66"],
+            "destinations": ["!10.7.0.0/16"],
+            "destination_ports": [80, 443, "8000-8010"],
+            "in_interfaces": ["eth1", "wg+"],
+        },
+        {"action": "accept", "protocols": "icmp", "icmp_types": ["echo-request"], "limit": "50/second"},
+        {"action": "log", "log_prefix": "a b", "ctstate": "INVALID"},
+        {"action": "reject", "protocols": "tcp", "reject_with": "tcp-reset", "out_interfaces": "!eth0", "syn": True},
+        {"action": "accept", "chain": "INPUT", "protocols": ["esp", "gre", 88], "source_ports": []},
+    ],
+    "nat_rules": [
+        {"action": "accept", "chain": "POSTROUTING", "destinations": ["10.6.0.0/16"]},
+        {
+            "action": "snat",
+            "out_interfaces": "eth0",
+            "sources": ["@office", "!10.9.0.66"],
+            "protocols": ["tcp", "udp"],
+            "to_source": "192.0.2.1-192.0.2.4",
+            "to_ports": "1024-65535",
+            "persistent": True,
+        },
+        {
+            "action": "snat",
+            "sources": "fd00:9::/64",
+            "protocols": "tcp",
+            "to_source": "fd00::1",
+            "to_ports": "1024-65535",
+        },
+        {"action": "masquerade", "out_interfaces": "eth3", "protocols": "udp", "to_ports": "4000-5000"},
+        {
+            "action": "dnat",
+            "protocols": "tcp",
+            "destinations": "fd00::1",
+            "destination_ports": 80,
+            "to_destination": "fd00::2",
+        },
+        {"action": "redirect", "protocols": "tcp", "destination_ports": 3128, "to_ports": 3129},
+    ],
+}
+
+
+def test_typed_rules_beside_verbatim_ones(machine, backend):
+    verbatim = ["-A FORWARD -i last -j DROP", "-I FORWARD -i first -j DROP"]
+    done = machine.module("ruleset", backend=backend, rules=verbatim, **TYPED)
+    assert done.get("changed"), done.get("msg")
+    for family in ("ipv4", "ipv6"):
+        chain = done["chains"][family]["filter"]["CTSYNC-FORWARD"]
+        assert "RELATED,ESTABLISHED -j ACCEPT" in chain[0]
+        assert "-A CTSYNC-FORWARD -m limit --limit 50/sec" not in chain  # the match for ICMP is there, too
+        assert ":FORWARD DROP [0:0]" in saved(machine, backend, family)
+    chain = done["chains"]["ipv4"]["filter"]["CTSYNC-FORWARD"]
+    assert chain[-2:] == ["-A CTSYNC-FORWARD -i first -j DROP", "-A CTSYNC-FORWARD -i last -j DROP"]
+    assert done["chains"]["ipv4"]["filter"]["CTSYNC-FILTER-2"] == [
+        "-A CTSYNC-FILTER-2 -s 10.9.0.66/32 -j RETURN",
+        "-A CTSYNC-FILTER-2 -d 10.7.0.0/16 -j RETURN",
+        "-A CTSYNC-FILTER-2 -j ACCEPT",
+    ]
+    assert done["chains"]["ipv6"]["nat"]["CTSYNC-POSTROUTING"] == [
+        "-A CTSYNC-POSTROUTING -s fd00:9::/64 -p tcp -j SNAT --to-source [fd00::1]:1024-65535"
+    ]
+    again = machine.module("ruleset", backend=backend, rules=verbatim, **TYPED)
+    assert not again["changed"]
+    wrong = {"filter_rules": [*TYPED["filter_rules"], {"action": "reject", "reject_with": "a-smile"}]}
+    refused = machine.module("ruleset", backend=backend, rules=verbatim, **{**TYPED, **wrong})
+    assert refused["msg"].startswith("filter_rules: rule 7 'action: reject; reject_with: a-smile': refused by iptables")
+    refused = machine.module("ruleset", backend=backend, rules=["-P FORWARD DROP"], **TYPED)
+    assert "forward_policy: DROP and rules: rule 1 '-P FORWARD DROP' say it twice" in refused["msg"]
+    assert machine.module("ruleset", backend=backend, state="absent")["changed"]
+    assert not [line for line in saved(machine, backend) if "CTSYNC" in line or " DROP " in line]
+
+
+def test_exclusions_in_typed_rules_hold_for_real_packets(machine, backend):
+    machine.run("ip", "link", "set", "lo", "up")
+    for address in ("10.9.0.1", "10.9.0.2", "10.9.0.3"):
+        machine.run("ip", "address", "add", f"{address}/32", "dev", "lo")
+    rule = {"action": "drop", "chain": "INPUT", "protocols": "tcp", "destination_ports": "5000-6000"}
+    rule["destinations"] = ["10.9.0.0/24", "!10.9.0.2"]
+    machine.module("ruleset", backend=backend, filter_rules=[rule])
+
+    def knock(address, port):
+        return machine.run("python3", "-c", _CONNECT, address, port).strip()
+
+    assert knock("10.9.0.1", "5555") == "silence"
+    assert knock("10.9.0.2", "5555") == "reset"
+    assert knock("10.9.0.3", "4999") == "reset"
 
 
 _CONNECT = """
@@ -233,7 +369,8 @@ def test_validation_changes_nothing(machine, backend):
 
 def test_boot_restores_the_rules_and_starting_the_unit_twice_is_harmless(machine, backend):
     done = machine.module("ruleset", backend=backend, **FULL)
-    unit = machine.run("cat", FILES[2]).splitlines()
+    unit = machine.run("cat", UNIT).splitlines()
+    machine.run("rm", "-r", "/run/ctsync")
     for family in ("", "6"):
         for table in ("filter", "nat", "raw"):
             machine.run(f"ip{family}tables-{backend}", "-t", table, "-F")
@@ -242,7 +379,7 @@ def test_boot_restores_the_rules_and_starting_the_unit_twice_is_harmless(machine
     for _start in range(2):
         for line in unit:
             key, _equals, command = line.partition("=")
-            if key in ("ExecStartPre", "ExecStart"):
+            if key in ("ExecStartPre", "ExecStart", "ExecStartPost"):
                 machine.run(*shlex.split(command.lstrip("-").replace("$$", "$")), check=not command.startswith("-"))
     again = machine.module("ruleset", backend=backend, **FULL)
     assert not again["changed"]
@@ -250,7 +387,7 @@ def test_boot_restores_the_rules_and_starting_the_unit_twice_is_harmless(machine
     assert ":FORWARD DROP [0:0]" in saved(machine, backend)
     verify = subprocess.run(["systemd-analyze", "--version"], capture_output=True, check=False)
     if verify.returncode == 0:
-        said = machine.run("sh", "-c", f"systemd-analyze verify {FILES[2]} 2>&1", check=False)
+        said = machine.run("sh", "-c", f"systemd-analyze verify {UNIT} 2>&1", check=False)
         assert "ctsync-ruleset" not in said
 
 
@@ -260,7 +397,8 @@ def test_a_failure_in_the_second_family_takes_the_first_back(machine, backend):
     before = saved(machine, backend)
     real = shutil.which(f"ip6tables-{backend}-restore")
     name = f"ip6tables-{backend}-restore"
-    script = f'#!/bin/sh\ncase "$*" in *--test*|*"-w 10") exec {real} "$@";; esac\necho "no memory" >&2\nexit 4\n'
+    script = f'#!/bin/sh\ncase "$*" in *--test*|*"-w 10") exec {real} "$@";; esac\n'
+    script += 'cat > /dev/null\necho "no memory" >&2\nexit 4\n'
     machine.run("sh", "-c", f"mkdir /mnt/bin; cat > /mnt/bin/{name}; chmod +x /mnt/bin/{name}", text=script)
     path = {"PATH": "/mnt/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
     failed = machine.module("ruleset", backend=backend, env=path, **FULL)
@@ -302,3 +440,105 @@ def test_without_iptables_only_a_prediction_is_possible(machine):
     assert not machine.module("ruleset", env=path, rules=PAGE, validate_only=True)["changed"]
     failed = machine.module("ruleset", env=path, rules=PAGE)
     assert "Install the package iptables" in failed["msg"]
+
+
+# What Docker 26, fail2ban 1.0 and an operator leave behind, as iptables-save prints it.
+FOREIGN = """\
+*filter
+:INPUT DROP [0:0]
+:FORWARD DROP [0:0]
+:OUTPUT ACCEPT [0:0]
+:DOCKER - [0:0]
+:DOCKER-ISOLATION-STAGE-1 - [0:0]
+:DOCKER-ISOLATION-STAGE-2 - [0:0]
+:DOCKER-USER - [0:0]
+:f2b-sshd - [0:0]
+-A INPUT -p tcp -m multiport --dports 22 -j f2b-sshd
+-A INPUT -i lo -j ACCEPT
+-A INPUT -m state --state RELATED,ESTABLISHED -j ACCEPT
+-A INPUT -p tcp -m tcp --dport 22 -m comment --comment "the operator's own -j CTSYNC-INPUT" -j ACCEPT
+-A FORWARD -j DOCKER-USER
+-A FORWARD -j DOCKER-ISOLATION-STAGE-1
+-A FORWARD -o docker0 -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
+-A FORWARD -o docker0 -j DOCKER
+-A FORWARD -i docker0 ! -o docker0 -j ACCEPT
+-A FORWARD -i docker0 -o docker0 -j ACCEPT
+-A DOCKER -d 172.17.0.2/32 ! -i docker0 -o docker0 -p tcp -m tcp --dport 80 -j ACCEPT
+-A DOCKER-ISOLATION-STAGE-1 -i docker0 ! -o docker0 -j DOCKER-ISOLATION-STAGE-2
+-A DOCKER-ISOLATION-STAGE-1 -j RETURN
+-A DOCKER-ISOLATION-STAGE-2 -o docker0 -j DROP
+-A DOCKER-ISOLATION-STAGE-2 -j RETURN
+-A DOCKER-USER -j RETURN
+-A f2b-sshd -s 203.0.113.9/32 -j REJECT --reject-with icmp-port-unreachable
+-A f2b-sshd -j RETURN
+COMMIT
+*nat
+:PREROUTING ACCEPT [0:0]
+:INPUT ACCEPT [0:0]
+:OUTPUT ACCEPT [0:0]
+:POSTROUTING ACCEPT [0:0]
+:DOCKER - [0:0]
+-A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER
+-A OUTPUT ! -d 127.0.0.0/8 -m addrtype --dst-type LOCAL -j DOCKER
+-A POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE
+-A POSTROUTING -s 172.17.0.2/32 -d 172.17.0.2/32 -p tcp -m tcp --dport 80 -j MASQUERADE
+-A DOCKER -i docker0 -j RETURN
+-A DOCKER ! -i docker0 -p tcp -m tcp --dport 8080 -j DNAT --to-destination 172.17.0.2:80
+COMMIT
+*raw
+:PREROUTING ACCEPT [0:0]
+:OUTPUT ACCEPT [0:0]
+-A PREROUTING -p udp -m udp --dport 5004 -j CT --notrack
+COMMIT
+"""
+
+
+def foreign(machine, backend):
+    """All that is not ours: chains, policies, rules in their order."""
+    lines = [line.split(" [")[0] for line in saved(machine, backend)]
+    return [line for line in lines if not (line.startswith((":CTSYNC-", "-A CTSYNC-")) or _ruleset.is_own_jump(line))]
+
+
+@pytest.mark.parametrize("position", ["first", "last"])
+def test_rules_of_docker_fail2ban_and_the_operator_are_left_alone(machine, backend, position):
+    machine.run("sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
+    machine.run(f"iptables-{backend}-restore", text=FOREIGN)
+    before = [line.split(" [")[0] for line in saved(machine, backend)]
+    assert sum(line.startswith("-A") for line in before) == sum(line.startswith("-A") for line in FOREIGN.splitlines())
+    everything = {**FULL, **{key: TYPED[key] for key in ("address_sets", "filter_rules", "nat_rules")}}
+
+    machine.module("ruleset", backend=backend, position=position, **everything)
+    assert any("CTSYNC-POSTROUTING" in line for line in saved(machine, backend))
+    assert foreign(machine, backend) == before
+
+    # fail2ban bans and frees, Docker makes its rules anew in front of everybody's
+    for command in (
+        "-I f2b-sshd 1 -s 198.51.100.7 -j REJECT --reject-with icmp-port-unreachable",
+        "-D f2b-sshd -s 203.0.113.9 -j REJECT --reject-with icmp-port-unreachable",
+        "-D FORWARD -j DOCKER-USER",
+        "-I FORWARD -j DOCKER-USER",
+    ):
+        machine.run(f"iptables-{backend}", *command.split())
+    changed = foreign(machine, backend)
+    machine.module("ruleset", backend=backend, position=position, **{**everything, "rules": PAGE[1:]})
+    assert foreign(machine, backend) == changed
+    assert not machine.module("ruleset", backend=backend, position=position, **{**everything, "rules": PAGE[1:]})[
+        "changed"
+    ]
+
+    # a change that nobody confirms goes away without touching them, and what they did meanwhile stays
+    done = machine.module(
+        "ruleset", backend=backend, rollback_timeout=300, rollback_id="0123456789abcdef", rules=PAGE[2:3]
+    )
+    assert done["rollback"]["outcome"] == "armed", done
+    machine.run(f"iptables-{backend}", "-I", "f2b-sshd", "1", "-s", "198.51.100.8", "-j", "DROP")
+    machine.module("ruleset", backend=backend, rollback_id="0123456789abcdef", rollback_step="abort", rules=PAGE[2:3])
+    now = foreign(machine, backend)
+    assert "-A f2b-sshd -s 198.51.100.8/32 -j DROP" in now
+    assert [line for line in now if "198.51.100.8" not in line] == changed
+    assert any("CTSYNC-POSTROUTING" in line for line in saved(machine, backend))
+
+    gone = machine.module("ruleset", backend=backend, state="absent")
+    assert gone["changed"]
+    assert [line.split(" [")[0] for line in saved(machine, backend)] == now
+    assert files(machine) == []

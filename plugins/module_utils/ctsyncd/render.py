@@ -14,6 +14,7 @@ from .constants import (
     AF_INET,
     AF_INET6,
     ICMP_PROTOCOLS,
+    IPPROTO_GRE,
     IPPROTO_SCTP,
     IPPROTO_TCP,
     IPS_ASSURED,
@@ -81,6 +82,8 @@ def _direction(family: int, proto: int, way: Tuple) -> str:
         return f"{text} sport={l4[0] << 8 | l4[1]} dport={l4[2] << 8 | l4[3]}"
     if proto in ICMP_PROTOCOLS:
         return f"{text} type={l4[2]} code={l4[3]} id={l4[0] << 8 | l4[1]}"
+    if proto == IPPROTO_GRE:
+        return f"{text} srckey={l4[0] << 8 | l4[1]:#x} dstkey={l4[2] << 8 | l4[3]:#x}"
     return text
 
 
@@ -119,9 +122,12 @@ def xml(flow: Flow) -> str:
 
 def _xml_direction(name: str, family: int, proto: int, way: Tuple) -> str:
     ports = ""
-    if len(way.l4) == 4 and proto in PORT_PROTOCOLS:
+    if len(way.l4) == 4:
         source, destination = int.from_bytes(way.l4[:2], "big"), int.from_bytes(way.l4[2:], "big")
-        ports = f"<sport>{source}</sport><dport>{destination}</dport>"
+        if proto in PORT_PROTOCOLS:
+            ports = f"<sport>{source}</sport><dport>{destination}</dport>"
+        elif proto == IPPROTO_GRE:
+            ports = f"<srckey>{source:#x}</srckey><dstkey>{destination:#x}</dstkey>"
     return (
         f'<meta direction="{name}"><layer3 protonum="{family}" protoname="{_FAMILY_NAMES.get(family, "unknown")}">'
         f"<src>{inet_ntop(family, way.src)}</src><dst>{inet_ntop(family, way.dst)}</dst></layer3>"
@@ -164,6 +170,9 @@ def _dict_direction(family: int, proto: int, way: Tuple) -> dict[str, Any]:
         result["type"] = l4[2]
         result["code"] = l4[3]
         result["id"] = l4[0] << 8 | l4[1]
+    elif len(l4) == 4 and proto == IPPROTO_GRE:
+        result["srckey"] = l4[0] << 8 | l4[1]
+        result["dstkey"] = l4[2] << 8 | l4[3]
     return result
 
 

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 
 import pytest
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils import _facts as f
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils import _keepalived, _preflight
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.errors import NetlinkError
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import Flow, Tuple
 
@@ -182,3 +184,35 @@ def test_processes_are_found_by_name_in_this_network_namespace():
         name = stream.read().strip()
     assert os.getpid() in f.processes_named(name)
     assert f.processes_named("no such name") == []
+
+
+def test_keys_are_told_by_fingerprint_only(tmp_path):
+    secret = base64.b64encode(bytes(range(32))).decode()
+    keys = tmp_path / "keys"
+    keys.mkdir()
+    (keys / "2.key").write_text(secret + "\n", encoding="utf-8")
+    config = tmp_path / "ctsyncd.conf"
+    config.write_text(json.dumps({"keys": {"1": "key-1", "2": "key-2"}, "send_key": 2}), encoding="utf-8")
+    found = f.key_facts(str(config), str(keys))
+    assert found == {"keys": {"1": "", "2": _preflight.summarize_key(secret)["fingerprint"]}, "send_key": 2}
+    config.write_text(json.dumps({"keys": {"7": "key-7"}}), encoding="utf-8")
+    assert f.key_facts(str(config), str(keys)) == {"keys": {"7": ""}, "send_key": 7}
+    assert f.key_facts(str(tmp_path / "none"), str(keys)) == {"keys": {}, "send_key": None}
+
+
+def test_sysctls_that_the_kernel_does_not_have_are_none(tmp_path):
+    folder = tmp_path / "net" / "netfilter"
+    folder.mkdir(parents=True)
+    (folder / "nf_conntrack_max").write_text("262144\n", encoding="utf-8")
+    found = f.sysctl_facts(str(tmp_path))
+    assert found.pop("net.netfilter.nf_conntrack_max") == "262144"
+    assert set(found.values()) == {None}
+
+
+def test_a_configuration_of_keepalived_is_ours_or_not(tmp_path):
+    path = tmp_path / "keepalived.conf"
+    assert f.keepalived_facts(str(path)) == {"configured": False, "ours": False}
+    path.write_text("vrrp_instance x {\n}\n", encoding="utf-8")
+    assert f.keepalived_facts(str(path)) == {"configured": True, "ours": False}
+    path.write_text(_keepalived.MARKER + "\n", encoding="utf-8")
+    assert f.keepalived_facts(str(path)) == {"configured": True, "ours": True}

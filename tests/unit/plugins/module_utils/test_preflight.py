@@ -12,6 +12,7 @@ import pytest
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils import _preflight as p
 
 KEY = base64.b64encode(bytes(range(32))).decode()
+FINGERPRINT = p.summarize_key(KEY)["fingerprint"]
 
 
 def node(number, **more):
@@ -151,6 +152,22 @@ def vips(**change):
         ({"host": {"conntrackd": {"pids": [], "enabled": True}}}, "conntrackd: is not active, but would start"),
         ({"host": {"conntrack": False}}, "kernel: has no connection tracking"),
         ({"host": {"systemd": False}}, "systemd: is not the running init"),
+        (
+            {"host": {"sysctls": {"net.netfilter.nf_conntrack_max": "9", "net.netfilter.nf_conntrack_events": None}}},
+            "kernel: tells nobody of connections",
+        ),
+        (
+            {"host": {"ctsyncd": {"keys": {"2": "x"}, "send_key": 2}}},
+            "ha_firewall_key_id: 1 is not among the keys that this node runs with (2)",
+        ),
+        (
+            {"host": {"ctsyncd": {"keys": {"1": "x"}, "send_key": 1}}},
+            "ha_firewall_key: is not the key that this node runs with under the id 1",
+        ),
+        (
+            {"host": {"ctsyncd": {"keys": {"1": FINGERPRINT, "2": "x"}, "send_key": 1}}},
+            "ha_firewall_key_id: a key rotation is half done, this node accepts the keys 1 and 2",
+        ),
     ],
 )
 def test_each_fault_is_one_sentence_with_host_and_option(change, said):
@@ -165,6 +182,47 @@ def test_each_fault_is_one_sentence_with_host_and_option(change, said):
 )
 def test_the_remedy_for_conntrackd_is_a_command(change):
     assert p.group_problems(pair(two=change), all_facts())[0].endswith("systemctl disable --now conntrackd")
+
+
+@pytest.mark.parametrize(
+    "node_has",
+    [
+        {"host": {"ctsyncd": {"keys": {"1": FINGERPRINT}}}},
+        {"host": {"ctsyncd": {"keys": {}}}},
+        {"host": {"ctsyncd": {"keys": {"1": FINGERPRINT, "2": "x"}}}, "key_ids": [1, 2]},
+        {"host": {"ctsyncd": {"keys": {"2": "x"}}}, "rotation": True},
+        {"host": {"conntrackd": {"pids": [77], "active": True}}, "migrate": True},
+    ],
+)
+def test_what_is_meant_to_be_so_is_no_fault(node_has):
+    assert p.group_problems(pair(two=node_has), all_facts()) == []
+
+
+def sysctl(value, **more):
+    return {"host": {"sysctls": {"net.netfilter.nf_conntrack_udp_timeout": value}}, **more}
+
+
+def test_limits_and_timeouts_of_the_kernels_are_the_same_or_will_be():
+    said = "net.netfilter.nf_conntrack_udp_timeout differs (fw1: 30, fw2: 60): set it once for the group"
+    found = p.group_problems(pair(one=sysctl("30"), two=sysctl("60")), all_facts())
+    assert len(found) == 1 and found[0].startswith(said)
+    wanted = {"sysctls": [{"name": "net.netfilter.nf_conntrack_udp_timeout", "value": 45}]}
+    assert p.group_problems(pair(one=sysctl("30", **wanted), two=sysctl("60", **wanted)), all_facts()) == []
+    found = p.group_problems(pair(one=sysctl("30", **wanted), two=sysctl("30")), all_facts())
+    assert len(found) == 1 and "(fw1: 45, fw2: 30)" in found[0]
+    ours = {"host": {"sysctls": {"net.netfilter.nf_conntrack_tcp_loose": "1"}}}
+    other = {"host": {"sysctls": {"net.netfilter.nf_conntrack_tcp_loose": "0"}}}
+    assert p.group_problems(pair(one=ours, two=other), all_facts()) == []
+
+
+@pytest.mark.parametrize(("ahead", "limit", "problems"), [(29, None, 0), (95, None, 1), (95, 120, 0), (-95, None, 1)])
+def test_clocks_are_compared_by_the_controllers(ahead, limit, problems):
+    one = {"host": {"time": 1000.0}, "asked_at": 1002.0, "clock_skew_s": limit}
+    two = {"host": {"time": 1010.0 + ahead}, "asked_at": 1012.0, "clock_skew_s": limit}
+    found = p.group_problems(pair(one=one, two=two), all_facts())
+    assert len(found) == problems, found
+    if problems:
+        assert found[0].startswith(("fw2: clock: is 95 s ahead of fw1's", "fw1: clock: is 95 s ahead of fw2's"))
 
 
 def test_a_fault_of_both_is_said_once():

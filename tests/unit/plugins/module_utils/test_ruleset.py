@@ -146,9 +146,10 @@ def test_the_pair_is_protected_around_the_operators_rules():
     )
     plan = plan_of(["-A INPUT -i eth3 -j DROP"], pair=pair, count_resets=True)
     assert rules_in(plan, "filter", "CTSYNC-INPUT") == [
-        "-i eth1 -s 192.168.0.2 -p 112 -j ACCEPT",
+        "-i eth1 -s 192.168.0.2 -p 112 -m comment --comment ctsync: node, VRRP of a peer -j ACCEPT",
         "-i eth1 -p 112 -m comment --comment ctsync VRRP from a stranger -j DROP",
-        "-i eth2 -s 192.168.100.2 -d 192.168.100.1 -p udp -m udp --dport 3781 -j ACCEPT",
+        "-i eth2 -s 192.168.100.2 -d 192.168.100.1 -p udp -m udp --dport 3781"
+        " -m comment --comment ctsync: node, sync of a peer -j ACCEPT",
         "-p udp -m udp --dport 3781 -m comment --comment ctsync sync from a stranger -j DROP",
         "-i eth3 -j DROP",
         "-d 192.168.0.100 -j CTSYNC-VIP",
@@ -252,3 +253,53 @@ def test_the_words_of_iptables_are_kept_and_the_rule_found(errors, origin, words
     assert said.startswith(words)
     assert "Try" not in said
     assert "line" not in said
+
+
+BEFORE = """\
+*filter
+:INPUT ACCEPT [0:0]
+:FORWARD ACCEPT [0:0]
+:CTSYNC-FORWARD - [0:0]
+:THEIRS - [0:0]
+-A FORWARD -j THEIRS
+-A FORWARD -m comment --comment "ctsync: own rules" -j CTSYNC-FORWARD
+-A FORWARD -i lo -j ACCEPT
+-A CTSYNC-FORWARD -i old -j DROP
+COMMIT
+"""
+
+
+@pytest.mark.parametrize(
+    ("theirs", "expected"),
+    [
+        ("-i lo -j ACCEPT", ["-j THEIRS", "CTSYNC-FORWARD", "-i lo -j ACCEPT"]),
+        ("-i changed -j ACCEPT", ["CTSYNC-FORWARD", "-j THEIRS", "-i changed -j ACCEPT"]),
+    ],
+)
+def test_put_back_restores_ours_and_keeps_what_others_did_since(theirs, expected):
+    after = f"""\
+*filter
+:INPUT ACCEPT [0:0]
+:FORWARD DROP [0:0]
+:CTSYNC-FORWARD - [0:0]
+:CTSYNC-INPUT - [0:0]
+:THEIRS - [0:0]
+-A INPUT -m comment --comment "ctsync: own rules" -j CTSYNC-INPUT
+-A FORWARD -m comment --comment "ctsync: own rules" -j CTSYNC-FORWARD
+-A FORWARD -j THEIRS
+-A FORWARD {theirs}
+-A CTSYNC-FORWARD -i new -j DROP
+-A CTSYNC-INPUT -j DROP
+-A THEIRS -i since -j DROP
+COMMIT
+"""
+    live, before = _ruleset.parse_save(after), _ruleset.parse_save(BEFORE)
+    target = _ruleset.put_back(live, before, {("filter", "FORWARD"): "ACCEPT"})["filter"]
+    assert [
+        saved.rule.split("-A FORWARD ")[1].split('rules" -j ')[-1] for saved in target.chains["FORWARD"]
+    ] == expected
+    assert [saved.rule for saved in target.chains["CTSYNC-FORWARD"]] == ["-A CTSYNC-FORWARD -i old -j DROP"]
+    assert [saved.rule for saved in target.chains["THEIRS"]] == ["-A THEIRS -i since -j DROP"]
+    assert "CTSYNC-INPUT" not in target.chains
+    assert target.chains["INPUT"] == []
+    assert target.policies["FORWARD"][0] == "ACCEPT"

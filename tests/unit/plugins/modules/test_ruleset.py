@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import yaml
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils import _ruleset
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils import _ruleset, _typed_rules
 from ansible_collections.ctsync.ha_firewall.plugins.modules import ruleset
 
 DEFAULTS = {name: spec.get("default") for name, spec in ruleset.ARGUMENT_SPEC.items()}
@@ -23,7 +23,7 @@ def test_documentation_and_argument_spec_agree():
         for name, option in options.items():
             for key in ("type", "default", "choices", "required", "elements"):
                 assert option.get(key) == spec[name].get(key), (name, key)
-            if "suboptions" in option:
+            if "options" in spec[name]:
                 compare(option["suboptions"], spec[name]["options"])
 
     compare(documented, ruleset.ARGUMENT_SPEC)
@@ -36,6 +36,21 @@ def test_the_example_of_the_documentation_makes_a_plan():
     plans = ruleset.plans_from(params(**example))
     assert list(plans) == ["ipv4"]
     assert set(plans["ipv4"]) == {"filter", "nat", "raw"}
+
+
+def test_documentation_and_checker_know_the_same_keys():
+    documented = yaml.safe_load(ruleset.DOCUMENTATION)["options"]
+    kinds = {"str": ("text", "word"), "list": ("list",), "bool": ("bool",)}
+    for option, keys in _typed_rules.KEYS.items():
+        assert documented[option]["suboptions"].keys() == keys.keys()
+        for key, described in documented[option]["suboptions"].items():
+            assert keys[key] in kinds[described["type"]], key
+
+
+def test_the_typed_example_of_the_documentation_makes_a_plan():
+    plans = ruleset.plans_from(params(**yaml.safe_load(ruleset.EXAMPLES)[1]["ctsync.ha_firewall.ruleset"]))
+    assert [plans[family]["filter"].policies for family in ("ipv4", "ipv6")] == [{"FORWARD": "DROP"}] * 2
+    assert "nat" not in plans["ipv6"]
 
 
 def test_ipv6_comes_into_play_with_its_first_address():
@@ -68,6 +83,23 @@ def test_every_wrong_option_is_named_at_once():
         "nflog_group: 70000",
     ):
         assert sum(words in problem for problem in caught.value.problems) == 1, words
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"rollback_timeout": 3}, "rollback_timeout: 3 is out of range; write 5-3600, or 0 for none."),
+        ({"rollback_timeout": 0, "canary": "true"}, "canary: needs a rollback_timeout"),
+        ({"canary": "ping 'x"}, "canary: 'ping 'x' cannot be split into words (no closing quotation)."),
+        ({"canary": " "}, "canary: is empty"),
+        ({"rollback_id": "../../etc"}, "rollback_id: is given by the action plugin"),
+    ],
+)
+def test_options_of_the_rollback_are_checked(given, words):
+    with pytest.raises(_ruleset.RulesetError) as caught:
+        ruleset.plans_from(params(**given))
+    (problem,) = caught.value.problems
+    assert problem.startswith(words)
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,15 @@ PING = Flow(
     reply=way("10.2.0.2", "10.2.0.11", l4=icmp(16641, 0, 0)),
     status=SEEN,
 )
+GRE = Flow(
+    c.AF_INET,
+    c.IPPROTO_GRE,
+    0,
+    way("10.0.0.1", "10.0.0.2", 5, 0xFFFF),
+    way("10.0.0.2", "10.0.0.9", 0xFFFF, 0),
+    SEEN,
+    mark=0,
+)
 
 
 @pytest.mark.parametrize(
@@ -125,6 +134,19 @@ PING = Flow(
             id="protocol without a name",
         ),
         pytest.param(
+            GRE,
+            None,
+            "gre      47 src=10.0.0.1 dst=10.0.0.2 srckey=0x5 dstkey=0xffff "
+            "src=10.0.0.2 dst=10.0.0.9 srckey=0xffff dstkey=0x0 mark=0",
+            id="gre",
+        ),
+        pytest.param(
+            GRE._replace(orig=way("10.0.0.1", "10.0.0.2", l4=b""), reply=way("10.0.0.2", "10.0.0.9", l4=b"")),
+            None,
+            "gre      47 src=10.0.0.1 dst=10.0.0.2 src=10.0.0.2 dst=10.0.0.9 mark=0",
+            id="gre without keys",
+        ),
+        pytest.param(
             SSH._replace(state=77, mark=None, helper="a b\n"),
             None,
             "tcp      6 STATE_77 src=192.168.0.3 dst=192.168.1.3 sport=51356 dport=22 "
@@ -155,6 +177,8 @@ def test_json_is_the_contract() -> None:
         "age_s": 5,
     }
     assert render.as_dict(PING)["orig"] == {"src": "10.1.0.2", "dst": "10.2.0.2", "type": 8, "code": 0, "id": 16641}
+    assert render.as_dict(GRE)["orig"] == {"src": "10.0.0.1", "dst": "10.0.0.2", "srckey": 5, "dstkey": 65535}
+    assert render.as_dict(GRE)["reply"] == {"src": "10.0.0.2", "dst": "10.0.0.9", "srckey": 65535, "dstkey": 0}
     assert render.as_dict(SSH._replace(helper="ftp"))["helper"] == "ftp"
 
 
@@ -170,6 +194,10 @@ def test_xml_is_one_element_per_flow() -> None:
     )
     element = ElementTree.fromstring(render.xml(PING._replace(status=0)))
     assert element.find("meta[@direction='independent']/unreplied") is not None
+    layer4 = '<layer4 protonum="47" protoname="gre"><srckey>0x{:x}</srckey><dstkey>0x{:x}</dstkey></layer4>'
+    text = render.xml(GRE)
+    assert layer4.format(5, 0xFFFF) in text
+    assert layer4.format(0xFFFF, 0) in text
 
 
 STATUS = {

@@ -1,0 +1,145 @@
+# Copyright: (c) 2026, The ctsync authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""A live pair is upgraded, gets another key and is removed, by the playbooks for that, one after the other.
+
+The session that was open when the power was cut is still open, and must be until the removal.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+
+import pytest
+import testinfra
+
+ROOT = pathlib.Path(os.environ["MOLECULE_PROJECT_DIRECTORY"])
+EPHEMERAL = pathlib.Path(os.environ["MOLECULE_EPHEMERAL_DIRECTORY"])
+PREFIX = os.environ["CTSYNC_LAB_PREFIX"]
+LOOK = pathlib.Path(__file__).parents[1] / "files" / "look.sh"
+FIREWALLS = ("fw1", "fw2")
+NEXT = "99.0.0"
+NEW_KEY = base64.b64encode(os.urandom(32)).decode()
+
+
+def node(name):
+    return testinfra.get_host(f"docker://{PREFIX}{name}")
+
+
+def play(name, variables=None, collections=None):
+    """Run a playbook of the collection on the molecule lab as a user would; its output."""
+    done = subprocess.run(
+        [
+            "ansible-playbook",
+            "--inventory",
+            str(ROOT / "inventories/lab/hosts.yml"),
+            "--extra-vars",
+            json.dumps(variables or {}),
+            f"ctsync.ha_firewall.{name}",
+        ],
+        env={
+            **os.environ,
+            "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
+            "ANSIBLE_COLLECTIONS_PATH": f"{collections or ROOT / 'collections'}:{ROOT / '.vendor'}",
+            "ANSIBLE_NOCOLOR": "1",
+        },
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert NEW_KEY not in done.stdout + done.stderr, "the key was printed"
+    return done.stdout
+
+
+def status(name):
+    return json.loads(node(name).run("ctsyncd status --json").stdout)
+
+
+def lines():
+    return node("a").file("/root/operate.log").content_string.splitlines()
+
+
+@pytest.fixture(scope="module")
+def session():
+    """A session that counts aloud, from a to b, for as long as this module takes."""
+    play("lab")  # gives power back to the node that lost it
+    node("a").check_output(
+        "systemd-run --collect --unit=operate --property=StandardOutput=truncate:/root/operate.log"
+        " ssh -oServerAliveInterval=1 -oServerAliveCountMax=10 b"
+        " 'n=0; while sleep 0.1; do echo $n; n=$((n + 1)); done'"
+    )
+    yield
+    node("a").run("systemctl stop operate")
+
+
+@pytest.fixture
+def goes_on(session):
+    """The session is the same afterwards: it counts on, and not a line is missing."""
+    before = len(lines())
+    yield
+    assert node("a").check_output("systemctl is-active operate") == "active"
+    said = lines()
+    assert len(said) > before
+    assert said == [str(number) for number in range(len(said))]
+
+
+@pytest.fixture(scope="module")
+def next_version(tmp_path_factory):
+    """The collection as its next version would be installed."""
+    path = tmp_path_factory.mktemp("next")
+    target = path / "ansible_collections/ctsync/ha_firewall"
+    target.mkdir(parents=True)
+    for name in ("playbooks", "plugins", "roles", "meta"):
+        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "galaxy.yml", target)
+    package = target / "plugins/module_utils/ctsyncd/__init__.py"
+    text = package.read_text(encoding="utf-8")
+    package.write_text(re.sub('__version__ = ".*"', f'__version__ = "{NEXT}"', text), encoding="utf-8")
+    return path
+
+
+def test_upgrade_hands_over_and_keeps_the_session(goes_on, next_version):
+    was = {name: status(name)["version"] for name in FIREWALLS}
+    assert NEXT not in was.values()
+    active = next(name for name in FIREWALLS if status(name)["role"] == "active")
+    said = play("upgrade", collections=next_version)
+    now = {name: status(name) for name in FIREWALLS}
+    assert {name: (found["version"], found["verdict"]) for name, found in now.items()} == dict.fromkeys(
+        FIREWALLS, (NEXT, "READY")
+    )
+    assert now[active]["role"] == "backup"
+    assert re.search(r"- ([1-9]\d*) of \1 established TCP sessions kept", said)
+    assert re.search(r"neither node answered for the virtual IPs for \d+ ms", said)
+
+
+def test_another_key_without_a_gap(goes_on, next_version):
+    roles = {name: status(name)["role"] for name in FIREWALLS}
+    said = play("rotate_key", {"ha_firewall_key": NEW_KEY, "ha_firewall_key_id": 2}, next_version)
+    standby, active = sorted(FIREWALLS, key=lambda name: roles[name] == "active")
+    assert re.findall(r"msg: (fw\d accepts .*)", said) == [
+        f"{standby} accepts 1 and 2, sends with 1",
+        f"{active} accepts 1 and 2, sends with 2",
+        f"{standby} accepts 2, sends with 2",
+        f"{active} accepts 2, sends with 2",
+    ]
+    for name in FIREWALLS:
+        assert node(name).check_output("ls /etc/ctsyncd/keys") == "2.key"
+        assert (status(name)["verdict"], status(name)["role"]) == ("READY", roles[name])
+
+
+def test_uninstall_leaves_the_hosts_as_they_were_found(session):
+    node("a").run("systemctl stop operate")
+    play("uninstall", {"uninstall_confirm": True, "uninstall_packages": True})
+    for name in FIREWALLS:
+        found = node(name).check_output("sh -c %s", LOOK.read_text(encoding="utf-8")).splitlines()
+        before = (EPHEMERAL / f"bare-{name}.txt").read_text(encoding="utf-8").splitlines()
+        assert sorted(set(found) ^ set(before)) == []

@@ -1,0 +1,278 @@
+# Copyright: (c) 2026, The ctsync authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What is asked: the rows of the table, with the limits that must be kept and those that are aimed at."""
+
+from __future__ import annotations
+
+from .results import Row, Source
+
+THIRD, SIXTH = 1 / 3, 1 / 6
+
+
+def _both(  # noqa: PLR0917  columns of a table
+    name: str,
+    group: str,
+    what: str,
+    unit: str,
+    step: str,
+    value: str,
+    *,
+    ours: str = "ctsyncd",
+    theirs: str = "conntrackd",
+    must: float | None = None,
+    aim: float | None = None,
+    scale: float = 1.0,
+) -> Row:
+    """A ratio of the same value of the same step."""
+    return Row(name, group, what, unit, Source(ours, step, value), Source(theirs, step, value), must, aim, False, scale)
+
+
+def _alone(  # noqa: PLR0917  columns of a table
+    name: str,
+    group: str,
+    what: str,
+    unit: str,
+    step: str,
+    value: str,
+    *,
+    ours: str = "ctsyncd",
+    must: float | None = None,
+    aim: float | None = None,
+    scale: float = 1.0,
+) -> Row:
+    """A number of ours that is judged by itself."""
+    return Row(name, group, what, unit, Source(ours, step, value), None, must, aim, False, scale)
+
+
+CPU = "CPU, real TCP connections"
+FLOOD = "CPU, injected flows"
+WIRE = "Sync link"
+MEMORY = "Memory"
+COMMIT = "Commit, take-over, resync"
+LATENCY = "Latency of a new flow, and loss"
+BOX = "The box"
+
+PER_CONNECTION = "µs/connection"
+PER_FLOW = "µs/flow"
+MIB = 1 / (1 << 20)
+
+ROWS = (
+    _both("active-2000", CPU, "active, 2000/s", PER_CONNECTION, "real-2000", "active_us", must=THIRD, aim=SIXTH),
+    _both(
+        *("active-2000-snat", CPU, "active, 2000/s, SNAT", PER_CONNECTION, "real-2000-snat", "active_us"),
+        must=THIRD,
+        aim=SIXTH,
+    ),
+    _both(
+        *("active-2000-tuned", CPU, "active, 2000/s, conntrackd tuned", PER_CONNECTION, "real-2000", "active_us"),
+        theirs="conntrackd-tuned",
+        must=1 / 2,
+        aim=THIRD,
+    ),
+    _both("active-200", CPU, "active, 200/s, SNAT", PER_CONNECTION, "real-200", "active_us", must=1, aim=THIRD),
+    _both("backup-200", CPU, "backup, 200/s, SNAT", PER_CONNECTION, "real-200", "backup_us", must=1, aim=THIRD),
+    _both(
+        *("backup-200-cache", CPU, "backup, 200/s, SNAT, external cache", PER_CONNECTION, "real-200", "backup_us"),
+        ours="ctsyncd-cache",
+        must=1,
+        aim=THIRD,
+    ),
+    _both(
+        *("active-200-tuned", CPU, "active, 200/s, SNAT, conntrackd tuned", PER_CONNECTION, "real-200", "active_us"),
+        theirs="conntrackd-tuned",
+    ),
+    _both(
+        *("backup-2000-cache", CPU, "backup, 2000/s, external cache", PER_CONNECTION, "real-2000", "backup_us"),
+        ours="ctsyncd-cache",
+        must=THIRD,
+        aim=SIXTH,
+    ),
+    _both(
+        *("backup-2000-hot", CPU, "backup, 2000/s, hot standby; conntrackd: DisableExternalCache On"),
+        *(PER_CONNECTION, "real-2000", "backup_us"),
+        theirs="conntrackd-direct",
+        must=THIRD,
+        aim=1 / 5,
+    ),
+    _both(
+        *("backup-2000-unlike", CPU, "backup, 2000/s, ours hot standby, theirs external cache (less work)"),
+        *(PER_CONNECTION, "real-2000", "backup_us"),
+    ),
+    _both("active-held", CPU, "active, 2000/s, SNAT, held for 100 ms", PER_CONNECTION, "real-2000-held", "active_us"),
+    _alone("idle-active", CPU, "idle, active", "% of a core", "idle", "active_percent", must=0.2, aim=0.05),
+    _alone("idle-backup", CPU, "idle, backup", "% of a core", "idle", "backup_percent", must=0.2, aim=0.05),
+    _both("idle-ratio", CPU, "idle, active", "% of a core", "idle", "active_percent"),
+    *(
+        _both(
+            f"flood-{shape}",
+            FLOOD,
+            f"active, flood, {shape}",
+            PER_FLOW,
+            f"flood-{shape}",
+            "active_us",
+            must=1 / 2,
+            aim=THIRD,
+        )
+        for shape in ("transit", "site", "snat")
+    ),
+    _both("delete", FLOOD, "active, flood of deletes", PER_FLOW, "delete", "active_us"),
+    _both("steady", FLOOD, "active, steady 20,000/s", PER_FLOW, "steady", "active_us"),
+    _both(
+        *("flood-backup-cache", FLOOD, "backup, flood, external cache", PER_FLOW, "flood-transit", "backup_us"),
+        ours="ctsyncd-cache",
+    ),
+    _both(
+        *("flood-backup-hot", FLOOD, "backup, flood, hot standby; conntrackd: DisableExternalCache On"),
+        *(PER_FLOW, "flood-transit", "backup_us"),
+        theirs="conntrackd-direct",
+    ),
+    _both("wire-2000", WIRE, "per connection, 2000/s", "bytes", "real-2000", "bytes", must=1 / 10, aim=1 / 15),
+    _both(
+        "wire-2000-snat",
+        WIRE,
+        "per connection, 2000/s, SNAT",
+        "bytes",
+        "real-2000-snat",
+        "bytes",
+        must=1 / 10,
+        aim=1 / 15,
+    ),
+    _both("wire-held", WIRE, "per connection, 2000/s, SNAT, held for 100 ms", "bytes", "real-2000-held", "bytes"),
+    _both("wire-200", WIRE, "per connection, 200/s, SNAT (heartbeats included)", "bytes", "real-200", "bytes"),
+    *(
+        _both(
+            f"wire-{shape}",
+            WIRE,
+            f"per random new flow, {shape}",
+            "bytes",
+            f"flood-{shape}",
+            "bytes",
+            must=1 / 5,
+            aim=1 / 8,
+        )
+        for shape in ("transit", "site", "snat")
+    ),
+    _both("wire-idle", WIRE, "idle", "bytes/s", "idle", "bytes_per_s"),
+    *(
+        _both(
+            f"memory-{node}-{short}",
+            MEMORY,
+            f"{node}, per flow, {said}",
+            "bytes",
+            "flood-transit",
+            f"{node}_rss_per_flow",
+            ours=variant,
+            must=1 / 2,
+            aim=1 / 4,
+        )
+        for variant, short, said in (("ctsyncd", "hot", "hot standby"), ("ctsyncd-cache", "cache", "external cache"))
+        for node in ("active", "backup")
+    ),
+    *(
+        _alone(
+            f"start-{node}", MEMORY, f"{node}, at the start", "MiB", "flood-transit", f"{node}_rss", must=40, scale=MIB
+        )
+        for node in ("active", "backup")
+    ),
+    *(
+        _both(
+            f"memory-{node}-{short}-1000000",
+            MEMORY,
+            f"{node}, per flow of 1,000,000, {said}",
+            "bytes",
+            "growth-1000000",
+            f"{node}_rss_per_flow",
+            ours=variant,
+            must=1 / 2,
+            aim=1 / 4,
+        )
+        for variant, short, said in (("ctsyncd", "hot", "hot standby"), ("ctsyncd-cache", "cache", "external cache"))
+        for node in ("active", "backup")
+    ),
+    *(
+        row
+        for size, said in (("100000", "100,000"), ("1000000", "1,000,000"))
+        for row in (
+            _both(
+                *(f"commit-{size}", COMMIT, f"commit of {said} (classic mode)", "s", f"commit-{size}", "seconds"),
+                ours="ctsyncd-cache",
+                must=0.6,
+                aim=0.4,
+            ),
+            _both(
+                *(f"resync-{size}", COMMIT, f"full resync of {said}, time", "s", f"resync-{size}", "seconds"),
+                ours="ctsyncd-cache",
+                must=2,
+                aim=1,
+            ),
+            _both(
+                *(f"resync-cpu-{size}", COMMIT, f"full resync of {said}, CPU of both", "s", f"resync-{size}", "cpu_s"),
+                ours="ctsyncd-cache",
+                must=2,
+                aim=1,
+            ),
+        )
+    ),
+    _alone("take-over", COMMIT, "take-over, hot standby: entries inserted", "entries", "take-over", "inserted", must=0),
+    Row(
+        *("box", BOX, "connections forwarded, of those without a daemon", "connections/s"),
+        Source("ctsyncd", "box", "rate"),
+        Source("none", "box", "rate"),
+        0.9,
+        0.97,
+        above=True,
+    ),
+    Row(
+        *("box-conntrackd", BOX, "the same for conntrackd (for comparison)", "connections/s"),
+        Source("conntrackd", "box", "rate"),
+        Source("none", "box", "rate"),
+    ),
+    _alone("latency-idle-p50", LATENCY, "idle, p50", "ms", "latency-idle", "kernel_p50_ms", must=1, aim=0.5),
+    _alone("latency-idle-p99", LATENCY, "idle, p99", "ms", "latency-idle", "kernel_p99_ms", must=4, aim=1.5),
+    _alone("latency-load-p50", LATENCY, "at 20,000/s, p50", "ms", "latency-load", "kernel_p50_ms"),
+    _alone("latency-load-p99", LATENCY, "at 20,000/s, p99", "ms", "latency-load", "kernel_p99_ms", must=6, aim=3),
+    *(
+        Row(
+            f"latency-{load}-{part}-wire",
+            LATENCY,
+            f"{said}, {part}; ours until the kernel has it, theirs (FTFW) only until it is on the wire",
+            "ms",
+            Source("ctsyncd", f"latency-{load}", f"kernel_{part}_ms"),
+            Source("conntrackd", f"latency-{load}", f"wire_{part}_ms"),
+        )
+        for load, said in (("idle", "idle"), ("load", "at 20,000/s"))
+        for part in ("p50", "p99")
+    ),
+    *(
+        _both(
+            f"latency-{load}-{part}-ratio",
+            LATENCY,
+            f"{said}, {part}; conntrackd: DisableExternalCache On",
+            "ms",
+            f"latency-{load}",
+            f"kernel_{part}_ms",
+            theirs="conntrackd-direct",
+        )
+        for load, said in (("idle", "idle"), ("load", "at 20,000/s"))
+        for part in ("p50", "p99")
+    ),
+    *(
+        _alone(
+            f"lost-{shape}",
+            LATENCY,
+            f"flows the backup does not know after a flood, {shape}",
+            "flows",
+            f"flood-{shape}",
+            "missing",
+            must=0,
+        )
+        for shape in ("transit", "snat")
+    ),
+    _alone(
+        "overruns", LATENCY, "overruns of the event socket in a flood", "overruns", "flood-transit", "overruns", must=0
+    ),
+)
+
+# Paragraphs for the report, by row: what was tried where an aim is missed, or why a comparison is what it is.
+NOTES: dict[str, str] = {}
