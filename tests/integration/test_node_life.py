@@ -211,7 +211,7 @@ def test_upgrade_that_goes_on_before_the_table_is_there_loses_everything(load: C
     Throttle(lab.fw2.space, 0)
     lab.fw2.start()
     wait_for(lambda: reasons(lab.fw2) == "NOT READY: no session with fw1", "fw2 to run")
-    assert lab.fw2.gate == "1"
+    assert lab.fw2.gate == "2"
     lab.seal()
     lab.cut()
     assert lab.prove(2.0)["proved"] == 0
