@@ -19,6 +19,7 @@ from .constants import (
     AF_INET6,
     ICMP_PROTOCOLS,
     IPPROTO_DCCP,
+    IPPROTO_GRE,
     IPPROTO_ICMP,
     IPPROTO_ICMPV6,
     IPPROTO_SCTP,
@@ -27,6 +28,7 @@ from .constants import (
     IPS_CONFIRMED,
     IPS_DST_NAT,
     IPS_EXPECTED,
+    IPS_FIXED_TIMEOUT,
     IPS_SEEN_REPLY,
     IPS_SRC_NAT,
     TCP_ESTABLISHED,
@@ -718,12 +720,17 @@ def create(
 
     With NAT the reply tuple is sent as the plain mirror of the original one: the kernel applies CTA_NAT_* to it and
     sets the NAT bits only if that changes something (nf_nat_core.c, nf_nat_setup_info).  CTA_STATUS cannot set them.
+
+    The timer of a GRE entry is fixed: an entry that was not made by a packet has no timeouts of its own, so its first
+    packet would set the timer to 0 (nf_conntrack_proto_gre.c, gre_packet).
     Raises NetlinkError if the flow cannot be expressed.
     """
     family, proto = flow.family, flow.proto
     natted = flow.status & (IPS_SRC_NAT | IPS_DST_NAT)
     seconds = timeout if timeout is not None else flow.timeout if flow.timeout is not None else FALLBACK_TIMEOUT
     status = flow.status & (IPS_SEEN_REPLY | IPS_ASSURED) | IPS_CONFIRMED
+    if proto == IPPROTO_GRE:
+        status |= IPS_FIXED_TIMEOUT
     return _request(
         IPCTNL_MSG_CT_NEW,
         NLM_F_CREATE | NLM_F_EXCL | (NLM_F_ACK if ack else 0),
@@ -766,12 +773,13 @@ def update(
     NAT, master and helper are fixed when an entry is created and are left out (the kernel answers EOPNOTSUPP to the
     first two).  CTA_STATUS can only set SEEN_REPLY and ASSURED; to clear one is EBUSY, and so is an EXPECTED bit that
     differs from the kernel's.  ``expected`` tells whether the kernel's entry has it (default: the flow has a master);
-    ``status`` False leaves the status out, which never fails.  ``liberal``: see :func:`_tcp`.
+    ``status`` False leaves the status out, which never fails.  ``liberal``: see :func:`_tcp`.  The timeout of a GRE
+    entry is left out: that of one that was made by :func:`create` is fixed (EPERM).
     """
     bits = flow.status & (IPS_SEEN_REPLY | IPS_ASSURED) | IPS_CONFIRMED
     if expected if expected is not None else flow.master is not None:
         bits |= IPS_EXPECTED
-    seconds = timeout if timeout is not None else flow.timeout
+    seconds = None if flow.proto == IPPROTO_GRE else timeout if timeout is not None else flow.timeout
     return _request(
         IPCTNL_MSG_CT_NEW,
         NLM_F_ACK if ack else 0,

@@ -97,6 +97,7 @@ _ANSWER_SLOTS = 64
 _ANSWER_STRIDE = 64  # an error answer has 36 bytes (NETLINK_CAP_ACK)
 _SLICE_BYTES = 64 << 10  # of requests per system call; well below the default send buffer (208 KiB)
 _ROUTE_TIMEOUT = 5  # seconds
+_BUCKETS_PATH = "/proc/sys/net/netfilter/nf_conntrack_buckets"
 
 
 def event_filter(ignore_portids: Collection[int] = (), unwanted: EventFilter = PASS_ALL) -> bytes:
@@ -587,8 +588,9 @@ class RequestSocket(_Socket):
 class TableDump(_Socket):
     """One walk through the conntrack table, in slices, on a socket of its own.
 
-    ``done``: the last slice was read.  ``interrupted``: the table was resized or changed so much that entries may be
-    missing or doubled (NLM_F_DUMP_INTR).  ``malformed`` counts entries that could not be decoded.
+    ``done``: the last slice was read.  ``interrupted``: entries may be missing or doubled, because the kernel says so
+    (NLM_F_DUMP_INTR) or the hash table was resized meanwhile, which it does not say (ctnetlink_dump_table goes on at
+    the number of the bucket where it was).  ``malformed`` counts entries that could not be decoded.
     """
 
     def __init__(self, family: int = 0, zero: bool = False) -> None:
@@ -597,6 +599,7 @@ class TableDump(_Socket):
         self.interrupted = False
         self.reader = columns.Reader()
         self._data = bytearray(_READ_SIZE + columns.HEAD_BYTES)
+        self._buckets = _buckets()
         try:
             self._sock.bind((0, 0))
             self._sock.send(ctnetlink.dump(1, family, zero))
@@ -661,6 +664,7 @@ class TableDump(_Socket):
             raise NetlinkError(f"dumping the table: {os.strerror(message.errno)}", message.errno)
         if message.kind == Kind.DONE:
             self.done = True
+            self.interrupted |= _buckets() != self._buckets
 
     @property
     def malformed(self) -> int:
@@ -683,6 +687,15 @@ def dump_flows(family: int = 0) -> Iterator[list[Flow]]:
                 yield flows
         if walk.interrupted:
             raise NetlinkError("the conntrack table changed during the dump", errno.EINTR)
+
+
+def _buckets() -> str:
+    """Buckets of the hash table of conntrack entries, one table for all network namespaces; "" where it is not told."""
+    try:
+        with open(_BUCKETS_PATH, encoding="ascii") as stream:
+            return stream.read()
+    except OSError:
+        return ""
 
 
 def protocol_timeouts() -> dict[str, int]:

@@ -242,6 +242,22 @@ def test_update_leaves_out_what_the_kernel_refuses() -> None:
     assert "CTA_STATUS" not in plain(oracle(ctnetlink.update(SSH, status=False)))
 
 
+def test_timer_of_gre_is_fixed_when_its_entry_is_made() -> None:
+    """IPS_FIXED_TIMEOUT; the kernel answers EPERM to whoever sets such a timer then."""
+    flow = Flow(
+        *(k.AF_INET, k.IPPROTO_GRE, 0),
+        ports("192.168.0.3", "192.168.1.3", 5, 0xFFFE),
+        ports("192.168.1.3", "192.168.1.100", 0xFFFE, 5),
+        SNAT_STATUS | k.IPS_ASSURED,
+        180,
+    )
+    made = plain(oracle(ctnetlink.create(flow, timeout=86_400)))
+    assert (made["CTA_STATUS"], made["CTA_TIMEOUT"]) == (0x40E, 86_400)
+    changed = plain(oracle(ctnetlink.update(flow, timeout=9)))
+    assert (changed["CTA_STATUS"], "CTA_TIMEOUT" in changed) == (0xE, False)
+    assert plain(oracle(ctnetlink.create(SSH)))["CTA_STATUS"] & k.IPS_FIXED_TIMEOUT == 0
+
+
 def test_delete_get_and_dump() -> None:
     flow = FLOWS["tcp6-dnat"]
     for data in (ctnetlink.delete(flow, 3, ident=99), ctnetlink.delete(ctnetlink.flow_of_key(flow.key), 3, ident=99)):
