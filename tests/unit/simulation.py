@@ -68,11 +68,12 @@ def udp(port: int, replied: bool = True, **changes: Any) -> Flow:
 
 
 class RecordingCrypto:
-    """The real cryptography, and a record of every nonce sealed with every key, over all nodes and restarts."""
+    """The real cryptography, and a record of every nonce sealed with every key, over all nodes, restarts and futures of a
+    state of the past.  (The same datagram once more is no second use: it tells nothing new.)"""
 
     def __init__(self) -> None:
         self._library = LibraryCrypto()
-        self.sealed: set[tuple[bytes, bytes, bytes, bytes]] = set()
+        self.sealed: dict[tuple[bytes, bytes, bytes, bytes], tuple[bytes, bytes]] = {}
 
     def derive(self, secret: bytes, salt: bytes, info: bytes) -> Aead:
         recorder, inner = self, self._library.derive(secret, salt, info)
@@ -80,14 +81,17 @@ class RecordingCrypto:
         class Recording:
             def seal(self, nonce: bytes, plaintext: bytes, header: bytes) -> bytes:
                 use = (secret, salt, info, nonce)
-                assert use not in recorder.sealed, f"nonce {nonce.hex()} used twice with one key"
-                recorder.sealed.add(use)
+                datagram = (plaintext, header)
+                assert recorder.sealed.setdefault(use, datagram) == datagram, f"nonce {nonce.hex()} used twice with one key"
                 return inner.seal(nonce, plaintext, header)
 
             def open(self, nonce: bytes, sealed: bytes, header: bytes) -> bytes:
                 return inner.open(nonce, sealed, header)
 
         return Recording()
+
+    def derive_digest(self, secret: bytes, salt: bytes, info: bytes) -> Callable[[bytes, bytes], bytes]:
+        return self._library.derive_digest(secret, salt, info)
 
 
 class Wire:
@@ -442,8 +446,9 @@ class Simulation:
         self.heal()
 
         def settled() -> bool:
-            if any(node.up.verdict(self.now).verdict != readiness.READY for node in (active, backup)):
-                return False
+            for node in (active, backup):
+                if node.kernel.lost or node.up.verdict(self.now).verdict != readiness.READY:
+                    return False
             return backup.up.complete and active.up.lag(self.now)[0] == 0 and not self.differences(active, backup)
 
         try:
