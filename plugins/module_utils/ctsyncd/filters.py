@@ -49,7 +49,8 @@ class EventFilter(NamedTuple):
 
     It drops, of all events but DESTROY: other ``protocols`` and ``zones`` than these (empty: none), flows without a
     reply (``replied_only``; not TCP and SCTP, which have states), and these ``tcp_states``.  What does not say what is
-    asked for passes; an absent zone is zone 0.
+    asked for passes; an absent zone is zone 0.  Flows without a reply and TCP states are delivered where the event has
+    labels, a master connection or a sequence adjustment: no later event tells them again.
     """
 
     protocols: tuple[int, ...] = ()

@@ -89,6 +89,9 @@ DEFAULT_EVENT_BUFFER = 64 << 20
 
 PASS_ALL = EventFilter()
 
+# What ctnetlink_conntrack_event tells when it changed, and not again
+_TOLD_ONCE = (ctnetlink.CTA_LABELS, ctnetlink.CTA_TUPLE_MASTER, ctnetlink.CTA_SEQ_ADJ_ORIG)
+
 _ANSWER_BUFFER = 4 << 20
 _READ_SIZE = 64 << 10  # the kernel fills at most 32 KiB of it in a dump
 _EVENT_SLOTS = 256
@@ -103,7 +106,8 @@ _BUCKETS_PATH = "/proc/sys/net/netfilter/nf_conntrack_buckets"
 def event_filter(ignore_portids: Collection[int] = (), unwanted: EventFilter = PASS_ALL) -> bytes:
     """Classic BPF program (array of struct sock_filter) for a socket of conntrack events.
 
-    Drops the events caused by requests from the given netlink ports and what ``unwanted`` describes.  BPF loads are
+    Drops the events caused by requests from the given netlink ports and what ``unwanted`` describes.  Half-open TCP and
+    flows without a reply pass nevertheless if the event has what no later one tells (``_TOLD_ONCE``).  BPF loads are
     big-endian while the netlink header is in host order, so the constants are turned around.
     """
     code = _Assembler()
@@ -117,6 +121,13 @@ def event_filter(ignore_portids: Collection[int] = (), unwanted: EventFilter = P
         code.add(_BPF_JEQ_K, _swapped(destroy, "H"), "pass")
         _zone_instructions(code, unwanted.zones)
         _protocol_instructions(code, unwanted)
+        code.add(_BPF_JA, label="pass")
+        code.label("early")
+        for kind in _TOLD_ONCE:
+            code.find(kind, missing=f"without {kind}")
+            code.add(_BPF_JA, label="pass")
+            code.label(f"without {kind}")
+        code.add(_BPF_JA, label="drop")
     code.label("pass")
     code.add(_BPF_RET_K, 0xFFFFFFFF)
     code.label("drop")
@@ -194,7 +205,7 @@ def _protocol_instructions(code: _Assembler, unwanted: EventFilter) -> None:
     if unwanted.replied_only:
         code.load(_BPF_LD_W_IND, ctnetlink.CTA_STATUS, missing="pass")
         code.add(_BPF_JSET_K, IPS_SEEN_REPLY, "pass")
-        code.add(_BPF_JA, label="drop")
+        code.add(_BPF_JA, label="early")
     else:
         code.add(_BPF_JA, label="pass")
     code.label("tcp")
@@ -204,7 +215,7 @@ def _protocol_instructions(code: _Assembler, unwanted: EventFilter) -> None:
             missing="pass",
         )
         for state in unwanted.tcp_states:
-            code.add(_BPF_JEQ_K, state, "drop")
+            code.add(_BPF_JEQ_K, state, "early")
 
 
 def _swapped(value: int, size: str) -> int:

@@ -188,6 +188,7 @@ def message(
     state: int | None = None,
     zone: int | None = None,
     half_zone: int | None = None,
+    once: int | None = None,
 ) -> bytes:
     """An event with attributes in the kernel's order (ctnetlink_conntrack_event of nf_conntrack_netlink.c)."""
     ends = attribute(1, b"\x0a\0\0\1"), attribute(2, b"\x0a\0\0\2")
@@ -207,6 +208,13 @@ def message(
     body += attribute(7, b"\0\0\0\x1e")
     if state is not None:
         body += attribute(4, attribute(1, attribute(1, bytes((state,))), attribute(2, b"\7"), nested=True), nested=True)
+    if once is not None:
+        body += {
+            ctnetlink.CTA_LABELS: attribute(ctnetlink.CTA_LABELS, b"\1" + bytes(15)),
+            ctnetlink.CTA_TUPLE_MASTER: attribute(ctnetlink.CTA_TUPLE_MASTER, body[4 : len(tuples[1])], nested=True),
+            ctnetlink.CTA_SEQ_ADJ_ORIG: attribute(ctnetlink.CTA_SEQ_ADJ_ORIG, nested=True),
+            ctnetlink.CTA_HELP: attribute(ctnetlink.CTA_HELP, attribute(1, b"ftp\0"), nested=True),
+        }[once]
     payload = b"\2\0\0\0" + body
     return struct.pack("=IHHII", 16 + len(payload), kind, 0, 0, portid) + payload
 
@@ -271,6 +279,8 @@ def wanted(unwanted: EventFilter, event: dict[str, Any]) -> bool:
         return False
     if unwanted.protocols and event["proto"] not in unwanted.protocols:
         return False
+    if event["once"] in (ctnetlink.CTA_LABELS, ctnetlink.CTA_TUPLE_MASTER, ctnetlink.CTA_SEQ_ADJ_ORIG):
+        return True
     if event["proto"] == k.IPPROTO_TCP:
         return event["state"] not in unwanted.tcp_states
     if event["proto"] == k.IPPROTO_SCTP or not unwanted.replied_only or event["status"] is None:
@@ -289,6 +299,10 @@ EVENTS = st.fixed_dictionaries(
         "state": st.none() | st.integers(0, 10),
         "zone": st.none() | ZONES,
         "half_zone": st.none() | ZONES,
+        "once": st.none()
+        | st.sampled_from(
+            (ctnetlink.CTA_LABELS, ctnetlink.CTA_TUPLE_MASTER, ctnetlink.CTA_SEQ_ADJ_ORIG, ctnetlink.CTA_HELP)
+        ),
     }
 )
 
