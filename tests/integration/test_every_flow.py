@@ -351,14 +351,7 @@ def test_bulk_transfers_go_on_with_their_window_scales(cluster: Callable[..., Cl
     assert invalid(lab.pair.fw2, 4) == invalid(lab.pair.fw2, 6) == 0
 
 
-LABELS_MISSED = pytest.mark.xfail(
-    strict=True,
-    reason="the kernel tells labels only in the event of their change; those of a flow's first packet come with an "
-    "event that is not replicated, and are missing until the next bulk",
-)
-
-
-@pytest.mark.parametrize("tagged", ["later", pytest.param("by their first packet", marks=LABELS_MISSED)])
+@pytest.mark.parametrize("tagged", ["later", "by their first packet"])
 def test_marks_and_labels_go_with_their_flow(cluster: Callable[..., Cluster], tagged: str) -> None:
     """Only the first active node sets them; the other lets pass what has them.  Later changes are replicated, too."""
     lab = cluster().up()

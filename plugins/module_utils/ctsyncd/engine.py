@@ -55,6 +55,7 @@ from .rows import (
     merge_extras,
     merge_value,
     pack,
+    pack_extras,
     unpack,
 )
 from .session import BlockReceived, PeerLeft, Session, SessionUp, StatusReceived
@@ -79,6 +80,7 @@ GIVE = "give"  # this backup's table for an active node that lacks it
 WORK_SIZE = 1024  # rows in one piece of work
 FEW_ROWS = 16  # up to which they are compared one by one
 SORTED_PER_TURN = 5_000  # replicas looked at in search of closing flows, or given to the peer
+EARLY_FLOWS = 16_384  # not replicated yet, of which extras are kept (some 200 bytes each)
 DUMP_ROOM = 20_000  # changes or requests that may wait before a dump, or the link, is read on
 REQUEST_BULK_AFTER_S = 2.0
 PURGE_AFTER_S = 60.0
@@ -215,6 +217,8 @@ class Engine:
         self._excluded = 0  # flows of the peer's last bulk, and since, that this node's filter excludes
         self._questions: list[Question] = []
         self._announced: set[bytes] = set()
+        # Extras of flows that are not announced yet: the kernel tells most of them only once
+        self._early: collections.OrderedDict[bytes, bytes] = collections.OrderedDict()
         self._kernel: collections.deque[Job] = collections.deque()
         self._queued = 0  # flows in it
         self._trim: collections.deque[bytes] = collections.deque()  # replicas whose true state is due
@@ -304,6 +308,7 @@ class Engine:
         self._drop_dumps()
         self.cache.end_bulk()
         self._announced = set()
+        self._early.clear()
         self._purge_at = None
         if not (self._informed or self.complete or (first and not self.cold_start)):
             self._learn = _DUE
@@ -330,6 +335,7 @@ class Engine:
         self._kernel.clear()
         self._queued = 0
         self._announced = set()
+        self._early.clear()
         self.cache.clear()
         self.copies.clear()
         self._excluded = 0
@@ -368,6 +374,9 @@ class Engine:
         if self.dump is not None and self.dump.purpose == BULK:  # what the dump says of them may be older
             self._dump_seen.update(gone, *changes.rows.values())
         if gone:
+            if self._early:
+                for key in gone:
+                    self._early.pop(key, None)
             if self.dump is None or self.dump.purpose != BULK:
                 announced = self._announced
                 gone = [key for key in gone if key in announced]
@@ -400,8 +409,16 @@ class Engine:
                 self._end([key for key in others if key not in kept], now)
                 chosen = {**chosen, **kept}
         if chosen and self._fits(len(chosen)):
-            self._announced.update(chosen)
-            self.pending.put_rows(key_len, chosen, now)
+            self._put_rows(key_len, chosen, now)
+
+    def _put_rows(self, key_len: int, rows: Mapping[bytes, bytes], now: float) -> None:
+        self._announced.update(rows)
+        early = self._early.keys() & rows.keys() if self._early else ()
+        if early:
+            for key in early:
+                self.pending.put_flow(key, rows[key], self._early.pop(key), now)
+            rows = {key: value for key, value in rows.items() if key not in early}
+        self.pending.put_rows(key_len, rows, now)
 
     def _judge(self, flow: Flow, now: float) -> None:
         key = flow.key
@@ -412,12 +429,27 @@ class Engine:
                 self._end((key,), now)
         elif self.filter.matches(flow):
             self._announce(flow, now)
-        elif self.filter.is_unclear(flow) and self.filter.concerns(flow):
-            self._questions.append(Question(flow))
+        else:
+            self._remember(flow)
+            if self.filter.is_unclear(flow) and self.filter.concerns(flow):
+                self._questions.append(Question(flow))
+
+    def _remember(self, flow: Flow) -> None:
+        """Keep the extras of a flow that is not replicated yet, until it is or ends; the oldest go first."""
+        extras = pack_extras(flow)
+        if not extras or not self.filter.passes_through(flow):
+            return
+        early, key = self._early, flow.key
+        early[key] = merge_extras(early.get(key, b""), extras)
+        if len(early) > EARLY_FLOWS:
+            early.popitem(last=False)
+            self.counters["early_extras_dropped"] += 1
 
     def _announce(self, flow: Flow, now: float) -> None:
         if self._fits(1):
             key, value, extras = pack(flow)
+            if self._early:
+                extras = merge_extras(self._early.pop(key, b""), extras)
             self._announced.add(key)
             self.pending.put_flow(key, value, extras, now)
 
@@ -597,13 +629,18 @@ class Engine:
             rows = {key: value for key, value in rows.items() if key not in seen}
         if rows and self._fits(len(rows)):
             self._bulk_flows += len(rows)
-            self._announced.update(rows)
-            self.pending.put_rows(key_len, rows, now)
+            self._put_rows(key_len, rows, now)
 
     def _bulk_flow(self, flow: Flow, now: float) -> None:
-        if self.filter.matches(flow) and flow.key not in self._dump_seen:
+        if flow.key in self._dump_seen:
+            if flow.key in self._announced:
+                self._questions.append(Question(flow))  # its event is newer, but may have left out the extras
+            return
+        if self.filter.matches(flow):
             self._bulk_flows += 1
             self._announce(flow, now)
+        else:
+            self._remember(flow)
 
     def _give_rows(self, key_len: int, rows: Mapping[bytes, bytes], now: float) -> None:
         """What the cache does not know; a timer that may be parked says nothing of the flow."""
@@ -759,6 +796,8 @@ class Engine:
         """The operation that gives a replica its true state and timer at take-over; nothing if it has them."""
         if not self.copies.held(replica.key):
             return CREATE
+        if replica.key[0] == IPPROTO_GRE:
+            return ""  # the timer is fixed, see ctnetlink.create
         if _is_closing(replica.key, replica.value):
             return UPDATE
         if (_known_timeout(replica.value) or 0) - (self._now - replica.since) >= self._parked_s:
@@ -770,10 +809,13 @@ class Engine:
 
         The record may say too little: it tells what was left when the flow last made an event or a bulk named it, and
         packets refresh the timer without an event.  So an open flow gets its protocol's time, as from a packet now.
+        Only GRE gets the time that replicas are parked for: no packet refreshes the timer that it is given.
         """
         proto, told = key[0], _known_timeout(value)
         own = None
-        if _is_open(proto, value[-STATE_FROM_END]):
+        if proto == IPPROTO_GRE:
+            own = self.settings.park_timeout_s
+        elif _is_open(proto, value[-STATE_FROM_END]):
             replied, streaming = _TIMEOUT_NAMES.get(proto, ("generic_timeout", "generic_timeout"))
             assured = value[-STATUS_FROM_END + 1] & IPS_ASSURED
             own = self.timeouts.get(streaming if assured else replied)
@@ -1023,6 +1065,7 @@ class Engine:
         self.pending.clear()
         self._giving = None
         self._announced = set()
+        self._early.clear()
         self.cache.end_bulk()
         self._completing = False
         if self.dump is not None and self.dump.purpose in (BULK, GIVE):

@@ -21,7 +21,7 @@ from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.tables 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from unit.simulation import VIP, Node, Simulation, address, replicable, tcp, udp
+from unit.simulation import NATTED, VIP, Node, Simulation, address, replicable, tcp, udp
 
 PARKED = 86_400
 ADJUSTED = (SeqAdj(100, 0, 5), SeqAdj(0, 0, 0))
@@ -97,6 +97,83 @@ def test_new_flow_with_the_key_of_one_that_just_ended_inherits_nothing(known: bo
     sim.converge(sim.fw1, sim.fw2)
     assert sim.fw2.kernel.table[new.key].reply == new.reply
     assert (sim.fw2.kernel.table[new.key].labels, sim.fw2.kernel.table[new.key].seqadj) == (None, None)
+
+
+LABELLED = {"labels": b"\1" * 16}
+
+
+def half_open(port: int, **extras: Any) -> Flow:
+    return tcp(port, state=k.TCP_SYN_SENT, **extras)._replace(status=k.IPS_CONFIRMED | NATTED)
+
+
+def establish(sim: Simulation, ports: range) -> None:
+    for port in ports:
+        sim.fw1.kernel.change(tcp(port).key, state=k.TCP_ESTABLISHED, status=tcp(port).status)
+
+
+@pytest.mark.parametrize("count", [1, 30])
+@pytest.mark.parametrize("told", ["by its event", "by the table"])
+def test_what_a_flow_got_before_it_was_replicated_goes_with_it(count: int, told: str) -> None:
+    """The kernel tells labels, masters and adjustments once: here with the first packet."""
+    sim, ports = Simulation(), range(1001, 1001 + count)
+    if told == "by its event":
+        sim.start()
+    for port in ports:
+        sim.fw1.kernel.open(half_open(port, **LABELLED, seqadj=ADJUSTED))
+    sim.fw1.kernel.open(udp(1000, replied=False, **LABELLED))
+    if told == "by the table":
+        sim.start()
+    sim.run(0.5)
+    assert not sim.fw2.kernel.table
+    establish(sim, ports)
+    sim.fw1.kernel.change(udp(1000).key, status=udp(1000).status)
+    sim.converge(sim.fw1, sim.fw2)
+    assert len(sim.fw2.kernel.table) == count + 1
+    assert {flow.labels for flow in sim.fw2.kernel.table.values()} == {b"\1" * 16}
+    assert not sim.fw1.up._early
+
+
+def test_what_a_flow_got_ends_with_it() -> None:
+    sim = Simulation().start()
+    for port in (1001, 1002):
+        sim.fw1.kernel.open(half_open(port, **LABELLED))
+        sim.run(0.1)
+        sim.fw1.kernel.close(tcp(port).key)
+    sim.run(0.1)
+    assert not sim.fw1.up._early
+    sim.fw1.kernel.open(tcp(1001))
+    sim.converge(sim.fw1, sim.fw2)
+    assert sim.fw2.kernel.table[tcp(1001).key].labels is None
+
+
+def test_what_is_kept_of_early_flows_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "EARLY_FLOWS", 3)
+    sim, ports = Simulation().start(), range(1001, 1006)
+    for port in ports:
+        sim.fw1.kernel.open(half_open(port, **LABELLED))
+    sim.run(0.1)
+    establish(sim, ports)
+    sim.run(1.0)
+    assert sim.fw1.up.counters["early_extras_dropped"] == 2
+    labels = [sim.fw2.kernel.table[tcp(port).key].labels for port in ports]
+    assert labels == [None, None, *[b"\1" * 16] * 3]
+    sim.fw1.up.resync()
+    sim.converge(sim.fw1, sim.fw2)
+
+
+def test_change_while_the_table_is_read_costs_no_extras() -> None:
+    """The event of a change is newer than what the table says of the flow, but does not repeat its labels."""
+    sim, ports = Simulation(), range(1001, 1101)
+    for port in ports:
+        sim.fw1.kernel.open(tcp(port, **LABELLED))
+    sim.fw1.role = readiness.ACTIVE
+    sim.fw1.start(sim.now)
+    sim.fw2.start(sim.now)
+    sim.run_until(lambda: sim.fw1.up.dump is not None)
+    for port in ports:
+        sim.fw1.kernel.change(tcp(port).key, mark=9)
+    sim.converge(sim.fw1, sim.fw2)
+    assert sim.fw1.up.counters["bulks_sent"] == 1
 
 
 def test_change_that_overtakes_the_kernel_is_not_lost() -> None:
@@ -532,7 +609,7 @@ def test_take_over_never_gives_an_open_flow_less_than_its_protocols_time(injecte
         kernel.open(tcp(1004, state=k.TCP_TIME_WAIT, timeout=100)).key: 100,
         kernel.open(udp(1005, timeout=3)).key: 40,
         kernel.open(udp(1006)._replace(timeout=3, status=assured)).key: 150,
-        kernel.open(udp(1007)._replace(proto=k.IPPROTO_GRE, timeout=600)).key: 600,
+        kernel.open(udp(1007)._replace(proto=k.IPPROTO_GRE, timeout=600)).key: PARKED,  # of a fixed timer
         kernel.open(udp(1008)._replace(proto=k.IPPROTO_ICMPV6, timeout=7)).key: 7,  # this kernel does not say
     }
     sim.converge(sim.fw1, sim.fw2)
