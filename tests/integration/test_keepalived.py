@@ -136,7 +136,7 @@ def test_of_two_nodes_the_better_informed_is_elected(
     """Twice the weight is more than the lower priority has: keepalived takes 1 then, and the order stays."""
     nodes = (two.fw1, two.fw2)
     for node, grade in zip(nodes, grades):
-        node.configure()
+        node.configure(nopreempt=False)
         node.track_file.write_text(f"{grade}\n", encoding="ascii")
     for node in nodes:
         node.start()
