@@ -18,6 +18,9 @@ from typing import NamedTuple
 _SINCE = struct.Struct("!I")
 _SINCE_BYTES = _SINCE.size
 
+WALK_WHOLE = 4096  # replicas up to which a walk takes all keys at once, in the order in which they came
+WALK_PARTS = 16
+
 
 class Replica(NamedTuple):
     """A flow of the peer.  ``since``: when its replication began (monotonic seconds)."""
@@ -69,11 +72,17 @@ class ExternalCache:
         return list(self.table)
 
     def items(self) -> Iterator[Replica]:
-        """All replicas that are still there when their turn comes."""
-        for key in self.keys():
-            stored = self.table.get(key)
-            if stored is not None:
-                yield self._replica(key, stored)
+        """All replicas that are still there when their turn comes, each of them once.
+
+        The table may change under the walk.  That is why it takes keys in advance: not all of them, which would cost 8
+        bytes per flow as long as it lasts, but of a large table those of a part of the hashes.
+        """
+        parts = 1 if len(self.table) <= WALK_WHOLE else WALK_PARTS
+        for part in range(parts):
+            for key in [key for key in self.table if hash(key) % parts == part]:
+                stored = self.table.get(key)
+                if stored is not None:
+                    yield self._replica(key, stored)
 
     def add_rows(self, rows: Mapping[bytes, bytes], now: float) -> Mapping[bytes, bytes]:
         """Store flows that are not here yet; returns those for which there was room."""

@@ -59,6 +59,26 @@ def test_table_may_change_under_a_walk() -> None:
     assert [replica.key for replica in walk] == [b"c"]
 
 
+def test_walk_through_a_large_table_takes_each_once_and_few_in_advance() -> None:
+    cache = ExternalCache(100_000)
+    keys = [b"key %6d" % number for number in range(50_000)]
+    cache.add_rows(dict.fromkeys(keys, b"1"), 0.0)
+    tracemalloc.start()
+    walk = cache.items()
+    seen = [next(walk).key]
+    grown = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert grown < 50_000
+    for key in keys[:10_000]:  # others came in their place, with the same keys
+        cache.pop(key)
+    cache.add_rows(dict.fromkeys(keys[:10_000], b"2"), 0.0)
+    for key in keys[10_000:20_000]:
+        cache.pop(key)
+    seen += [replica.key for replica in walk]
+    assert len(seen) == len(set(seen))
+    assert set(seen) - set(seen[:1]) == set(keys) - set(keys[10_000:20_000]) - set(seen[:1])
+
+
 _KEYS = st.lists(st.sampled_from((b"a", b"b", b"c")), min_size=1, unique=True)
 _STEPS = st.lists(
     st.tuples(st.sampled_from(("ask", "hold", "lose", "forget")), _KEYS) | st.tuples(st.just("refuse"), _KEYS),
