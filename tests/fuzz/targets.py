@@ -318,8 +318,11 @@ def wire_runner() -> Runner:
     def status(data: bytes) -> None:
         _round_trip(wire.decode_status(data), wire.encode_status, wire.decode_status, wire.TLV_BYTES)
 
+    def heard(data: bytes) -> None:
+        _round_trip(wire.decode_heard(data), wire.encode_heard, wire.decode_heard, wire.TLV_BYTES)
+
     decoders: tuple[Callable[[bytes], Any], ...] = (
-        *(flow, many, gone, tlvs, hello, ack, status, wire.decode_header, wire.decode_block),
+        *(flow, many, gone, tlvs, hello, ack, status, heard, wire.decode_header, wire.decode_block),
         *(wire.decode_bulk_begin, wire.decode_bulk_end),
     )
 
@@ -344,6 +347,9 @@ class OpenCrypto:
 
     def derive(self, _secret: bytes, _salt: bytes, _info: bytes) -> OpenCrypto:
         return self
+
+    def derive_digest(self, _secret: bytes, _salt: bytes, _info: bytes) -> Callable[[bytes, bytes], bytes]:
+        return lambda _header, _plaintext: bytes(wire.DIGEST_BYTES)
 
     def seal(self, _nonce: bytes, plaintext: bytes, _header: bytes) -> bytes:
         return plaintext + bytes(wire.TAG_BYTES)
@@ -394,15 +400,17 @@ class Peer:
         sender = next(self._nonces).to_bytes(wire.NONCE_BYTES // 2, "big") * 2
         plaintext = plaintext.replace(_ECHO, self.engine.session._hello.nonce)
         header = wire.encode_header(wire.HELLO, 1, sender, 0)
-        self.engine.receive(header + plaintext + bytes(wire.TAG_BYTES), self.now)
+        self.engine.receive(header + bytes(wire.DIGEST_BYTES) + plaintext + bytes(wire.TAG_BYTES), self.now)
         known = self.engine.session._established
         if known is not None and known.peer_nonce == sender:
             self._sender, self._number = sender, 0
 
     def data(self, frames: bytes) -> None:
+        if not self.engine.session.established:  # it was told that it is in a state of the past
+            self.hello(wire.encode_hello(wire.Hello(_ECHO, "fw2", 0, "0")))
         header = wire.encode_header(wire.DATA, 1, self._sender, self._number)
         self._number += 1
-        self.engine.receive(header + frames + bytes(wire.TAG_BYTES), self.now)
+        self.engine.receive(header + bytes(wire.DIGEST_BYTES) + frames + bytes(wire.TAG_BYTES), self.now)
 
     def turn(self, chance: random.Random) -> None:
         """What the daemon does after input: datagrams, requests to the kernel and their results."""
@@ -460,6 +468,7 @@ def session_grammar() -> Grammar:
         wire.encode_block(2, wire.encode_bulk_end(2, 0)),
         *(status, ack, status + ack, wire.tlv(wire.FRAME_BYE), wire.encode_ack(wire.Ack(0, 1 << 63, 0))),
         wire.encode_ack(wire.Ack(0, 2, 1)) + wire.encode_block(1, singles[0]),
+        *(wire.encode_heard(number) + ack for number in (0, 2, 9, 1 << 62)),
     ]
     seeds = [bytes((what,)) + frame for frame in frames for what in (5, 100, 252)]
     seeds += [bytes((_DO_HELLO,)) + hello, bytes((_DO_HELLO,)) + blank]

@@ -68,8 +68,8 @@ def udp(port: int, replied: bool = True, **changes: Any) -> Flow:
 
 
 class RecordingCrypto:
-    """The real cryptography, and a record of every nonce sealed with every key, over all nodes, restarts and futures of a
-    state of the past.  (The same datagram once more is no second use: it tells nothing new.)"""
+    """The real cryptography, and a record of every nonce sealed with every key, over all nodes, restarts and futures of
+    a state of the past.  (The same datagram once more is no second use: it tells nothing new.)"""
 
     def __init__(self) -> None:
         self._library = LibraryCrypto()
@@ -82,7 +82,8 @@ class RecordingCrypto:
             def seal(self, nonce: bytes, plaintext: bytes, header: bytes) -> bytes:
                 use = (secret, salt, info, nonce)
                 datagram = (plaintext, header)
-                assert recorder.sealed.setdefault(use, datagram) == datagram, f"nonce {nonce.hex()} used twice with one key"
+                first = recorder.sealed.setdefault(use, datagram)
+                assert first == datagram, f"nonce {nonce.hex()} used twice with one key"
                 return inner.seal(nonce, plaintext, header)
 
             def open(self, nonce: bytes, sealed: bytes, header: bytes) -> bytes:

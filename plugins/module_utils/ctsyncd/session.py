@@ -10,6 +10,7 @@ clock that the caller owns.  What the peer does wrong never raises: it is droppe
 from __future__ import annotations
 
 import collections
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -24,10 +25,20 @@ ACK_BLOCKS = 64  # ... unless so many came
 ACK_HOLE_S = 0.005  # while blocks are missing or come twice: between two acknowledgements
 RETRANSMIT_MIN_S = 0.2
 RETRANSMIT_MAX_S = 2.0
-REORDER_THRESHOLD = 3  # later sendings acknowledged before one counts as lost (RFC 9002, 6.1.1)
+TIMEOUT_BLOCKS = 2  # sent again at a timeout, the oldest ones (RFC 9002, 6.2.4)
+REORDER_THRESHOLD = 3  # datagrams later than a block's that are heard before it counts as lost (RFC 9002, 6.1.1) ...
+REORDER_S = 0.02  # ... or one, so long after 5/4 of the round-trip time (RFC 9002, 6.1.2)
+SEND_WINDOW_FIRST = 128  # blocks on their way; each acknowledged one adds one, up to WINDOW_BLOCKS
+SEND_WINDOW_MIN = 16  # it is halved down to this
+QUEUE_S = 0.15  # beyond the shortest round-trip time: blocks queue somewhere, the window grows no more ...
+QUEUE_MAX_S = 0.5  # ... and is halved
+LOSS_MAX = 0.7  # share of the blocks that are lost on any line; beyond it they are lost in a short queue
+_RECENT_BLOCKS = 128  # over so many the share is taken
+_SAMPLES = 4  # of the round-trip time; a single one may be long because acknowledgements were lost
 _BACK_OFF = 4  # times that the time to a retransmission doubles; by then it is RETRANSMIT_MAX_S
 
-_NEWS_BYTES = wire.TLV_BYTES + 16 + wire.MAX_EARLY_BYTES + wire.TLV_BYTES + 6  # the longest ACK and STATUS
+# the longest HEARD, ACK and STATUS
+_NEWS_BYTES = 3 * wire.TLV_BYTES + wire.NUMBER_BYTES + 16 + wire.MAX_EARLY_BYTES + 6
 _MAX_PACKETS = 1 << 62  # per key; never reached, and refused rather than wrapped
 
 
@@ -55,27 +66,27 @@ class PeerLeft(NamedTuple):
 class _InFlight:
     """A block that the peer has not acknowledged."""
 
-    __slots__ = ("acked", "again", "born", "frame", "level", "order", "records", "sent")
+    __slots__ = ("acked", "again", "born", "frame", "lost", "number", "records", "sent")
 
     def __init__(self, frame: bytes, records: int, born: float) -> None:
         self.frame = frame
         self.records = records
         self.born = born
         self.sent = 0.0  # last
-        self.order = 0  # of its last sending among all sendings of blocks
-        self.level = 0  # timeouts that it went through
+        self.number = 0  # of the datagram of its last sending
         self.again = False  # it was sent more than once
+        self.lost = True  # it is not on its way, but waits to be sent
         self.acked = False
 
 
 class _Keys:
-    """Directional keys of one pair of nonces, made when a key id is first used."""
+    """The peer's keys of one pair of nonces, made when a key id is first used."""
 
     def __init__(self, crypto: Crypto, secrets: dict[int, bytes], salt: bytes, sender: str, receiver: str) -> None:
         self._crypto = crypto
         self._secrets = secrets
         self._salt = salt
-        self._names = sender.encode() + b"\0" + receiver.encode()
+        self._names = (sender, receiver)
         self._made: dict[int, Aead] = {}
 
     def __call__(self, key_id: int) -> Aead:
@@ -85,38 +96,46 @@ class _Keys:
             secret = self._secrets.get(key_id)
             if secret is None:
                 raise WireError("unknown_key", str(key_id))
-            info = b"ctsync data" + bytes((wire.VERSION, key_id)) + self._names
-            made = self._made[key_id] = self._crypto.derive(secret, self._salt, info)
+            made = self._made[key_id] = self._crypto.derive(secret, self._salt, _info(b"data", key_id, *self._names))
         return made
 
 
-class _HelloSealer:
-    """Seals HELLOs under one fresh nonce: its key comes of the nonce, its packet numbers count up."""
+class _Sealer:
+    """Seals datagrams of one kind under one key.
 
-    def __init__(self, nonce: bytes, key_id: int, aead: Aead) -> None:
+    The AEAD's nonce depends on the packet number and on the contents: a node that goes on from a state of the past,
+    with numbers that it used before, uses other nonces for other contents, and says the same in the same datagram.
+    """
+
+    def __init__(
+        self, crypto: Crypto, secret: bytes, *, key_id: int, kind: int, nonce: bytes, salt: bytes, info: bytes
+    ) -> None:
         self.nonce = nonce
+        self.number = 0  # of the next datagram
+        self._kind = kind
         self._key_id = key_id
-        self._aead = aead
-        self._number = 0
+        self._aead = crypto.derive(secret, salt, info)
+        self._digest = crypto.derive_digest(secret, salt, b"ctsync nonce " + info)
 
-    def seal(self, hello: bytes) -> bytes:
-        header = wire.encode_header(wire.HELLO, self._key_id, self.nonce, self._number)
-        sealed = self._aead.seal(_nonce(self._number), hello, header)
-        self._number += 1
-        return header + sealed
+    def seal(self, plaintext: bytes) -> bytes:
+        """The whole datagram."""
+        header = wire.encode_header(self._kind, self._key_id, self.nonce, self.number)
+        self.number += 1
+        digest = self._digest(header, plaintext)
+        return header + digest + self._aead.seal(wire.aead_nonce(header, digest), plaintext, header)
 
 
 class _Established:
     """Everything that lives and dies with one pair of nonces."""
 
-    def __init__(self, hello: _HelloSealer, peer_nonce: bytes, send: _Keys, receive: _Keys) -> None:
+    def __init__(self, hello: _Sealer, peer_nonce: bytes, send: _Sealer, receive: _Keys) -> None:
         self.hello = hello
         self.local_nonce = hello.nonce
         self.peer_nonce = peer_nonce
         self.confirmed = False  # the peer's first DATA proves that it has the session too
-        self.send_keys = send
+        self.doubted = False  # the peer seems to have forgotten it
+        self.sealer = send
         self.receive_keys = receive
-        self.packet = 0
         # replay protection (RFC 4303, 3.4.3)
         self.highest = -1
         self.seen = 0
@@ -127,16 +146,22 @@ class _Established:
         self.records = 0  # in them
         self.acked = 0  # all blocks below it are acknowledged; it itself is not
         self.acked_early = 0  # bit k: so is block acked + 1 + k
-        self.sendings = 0
-        self.newest_acked = 0  # the latest sending that was acknowledged
-        # sendings in their order, by how many timeouts the block went through; some may be out of date
-        self.timers: list[collections.deque[tuple[int, _InFlight]]] = [
-            collections.deque() for _level in range(_BACK_OFF + 1)
-        ]
-        self.lost: list[_InFlight] = []  # to be sent again at once
-        self.probe_at = 0.0
-        self.probe_wait = 0.0  # 0: the peer is not silent
+        self.ack_number = -1  # of the datagram of the latest acknowledgement
+        self.heard = -1  # the highest of this node's packet numbers that the peer has heard
+        self.sent: collections.deque[tuple[int, _InFlight]] = collections.deque()  # by packet number; some out of date
+        self.lost: collections.deque[_InFlight] = collections.deque()  # to be sent again; some out of date
+        self.timeout_at = 0.0
+        self.timeouts = 0  # since an acknowledgement brought something; the first one is but a probe
         self.srtt: float | None = None
+        self.shortest = float("inf")  # round-trip time
+        self.samples: collections.deque[float] = collections.deque(maxlen=_SAMPLES)
+        self.queueing = 0.0  # by how much the latest ones were longer, all of them
+        # congestion: blocks that may be on their way, and are
+        self.window = SEND_WINDOW_FIRST
+        self.outstanding = 0
+        self.recently_lost = 0
+        self.recently_acked = 0
+        self.shrunk = 0  # packet number of the first datagram after the window was halved
         # receiving
         self.expected = 0
         self.early: dict[int, bytes] = {}
@@ -206,14 +231,15 @@ class Session:
     @property
     def block_bytes(self) -> int:
         """Bytes of records that one block may carry."""
-        return self._payload - wire.DATA_HEADER_BYTES - wire.TAG_BYTES - wire.BLOCK_HEADER_BYTES
+        clear = wire.DATA_HEADER_BYTES + wire.DIGEST_BYTES
+        return self._payload - clear - wire.TAG_BYTES - wire.BLOCK_HEADER_BYTES
 
     def credit(self) -> int:
-        """Blocks that may be sent now without overrunning the peer's buffer."""
+        """Blocks that may be sent now without overrunning the peer's buffer or the way there."""
         session = self._established
         if session is None:
             return 0
-        return session.limit - session.next_block
+        return max(0, min(session.limit - session.next_block, session.window - len(session.in_flight)))
 
     def lag(self) -> tuple[int, float | None]:
         """Records sent and not acknowledged, and when the oldest of them came up (monotonic seconds)."""
@@ -235,6 +261,8 @@ class Session:
         number = session.next_block
         session.next_block += 1
         flight = _InFlight(wire.encode_block(number, records), count, born)
+        if not session.in_flight:
+            self._start_timer(session, now)
         session.in_flight[number] = flight
         session.records += count
         self.counters["records_sent"] += count
@@ -271,8 +299,8 @@ class Session:
         secret = self._secrets.get(header.key_id)
         if secret is None:
             raise WireError("unknown_key", str(header.key_id))
-        aead = self._crypto.derive(secret, header.sender, self._hello_info(header.key_id, self.peer, self.node))
-        plaintext = aead.open(_nonce(header.number), datagram[header.size :], datagram[: header.size])
+        aead = self._crypto.derive(secret, header.sender, _info(b"hello", header.key_id, self.peer, self.node))
+        plaintext = aead.open(*wire.sealed_parts(header, datagram))
         hello = wire.decode_hello(plaintext)
         if hello.node != self.peer:
             raise WireError("wrong_node", hello.node)
@@ -293,7 +321,7 @@ class Session:
         self._established = _Established(
             sealer,
             peer_nonce,
-            _Keys(self._crypto, self._secrets, sealer.nonce + peer_nonce, self.node, self.peer),
+            self._sealer(wire.DATA, b"data", sealer.nonce, sealer.nonce + peer_nonce),
             _Keys(self._crypto, self._secrets, peer_nonce + sealer.nonce, self.peer, self.node),
         )
         self.last_seen = now
@@ -308,13 +336,15 @@ class Session:
     def _receive_data(self, header: wire.Header, datagram: bytes, now: float, events: list[NamedTuple]) -> None:
         session = self._established
         if session is None or header.sender != session.peer_nonce[:8]:
+            if session is not None and not self.alive(now):
+                self._doubt(session, now)
             raise WireError("unknown_session")
         number = header.number
         age = session.highest - number
         if age >= REPLAY_WINDOW or (age >= 0 and session.seen >> age & 1):
             raise WireError("replayed")
         aead = session.receive_keys(header.key_id)
-        plaintext = aead.open(_nonce(number), datagram[header.size :], datagram[: header.size])
+        plaintext = aead.open(*wire.sealed_parts(header, datagram))
         if age < 0:
             session.seen = (session.seen << min(-age, REPLAY_WINDOW) | 1) & ((1 << REPLAY_WINDOW) - 1)
             session.highest = number
@@ -327,7 +357,16 @@ class Session:
             if kind == wire.FRAME_BLOCK:
                 events.extend(self._receive_block(session, payload, now))
             elif kind == wire.FRAME_ACK:
-                self._receive_ack(session, wire.decode_ack(payload), now)
+                ack = wire.decode_ack(payload)
+                if self._contradicts(session, ack, number, now):
+                    return
+                self._receive_ack(session, ack, now)
+            elif kind == wire.FRAME_HEARD:
+                heard = wire.decode_heard(payload)
+                if heard >= session.sealer.number:
+                    self._forget("went_back", now)
+                    return
+                session.heard = max(session.heard, heard)
             elif kind == wire.FRAME_STATUS:
                 events.append(StatusReceived(wire.decode_status(payload)))
                 if now >= self._heartbeat_at - self._interval / 2:  # this node is awake: both beat together
@@ -336,6 +375,38 @@ class Session:
                 events.append(PeerLeft())
             else:
                 self.counters["skipped_unknown_frame"] += 1
+
+    def _contradicts(self, session: _Established, ack: wire.Ack, number: int, now: float) -> bool:
+        """Does a later datagram take back an acknowledgement, or any acknowledge what this node has not sent yet?"""
+        if ack.expected + (1 + ack.early.bit_length() if ack.early else 0) > session.next_block:
+            self._forget("went_back", now)
+            return True
+        if number > session.ack_number:
+            session.ack_number = number
+            if ack.expected < session.acked:
+                self._forget("peer_went_back", now)
+                return True
+        return False
+
+    def _doubt(self, session: _Established, now: float) -> None:
+        """Nothing is heard in this session, but something of another one: one of the nodes may be in a state of the
+        past, when the session of the other one did not exist yet.  Nothing proves it.  A HELLO does no harm."""
+        if not session.doubted:
+            session.doubted = True
+            self._hello = self._fresh_hello()  # a state of the past has a nonce of the past
+            self._hello_at = min(self._hello_at, now)
+        if now >= self._hello_at:
+            self._send_hello(self._hello, wire.NO_NONCE)
+            self._hello_at = now + self._interval
+
+    def _forget(self, why: str, now: float) -> None:
+        """One of the nodes goes on from a state of the past (a virtual machine was restored from a snapshot): it said
+        or acknowledged more in this session than it knows.  The session is worth nothing, its keys are used up."""
+        self.counters["sessions_ended_" + why] += 1
+        self._established = None
+        self._hello = self._fresh_hello()
+        self._hello_at = now
+        self._out.clear()
 
     def _receive_block(self, session: _Established, payload: bytes, now: float) -> list[NamedTuple]:
         number, records = wire.decode_block(payload)
@@ -375,9 +446,6 @@ class Session:
         session.ack_at = moment if session.ack_at is None else min(session.ack_at, moment)
 
     def _receive_ack(self, session: _Established, ack: wire.Ack, now: float) -> None:
-        last = ack.expected + 1 + ack.early.bit_length() if ack.early else ack.expected
-        if last > session.next_block:
-            raise WireError("malformed", "acknowledges what was never sent")
         if ack.expected < session.acked:
             return  # overtaken by a later one
         if ack.expected < session.next_block and ack.expected not in session.in_flight:
@@ -392,23 +460,62 @@ class Session:
             lowest = fresh & -fresh
             fresh ^= lowest
             numbers.append(ack.expected + lowest.bit_length())
-        if not numbers:
-            return
-        for number in numbers:
-            flight = in_flight.pop(number)
-            flight.acked = True
-            session.records -= flight.records
-            # soon after a retransmission: that was about an earlier sending
-            if not flight.again or now - flight.sent >= (session.srtt or 0.0) / 2:
-                session.newest_acked = max(session.newest_acked, flight.order)
-        if not flight.again:  # an honest sample (Karn); of the last one, that waited least for its acknowledgement
-            sample = now - flight.sent
-            session.srtt = sample if session.srtt is None else 0.875 * session.srtt + 0.125 * sample
-        for timers in session.timers:
-            while timers and (_outdated(timers[0]) or timers[0][0] + REORDER_THRESHOLD <= session.newest_acked):
-                entry = timers.popleft()
-                if not _outdated(entry):
-                    session.lost.append(entry[1])
+        if numbers:
+            for number in numbers:
+                flight = in_flight.pop(number)
+                flight.acked = True
+                session.records -= flight.records
+                session.outstanding -= not flight.lost
+            if not flight.again:  # an honest sample (Karn); of the last one, that waited least for its acknowledgement
+                self._measure(session, now - flight.sent)
+            session.recently_acked += len(numbers)
+            if not self._congested(session):
+                session.window = min(session.window + len(numbers), WINDOW_BLOCKS)
+            elif session.queueing > QUEUE_MAX_S:
+                self._shrink(session)
+            self._start_timer(session, now)
+        self._detect_losses(session, now)
+
+    @staticmethod
+    def _measure(session: _Established, sample: float) -> None:
+        session.srtt = sample if session.srtt is None else 0.875 * session.srtt + 0.125 * sample
+        session.shortest = min(session.shortest, sample)
+        session.samples.append(sample)
+        session.queueing = min(session.samples) - session.shortest
+
+    @staticmethod
+    def _congested(session: _Established) -> bool:
+        """Would sending more only make a queue longer, or overflow it?  A line that loses at random is no reason."""
+        recent = session.recently_lost + session.recently_acked
+        return session.queueing > QUEUE_S or (recent > SEND_WINDOW_MIN and session.recently_lost > LOSS_MAX * recent)
+
+    @staticmethod
+    def _shrink(session: _Established) -> None:
+        """Halve the window, once in a round trip."""
+        if session.heard >= session.shrunk:
+            session.window = max(session.window // 2, SEND_WINDOW_MIN)
+            session.shrunk = session.sealer.number
+
+    def _detect_losses(self, session: _Established, now: float) -> None:
+        """What the peer lacks, although it has heard what was sent later (RFC 9002, 6.1)."""
+        latest = now - 1.25 * (session.srtt or 0.0) - REORDER_S
+        found = 0
+        while session.sent:
+            number, flight = session.sent[0]
+            if not flight.acked and flight.number == number:
+                if number >= session.heard or (number + REORDER_THRESHOLD > session.heard and flight.sent > latest):
+                    break
+                flight.lost = True
+                session.outstanding -= 1
+                session.lost.append(flight)
+                found += 1
+            session.sent.popleft()
+        session.recently_lost += found
+        if found and self._congested(session):
+            self._shrink(session)
+        if session.recently_lost + session.recently_acked > _RECENT_BLOCKS:
+            session.recently_lost //= 2
+            session.recently_acked //= 2
 
     # --- output ------------------------------------------------------------------------------------------------------
 
@@ -446,7 +553,9 @@ class Session:
             due = due or (session.ack_at is not None and now >= session.ack_at)
         if not due:
             return b""
-        frames = wire.encode_ack(self._ack(session))  # with each status: that heals a lost acknowledgement
+        # The number first: to a node in a state of the past the rest makes no sense.
+        frames = wire.encode_heard(session.highest) if session.highest >= 0 else b""
+        frames += wire.encode_ack(self._ack(session))  # with each status: that heals a lost acknowledgement
         session.ack_at = None
         session.ack_sent = now
         session.unacked = 0
@@ -457,49 +566,42 @@ class Session:
         return frames
 
     def _poll_retransmissions(self, session: _Established, now: float) -> None:
-        lost, session.lost = session.lost, []
-        for flight in lost:
-            if not flight.acked:
+        while session.lost and session.outstanding < session.window:
+            flight = session.lost.popleft()
+            if flight.lost and not flight.acked:
                 self._send_again(session, flight, now)
-        if not session.in_flight:
-            session.probe_wait = 0.0
-        elif self.alive(now):
-            session.probe_wait = 0.0
-            for level, timers in enumerate(session.timers):
-                limit = now - self._timeout(session, level)
-                while timers and (_outdated(timers[0]) or timers[0][1].sent <= limit):
-                    entry = timers.popleft()
-                    if not _outdated(entry):
-                        entry[1].level = min(level + 1, _BACK_OFF)
-                        self._send_again(session, entry[1], now)
-        elif not session.probe_wait:
-            session.probe_wait = self._timeout(session, 0)
-            session.probe_at = now + session.probe_wait
-        elif now >= session.probe_at:  # a silent peer gets the oldest alone, not the whole window
-            session.probe_wait = min(2 * session.probe_wait, RETRANSMIT_MAX_S)
-            session.probe_at = now + session.probe_wait
-            flight = session.in_flight[session.acked]
-            flight.again = True
-            self.counters["blocks_retransmitted"] += 1
-            self._send(session, flight.frame)
+        if session.in_flight and now >= session.timeout_at:
+            # Nothing came back for long.  What is sent now is to make the peer say what it has: no more is known.
+            count = 1
+            if session.timeouts:
+                count = TIMEOUT_BLOCKS
+                session.window = max(session.window // 2, SEND_WINDOW_MIN)
+                session.shrunk = session.sealer.number
+                self.counters["timeouts"] += 1
+            first = max(RETRANSMIT_MIN_S, 3 * (session.srtt or 0.0))
+            session.timeout_at = now + min(first * (1 << session.timeouts), RETRANSMIT_MAX_S)
+            session.timeouts = min(session.timeouts + 1, _BACK_OFF)
+            for flight in list(itertools.islice(session.in_flight.values(), count)):
+                self._send_again(session, flight, now)
+
+    @staticmethod
+    def _start_timer(session: _Established, now: float) -> None:
+        """From now on something new is waited for: first until the peer must have answered, if nothing was lost."""
+        session.timeouts = 0
+        session.timeout_at = now + min(2 * (session.srtt or RETRANSMIT_MIN_S) + ACK_DELAY_S, RETRANSMIT_MAX_S)
 
     def _send_flight(self, session: _Established, flight: _InFlight, now: float, more: bytes = b"") -> None:
-        session.sendings += 1
+        session.outstanding += flight.lost
+        flight.lost = False
         flight.sent = now
-        flight.order = session.sendings
-        session.timers[flight.level].append((flight.order, flight))
+        flight.number = session.sealer.number
+        session.sent.append((flight.number, flight))
         self._send(session, flight.frame + more)
 
     def _send_again(self, session: _Established, flight: _InFlight, now: float) -> None:
         flight.again = True
         self.counters["blocks_retransmitted"] += 1
         self._send_flight(session, flight, now)
-
-    @staticmethod
-    def _timeout(session: _Established, level: int) -> float:
-        """Seconds from a sending to the next one, for a block that went through ``level`` timeouts."""
-        first: float = max(RETRANSMIT_MIN_S, 3 * (session.srtt or 0.0))
-        return min(first * (1 << level), RETRANSMIT_MAX_S)
 
     def next_deadline(self) -> float:
         """When :meth:`poll` wants to be called next (monotonic seconds); 0 for at once."""
@@ -508,18 +610,13 @@ class Session:
             return 0.0
         if session is None:
             return self._hello_at
-        if session.lost:
+        if session.lost and session.outstanding < session.window:
             return 0.0
         deadline = self._heartbeat_at if session.confirmed else min(self._heartbeat_at, self._hello_at)
         if session.ack_at is not None:
             deadline = min(deadline, session.ack_at)
-        if session.probe_wait:
-            return min(deadline, session.probe_at)
-        for level, timers in enumerate(session.timers):
-            while timers and _outdated(timers[0]):
-                timers.popleft()
-            if timers:
-                deadline = min(deadline, timers[0][1].sent + self._timeout(session, level))
+        if session.in_flight:
+            deadline = min(deadline, session.timeout_at)
         return deadline
 
     @staticmethod
@@ -527,31 +624,24 @@ class Session:
         return wire.Ack(session.expected, session.expected + WINDOW_BLOCKS, session.early_bits)
 
     def _send(self, session: _Established, frames: bytes) -> None:
-        header = wire.encode_header(wire.DATA, self._send_key, session.local_nonce, session.packet)
-        sealed = session.send_keys(self._send_key).seal(_nonce(session.packet), frames, header)
-        session.packet += 1
-        if session.packet > _MAX_PACKETS:  # fresh keys long before a nonce could repeat
+        self._out.append(session.sealer.seal(frames))
+        if session.sealer.number > _MAX_PACKETS:  # fresh keys long before a nonce could repeat
             self._established = None
-        self._out.append(header + sealed)
 
-    def _send_hello(self, sealer: _HelloSealer, echo: bytes) -> None:
+    def _send_hello(self, sealer: _Sealer, echo: bytes) -> None:
         self._out.append(sealer.seal(wire.encode_hello(wire.Hello(echo, self.node, 0, self._version))))
 
-    def _fresh_hello(self) -> _HelloSealer:
+    def _fresh_hello(self) -> _Sealer:
         nonce = self._random(wire.NONCE_BYTES)
-        info = self._hello_info(self._send_key, self.node, self.peer)
-        return _HelloSealer(nonce, self._send_key, self._crypto.derive(self._secrets[self._send_key], nonce, info))
+        return self._sealer(wire.HELLO, b"hello", nonce, nonce)
 
-    @staticmethod
-    def _hello_info(key_id: int, sender: str, receiver: str) -> bytes:
-        return b"ctsync hello" + bytes((wire.VERSION, key_id)) + sender.encode() + b"\0" + receiver.encode()
-
-
-def _outdated(entry: tuple[int, _InFlight]) -> bool:
-    """Was the block of a sending acknowledged or sent again since?"""
-    order, flight = entry
-    return flight.acked or flight.order != order
+    def _sealer(self, kind: int, what: bytes, nonce: bytes, salt: bytes) -> _Sealer:
+        key_id = self._send_key
+        info = _info(what, key_id, self.node, self.peer)
+        secret = self._secrets[key_id]
+        return _Sealer(self._crypto, secret, key_id=key_id, kind=kind, nonce=nonce, salt=salt, info=info)
 
 
-def _nonce(number: int) -> bytes:
-    return number.to_bytes(12, "big")
+def _info(what: bytes, key_id: int, sender: str, receiver: str) -> bytes:
+    """What a key is for, as HKDF takes it."""
+    return b"ctsync " + what + bytes((wire.VERSION, key_id)) + sender.encode() + b"\0" + receiver.encode()

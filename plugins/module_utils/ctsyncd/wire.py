@@ -25,6 +25,9 @@ DATA = 2
 
 NONCE_BYTES = 16
 TAG_BYTES = 16
+NUMBER_BYTES = 8  # of a packet number
+DIGEST_BYTES = 4  # of header and plaintext, behind the header
+AEAD_NONCE_BYTES = NUMBER_BYTES + DIGEST_BYTES
 
 _COMMON = struct.Struct("!BBBx")  # version, kind, key id, zero
 _HELLO_TAIL = struct.Struct("!16sQ")  # sender's nonce, packet number
@@ -37,6 +40,7 @@ FRAME_BLOCK = 1
 FRAME_ACK = 2
 FRAME_STATUS = 3
 FRAME_BYE = 4
+FRAME_HEARD = 5
 
 # Records inside a block
 RECORD_ROWS = 1
@@ -60,7 +64,7 @@ BLOCK_HEADER_BYTES = TLV_BYTES + _U64.size
 
 
 class Header(NamedTuple):
-    """A datagram's clear header.  ``sender`` is the 16-byte nonce (HELLO) or its first 8 bytes (DATA)."""
+    """A datagram's clear header, of ``size`` bytes.  ``sender`` is the 16-byte nonce (HELLO) or its first 8 (DATA)."""
 
     kind: int
     key_id: int
@@ -79,13 +83,13 @@ def encode_header(kind: int, key_id: int, sender: bytes, number: int) -> bytes:
 
 def decode_header(data: bytes) -> Header:
     """Read a datagram's header.  Raises WireError ``truncated``, ``wrong_version`` or ``malformed``."""
-    if len(data) < DATA_HEADER_BYTES + TAG_BYTES:
+    if len(data) < DATA_HEADER_BYTES + DIGEST_BYTES + TAG_BYTES:
         raise WireError("truncated", f"{len(data)} bytes")
     version, kind, key_id = _COMMON.unpack_from(data)
     if version != VERSION:
         raise WireError("wrong_version", str(version))
     if kind == HELLO:
-        if len(data) < HELLO_HEADER_BYTES + TAG_BYTES:
+        if len(data) < HELLO_HEADER_BYTES + DIGEST_BYTES + TAG_BYTES:
             raise WireError("truncated", f"{len(data)} bytes")
         sender, number = _HELLO_TAIL.unpack_from(data, _COMMON.size)
         return Header(kind, key_id, sender, number, HELLO_HEADER_BYTES)
@@ -93,6 +97,17 @@ def decode_header(data: bytes) -> Header:
         sender, number = _DATA_TAIL.unpack_from(data, _COMMON.size)
         return Header(kind, key_id, sender, number, DATA_HEADER_BYTES)
     raise WireError("malformed", f"datagram kind {kind}")
+
+
+def aead_nonce(header: bytes, digest: bytes) -> bytes:
+    """The AEAD's nonce: the packet number, which every header ends with, and the digest of header and plaintext."""
+    return header[-NUMBER_BYTES:] + digest
+
+
+def sealed_parts(header: Header, data: bytes) -> tuple[bytes, bytes, bytes]:
+    """The AEAD's nonce, what is sealed and the additional data of a datagram with this header."""
+    size = header.size
+    return data[size - NUMBER_BYTES : size + DIGEST_BYTES], data[size + DIGEST_BYTES :], data[:size]
 
 
 def tlv(kind: int, payload: bytes = b"") -> bytes:
@@ -222,6 +237,19 @@ def decode_status(payload: bytes) -> Status:
     if len(payload) < _STATUS.size:
         raise WireError("malformed", "status: truncated")
     return Status(*_STATUS.unpack_from(payload))
+
+
+def encode_heard(number: int) -> bytes:
+    """The highest packet number received of the other node in this session."""
+    return tlv(FRAME_HEARD, _U64.pack(number))
+
+
+def decode_heard(payload: bytes) -> int:
+    """Longer payloads come from newer peers and are accepted.  Raises WireError ``malformed``."""
+    if len(payload) < _U64.size:
+        raise WireError("malformed", "heard: truncated")
+    number: int = _U64.unpack_from(payload)[0]
+    return number
 
 
 # --- records ---------------------------------------------------------------------------------------------------------

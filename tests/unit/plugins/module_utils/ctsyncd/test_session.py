@@ -299,7 +299,7 @@ def test_every_altered_bit_is_noticed() -> None:
 def test_arbitrary_datagrams_bring_nothing(garbage: bytes, framed: bool) -> None:
     two = Two().up()
     if framed:  # past the first checks
-        garbage = two.sent("fw2", wire.DATA)[0][: wire.DATA_HEADER_BYTES] + garbage
+        garbage = two.sent("fw2", wire.DATA)[0][: wire.DATA_HEADER_BYTES + wire.DIGEST_BYTES] + garbage
     before = sum(two.dropped("fw2").values())
     assert two.deliver("fw2", garbage) == []
     assert sum(two.dropped("fw2").values()) == before + 1
@@ -356,7 +356,7 @@ def test_a_fault_in_a_datagram_does_not_take_back_what_came_before_it() -> None:
     sender, receiver = two.ends["fw1"], two.ends["fw2"]
     established = sender._established
     assert established is not None
-    bad_ack = wire.encode_ack(wire.Ack(10**9, 10**9, 0))
+    bad_ack = wire.tlv(wire.FRAME_ACK, b"short")
     for tail in (bad_ack, b"\1"):
         number = established.next_block
         established.next_block += 1
@@ -407,13 +407,15 @@ def test_sender_without_credit_is_told_and_a_block_beyond_it_is_refused() -> Non
     two = Two().up()
     two.wire.cut = True
     sender, receiver = two.ends["fw1"], two.ends["fw2"]
-    for _ in range(WINDOW_BLOCKS):
-        sender.send_block(b"x", 1, two.now, two.now)
-    assert sender.credit() == 0
-    with pytest.raises(ValueError, match="credit"):
-        sender.send_block(b"x", 1, two.now, two.now)
     established = sender._established
     assert established is not None
+    for window in (sessions.SEND_WINDOW_FIRST, WINDOW_BLOCKS, 2 * WINDOW_BLOCKS):  # that of congestion, then the peer's
+        established.window = window
+        while sender.credit():
+            sender.send_block(b"x", 1, two.now, two.now)
+        with pytest.raises(ValueError, match="credit"):
+            sender.send_block(b"x", 1, two.now, two.now)
+        assert established.next_block == min(window, WINDOW_BLOCKS)
     sender._out.clear()
     sender._send(established, wire.encode_block(WINDOW_BLOCKS, b"greedy"))
     assert receiver.receive(sender._out[0], two.now) == []
@@ -435,7 +437,7 @@ def test_a_hole_is_filled_before_its_timeout() -> None:
     end = two.ends["fw1"]
     for number in range(6):
         end.send_block(b"%d" % number, 1, two.now, two.now)
-    lost, *rest = [d for d in end.poll(two.now) if len(d) < 80]
+    lost, *rest = end.poll(two.now)[:6]
     for datagram in rest:
         two.deliver("fw2", datagram)
     assert two.blocks("fw2") == []
@@ -558,10 +560,35 @@ def test_an_acknowledgement_that_takes_back_another_is_refused() -> None:
     assert two.dropped("fw1") == {"dropped_malformed": 1}
     assert end.lag() == (2, two.now)  # blocks 1 and 3
     two.wire.cut = True
-    two.run(5.0)  # silence: the oldest is sent again and again
+    two.run(5.0)  # silence: the oldest are sent again and again
+    assert sorted(number for number in end._established.in_flight) == [1, 3]
     two.wire.cut = False
-    two.run(5.0)
-    assert sorted(known.early) == [1, 3]  # blocks 0 and 2 are the liar's own loss
+    two.run(5.0)  # the liar's true acknowledgement takes block 0 back
+    assert end.counters["sessions_ended_peer_went_back"] == 1
+    assert two.sessions() == [2, 2]
+    two.works()
+
+
+@pytest.mark.parametrize("frame", [wire.encode_heard(10**6), wire.encode_ack(wire.Ack(10**6, 10**6 + 512, 0))])
+def test_a_node_that_hears_of_its_own_future_begins_anew(frame: bytes) -> None:
+    two = Two().up()
+    end, peer = two.ends["fw1"], two.ends["fw2"]
+    for number in range(300):
+        if end.credit():
+            end.send_block(b"%d" % number, 1, two.now, two.now)
+    hello = end._hello.nonce
+    known = peer._established
+    assert known is not None
+    peer._send(known, frame + wire.encode_block(0, b"what follows makes no sense"))
+    assert two.deliver("fw1", peer._out.pop()) == []
+    assert not end.established
+    assert end._hello.nonce != hello
+    assert end.lag() == (0, None)
+    assert [datagram[1] for datagram in end.poll(two.now)] == [wire.HELLO]  # at once, and nothing under the old keys
+    two.run(1.0)
+    assert two.sessions() == [2, 2]
+    assert end.counters["sessions_ended_went_back"] == 1
+    two.works()
 
 
 def test_changed_status_is_told_at_once_and_repeated() -> None:
