@@ -343,7 +343,7 @@ def test_silent_link_heals_without_a_new_session_or_bulk() -> None:
     sim.run(30.0)
     events, age = sim.fw1.up.lag(sim.now)
     assert events == 2
-    assert 29.0 <= age <= 30.0
+    assert 29.0 <= age <= 30.05  # a turn of the simulation takes up to 50 ms
     assert sim.fw1.up.verdict(sim.now).verdict == readiness.DEGRADED
     assert sim.fw2.up.verdict(sim.now).verdict == readiness.DEGRADED
     assert not sim.fw2.up.verdict(sim.now).gate  # complete, if old: it may take over
