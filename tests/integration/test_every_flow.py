@@ -416,6 +416,30 @@ def test_marks_and_labels_go_with_their_flow(cluster: Callable[..., Cluster], ta
     assert died(bare, 2.0).keys() == bare.keys()
 
 
+def test_ftp_keeps_its_helper_and_its_data_connections_their_master(cluster: Callable[..., Cluster]) -> None:
+    """The kernel tells the master with the first packet only, of a connection that is not replicated yet."""
+    lab = cluster().up()
+    helped = ("-p", "tcp", "--dport", "21", "-j", "CT", "--helper", "ftp")
+    both(lab, 4, "-t", "raw", "-A", "PREROUTING", "-i", "eth1", *helped)
+    both(lab, 4, "-A", "FORWARD", "-i", "eth1", "-m", "conntrack", "--ctstate", "RELATED", "-j", "ACCEPT")
+    here = ADDRESSES[4]
+    a = End(lab.pair.a, here.inside)
+    control = Connection.open(a, (here.outside, 21), End(lab.pair.b, here.outside, 21))
+    lab.stack.callback(control.close)
+    for line in (b"220 ready\r\n", b"227 Entering Passive Mode (192,168,1,3,20,81).\r\n"):
+        control.server.sendall(line)
+        assert control.client.recv(100).startswith(line[:4])
+    data = Connection.open(a, (here.outside, 20 << 8 | 81), End(lab.pair.b, here.outside, 20 << 8 | 81))
+    lab.stack.callback(data.close)
+    entries = same(lab.pair.fw1, lab.pair.fw2)
+    assert "helper=ftp" in lab.pair.fw2.conntrack("-L", "-p", "tcp", "--orig-port-dst", "21")
+    assert flow_of(data, entries)["CTA_TUPLE_MASTER"] == flow_of(control, entries)["CTA_TUPLE_ORIG"]
+    nothing_new(lab)
+    lab.power_cut(lab.fw1, lab.fw2)
+    data.talk()
+    control.talk()
+
+
 class InZone(Datagrams):
     """A stream that shares its sockets, hence addresses and ports, with others; it differs in the type of service."""
 
