@@ -584,6 +584,10 @@ class Daemon:
                         age = None if flow.start is None else max(0, (wall - flow.start) // NANOSECONDS)
                         lines.append(line(flow, age))
                 yield "".join(text + "\n" for text in lines).encode() or None
+            if walk.interrupted:
+                raise ControlError(
+                    "the kernel's table was resized meanwhile: flows may be missing or doubled, ask again"
+                )
 
     def _external(self, line: Any) -> Iterator[bytes]:
         now = time.monotonic()

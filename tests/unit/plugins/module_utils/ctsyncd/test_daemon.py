@@ -10,6 +10,7 @@ import errno
 import pytest
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import constants as k
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import ctnetlink, daemon, engine
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.control import ControlError
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.engine import Request
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.errors import NetlinkError
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import Flow
@@ -121,3 +122,38 @@ def test_work_with_a_row_that_cannot_be_expressed_is_carried_out_one_by_one(monk
     monkeypatch.setattr(ctnetlink, "create", refuse)
     assert sorted(one._carry_out(bad)) == [(1, errno.EINVAL), (2, errno.ENOMEM)]
     assert len(requests.sent) == 2
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_dump_for_people_says_when_it_may_not_be_whole(monkeypatch: pytest.MonkeyPatch, interrupted: bool) -> None:
+    class Dump:
+        done = False
+
+        def __init__(self) -> None:
+            self.interrupted = interrupted
+
+        def __enter__(self) -> Dump:
+            return self
+
+        def __exit__(self, *_exc: object) -> None:
+            pass
+
+        def read_flows(self) -> list[Flow]:
+            self.done = True
+            return [tcp(1001)]
+
+    class Everything:
+        @staticmethod
+        def internal(_flow: Flow) -> bool:
+            return True
+
+    monkeypatch.setattr(daemon.netlink, "TableDump", Dump)
+    one = daemon.Daemon.__new__(daemon.Daemon)
+    one._engine = Everything()  # type: ignore[assignment]
+    answer = one._internal(lambda _flow, _age: "line")
+    assert next(answer) == b"line\n"
+    if interrupted:
+        with pytest.raises(ControlError, match="ask again"):
+            next(answer)
+    else:
+        assert list(answer) == []
