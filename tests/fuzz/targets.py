@@ -601,15 +601,25 @@ def _state(one: engine.Engine) -> tuple[Any, ...]:
 
 
 def sealed_runner() -> Runner:
-    """Datagrams as they come from the link.  None of them may change anything but counters."""
+    """Datagrams as they come from the link.  None of them may change anything but counters.
+
+    The peer is silent and the session doubted, which is what the first datagram of another session does.
+    """
     one = _exchange().engine
+    nonce = one.session._hello.nonce
+    other = wire.encode_header(wire.DATA, 1, bytes(wire.NONCE_BYTES), 0) + bytes(wire.DIGEST_BYTES + wire.TAG_BYTES)
+    one.receive(other, 300.0)
+    check(one.session._hello.nonce != nonce and len(one.session._out) == 1, "the session is doubted")
+    one.session._out.clear()
     before = _state(one)
+    moment = [300.0]
 
     def run(data: bytes) -> bool:
         counters = one.session.counters
         dropped = sum(count for name, count in counters.items() if name.startswith("dropped_"))
         hellos = counters["hellos_received"]
-        one.receive(data, 300.0)
+        moment[0] += 0.07
+        one.receive(data, moment[0])
         heard = counters["hellos_received"] > hellos  # a true HELLO of the past: heard, perhaps answered, no more
         now_dropped = sum(count for name, count in counters.items() if name.startswith("dropped_"))
         check(heard or now_dropped == dropped + 1, "what is dropped is counted")

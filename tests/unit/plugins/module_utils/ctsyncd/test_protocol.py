@@ -79,6 +79,8 @@ def reproduced() -> dict[str, str]:
     (data1,) = fw1.poll(0.0)
     assert len(fw2.receive(data0, 0.0)) == 1
     assert fw2.receive(data1, 0.0) == [BlockReceived(records)]
+    fw2.set_status(wire.Status(wire.ROLE_BACKUP, wire.STATUS_REPLICATES, 1))
+    (data2,) = (datagram for datagram in fw2.poll(0.1) if datagram[1] == wire.DATA)
     raw = {
         "pre-shared key": SECRET,
         "1: fw1 to fw2, HELLO": hello1,
@@ -86,6 +88,7 @@ def reproduced() -> dict[str, str]:
         "3: fw1 to fw2, HELLO": hello3,
         "4: fw1 to fw2, DATA (ack, status)": data0,
         "5: fw1 to fw2, DATA (block)": data1,
+        "6: fw2 to fw1, DATA (heard, ack, status)": data2,
         "records of 5": records,
         "key of the flow": key,
         "value of the flow": value,
@@ -93,6 +96,7 @@ def reproduced() -> dict[str, str]:
         "ROWS of 24 flows": wire.encode_rows(13, b"".join(b"".join(rows.pack(flow)[:2]) for flow in MANY)),
         "GONE of 24 flows": wire.encode_gone(13, b"".join(flow.key for flow in MANY)),
         "ACK of 0 to 4, 6, 7 and 15": wire.encode_ack(wire.Ack(5, 517, 0b1000000011)),
+        "HEARD of 0 and 1": wire.encode_heard(1),
     }
     return {name: value.hex() for name, value in raw.items()}
 
@@ -114,7 +118,12 @@ def test_vectors_open_with_the_keys_of_the_document_and_nothing_of_ours() -> Non
 
     def opened(name: str, size: int, key: bytes) -> bytes:
         datagram = vectors[name]
-        return AESGCM(key).decrypt(bytes(4) + datagram[size - 8 : size], datagram[size:], datagram[:size])
+        return AESGCM(key).decrypt(datagram[size - 8 : size + 4], datagram[size + 4 :], datagram[:size])
+
+    def digested(name: str, size: int, key: bytes, plain: bytes) -> bool:
+        datagram = vectors[name]
+        digest = hashlib.blake2b(datagram[:size] + plain, key=key, digest_size=4).digest()
+        return datagram[size : size + 4] == digest
 
     for name, nonce, ends, echo in (
         ("1: fw1 to fw2, HELLO", nonce1, b"fw1\0fw2", bytes(16)),
@@ -123,9 +132,17 @@ def test_vectors_open_with_the_keys_of_the_document_and_nothing_of_ours() -> Non
     ):
         plain = opened(name, 28, hkdf(secret, nonce, b"ctsync hello\2\1" + ends))
         assert plain[:19] == b"\1\0\x10" + echo
+        assert digested(name, 28, hkdf(secret, nonce, b"ctsync nonce ctsync hello\2\1" + ends), plain)
     key = hkdf(secret, nonce1 + nonce2, b"ctsync data\2\1" + b"fw1\0fw2")
+    digest_key = hkdf(secret, nonce1 + nonce2, b"ctsync nonce ctsync data\2\1" + b"fw1\0fw2")
     assert opened("4: fw1 to fw2, DATA (ack, status)", 20, key)[:3] == b"\2\0\x10"
     block = opened("5: fw1 to fw2, DATA (block)", 20, key)
+    assert digested("5: fw1 to fw2, DATA (block)", 20, digest_key, block)
+    heard = opened(
+        "6: fw2 to fw1, DATA (heard, ack, status)", 20, hkdf(secret, nonce2 + nonce1, b"ctsync data\2\1fw2\0fw1")
+    )
+    assert heard[:11] == vectors["HEARD of 0 and 1"] == b"\5\0\x08" + struct.pack("!Q", 1)
+    assert heard[11:30] == b"\2\0\x10" + struct.pack("!QQ", 1, 513)
     records = vectors["records of 5"]
     assert block == b"\1" + (len(records) + 8).to_bytes(2, "big") + bytes(8) + records
     rows_of_one = columns(records[10:-11], reply=12)

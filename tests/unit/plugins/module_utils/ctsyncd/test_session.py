@@ -489,12 +489,106 @@ def test_bulk_flows_at_the_speed_of_the_wire_with_few_acknowledgements() -> None
     assert two.ends["fw2"].counters["datagrams_sent"] - before <= 4000 / sessions.ACK_BLOCKS + 5
 
 
-@pytest.mark.parametrize(("loss", "seconds"), [(0.01, 0.5), (0.3, 8.0), (0.5, 40.0)])
+@pytest.mark.parametrize(("loss", "seconds"), [(0.01, 0.1), (0.3, 1.0), (0.5, 20.0)])
 def test_bulk_goes_on_through_loss(loss: float, seconds: float) -> None:
     two = Two(payload=1400).up()
     assert Line(two, loss).bulk(2000) < seconds
     retransmitted = two.ends["fw1"].counters["blocks_retransmitted"]
     assert 2000 * loss / 2 < retransmitted < 2000 * loss / (1 - loss) * 1.5 + 100  # what is lost, and little besides
+
+
+class Narrow:
+    """The wire with a bandwidth in datagrams per second, and a queue of so many; what does not fit is dropped."""
+
+    def __init__(self, two: Two, rate: float, queue: int) -> None:
+        self.two = two
+        self.rate = rate
+        self.queue_s = queue / rate
+        self.free = dict.fromkeys(two.ends, two.now)
+        self.sent = self.dropped = 0
+        self.wait = 0.0  # in the queue now
+        two.wire.send = self.send  # type: ignore[method-assign]
+
+    def send(self, to: str, datagram: bytes, now: float) -> None:
+        self.sent += to == "fw2"
+        if self.free[to] - now > self.queue_s:
+            self.dropped += to == "fw2"
+            return
+        self.free[to] = max(self.free[to], now) + 1 / self.rate
+        self.wait = self.free["fw2"] - now
+        self.two.wire.inject(to, datagram, self.free[to] + 0.0005)
+
+
+@pytest.mark.parametrize(("rate", "queue"), [(40, 10**6), (40, 100), (40, 10), (1000, 100), (1000, 10)])
+def test_a_narrow_line_is_used_well_and_not_flooded(rate: int, queue: int) -> None:
+    two = Two(payload=1400).up()
+    line = Narrow(two, rate, queue)
+    blocks = 20 * rate
+    took = Line.bulk(line, blocks)  # type: ignore[arg-type]
+    assert took < 20 * 1.4  # heartbeats take their part of 40 datagrams
+    assert two.ends["fw2"].counters["blocks_duplicate"] <= blocks / 100
+    assert line.sent - line.dropped < 1.35 * blocks
+    assert line.dropped < 5 * blocks
+    if queue > 100:
+        assert line.wait < 1.5  # changes do not wait longer than that, although the line would take them all
+    assert two.sessions() == [1, 1]
+
+
+def test_a_peer_that_stands_still_is_not_buried_in_retransmissions() -> None:
+    """A backup that takes three seconds, again and again: its socket holds a window, and needs nothing twice."""
+    two = Two(payload=1400).up()
+    end, peer = two.ends["fw1"], two.ends["fw2"]
+    receive, kept = peer.receive, []
+    awake = True
+
+    def slow(datagram: bytes, now: float) -> list[NamedTuple]:
+        if awake:
+            return receive(datagram, now)
+        kept.append(datagram)
+        return []
+
+    peer.receive = slow  # type: ignore[method-assign]
+    peer_poll = peer.poll
+    peer.poll = lambda now: peer_poll(now) if awake else []  # type: ignore[method-assign]
+    deadline = peer.next_deadline
+    peer.next_deadline = lambda: deadline() if awake else float("inf")  # type: ignore[method-assign]
+    sent = 0
+    for _pause in range(10):
+        awake = False
+        resume = two.now + 3.0
+        while two.now < resume:
+            while end.credit():
+                end.send_block(sent.to_bytes(4, "big"), 1, two.now, two.now)
+                sent += 1
+            two.turn(resume)
+        awake = True
+        for datagram in kept:
+            two.deliver("fw2", datagram)
+        kept.clear()
+        two.run(0.3)
+    two.run_until(lambda: end.lag() == (0, None))
+    assert [int.from_bytes(block, "big") for block in two.blocks("fw2")] == list(range(sent))
+    assert sent > 1000
+    assert peer.counters["blocks_duplicate"] <= 10 * 12  # in each pause a handful, less often each time
+    assert end.counters["timeouts"] > 0
+
+
+def test_a_lost_last_block_is_made_good_before_its_timeout() -> None:
+    two = Two().up()
+    end = two.ends["fw1"]
+    for _ in range(20):  # measure the round trip
+        end.send_block(b"now and then", 1, two.now, two.now)
+        two.run(0.02)
+    two.run_until(lambda: end.lag() == (0, None))
+    two.wire.cut = True
+    end.send_block(b"the last one", 1, two.now, two.now)
+    start = two.now
+    two.run(0.001)
+    two.wire.cut = False
+    two.run_until(lambda: two.blocks("fw2")[-1] == b"the last one")
+    assert two.now - start < sessions.RETRANSMIT_MIN_S
+    assert "timeouts" not in end.counters
+    assert end._established.window >= sessions.SEND_WINDOW_FIRST
 
 
 def test_acknowledgements_wait_for_each_other() -> None:

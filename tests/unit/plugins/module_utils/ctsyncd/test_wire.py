@@ -276,6 +276,7 @@ DECODERS: dict[str, Callable[[bytes], object]] = {
     "ack": wire.decode_ack,
     "block": wire.decode_block,
     "status": wire.decode_status,
+    "heard": wire.decode_heard,
     "bulk begin": wire.decode_bulk_begin,
     "bulk end": wire.decode_bulk_end,
     "rows": wire.decode_rows,
@@ -355,6 +356,7 @@ def test_what_a_hostile_peer_sends_cannot_stop_the_printer_or_the_kernel_codec(d
     [
         ("hello", wire.encode_hello(wire.Hello(bytes(16), "fw1", 0, "1"))[:32]),
         ("status", wire.encode_status(wire.Status(2, 3, 4))[3:]),
+        ("heard", wire.encode_heard(5)[3:]),
         ("bulk begin", wire.encode_bulk_begin(7)[3:]),
         ("bulk end", wire.encode_bulk_end(7, 8)[3:]),
         ("ack", wire.encode_ack(wire.Ack(4, 9, 0))[3:]),
@@ -372,10 +374,21 @@ def test_every_truncation_of_a_fixed_layout_is_refused(name: str, value: bytes) 
 @pytest.mark.parametrize("kind", [wire.HELLO, wire.DATA])
 def test_every_truncation_of_a_datagram_is_refused_before_cryptography(kind: int) -> None:
     header = wire.encode_header(kind, 1, bytes(range(16)), 5)
-    for size in range(len(header) + wire.TAG_BYTES):
+    rest = bytes(wire.DIGEST_BYTES + wire.TAG_BYTES)
+    for size in range(len(header + rest)):
         with pytest.raises(WireError, match="truncated"):
-            wire.decode_header((header + bytes(wire.TAG_BYTES))[:size])
-    assert wire.decode_header(header + bytes(wire.TAG_BYTES)).size == len(header)
+            wire.decode_header((header + rest)[:size])
+    assert wire.decode_header(header + rest).size == len(header)
+
+
+@pytest.mark.parametrize("kind", [wire.HELLO, wire.DATA])
+def test_nonce_of_a_datagram_is_its_number_and_its_digest(kind: int) -> None:
+    header = wire.encode_header(kind, 1, bytes(range(16)), 0x0102030405060708)
+    datagram = header + b"wxyz" + b"sealed" + bytes(wire.TAG_BYTES)
+    parts = wire.sealed_parts(wire.decode_header(datagram), datagram)
+    assert parts == (b"\1\2\3\4\5\6\7\x08wxyz", b"sealed" + bytes(wire.TAG_BYTES), header)
+    assert wire.aead_nonce(header, b"wxyz") == parts[0]
+    assert len(parts[0]) == wire.AEAD_NONCE_BYTES
 
 
 def test_ack_of_more_than_a_receiver_keeps_is_refused() -> None:
@@ -392,13 +405,14 @@ def test_unknown_fields_are_skipped_and_longer_heartbeats_read() -> None:
     hello = wire.Hello(bytes(16), "fw1", 0, "1")
     assert wire.decode_hello(wire.encode_hello(hello) + wire.tlv(99, b"later")) == hello
     assert wire.decode_status(wire.encode_status(wire.Status(2, 3, 4))[3:] + b"later") == wire.Status(2, 3, 4)
+    assert wire.decode_heard(wire.encode_heard(1 << 40)[3:] + b"later") == 1 << 40
 
 
 @pytest.mark.parametrize(
     ("data", "kind"),
     [
-        (struct.pack("!BBBx", 9, wire.DATA, 1) + bytes(32), "wrong_version"),
-        (struct.pack("!BBBx", wire.VERSION, 3, 1) + bytes(32), "malformed"),
+        (struct.pack("!BBBx", 9, wire.DATA, 1) + bytes(36), "wrong_version"),
+        (struct.pack("!BBBx", wire.VERSION, 3, 1) + bytes(36), "malformed"),
         (b"", "truncated"),
     ],
 )
