@@ -468,7 +468,8 @@ def session_grammar() -> Grammar:
         wire.encode_block(2, wire.encode_bulk_end(2, 0)),
         *(status, ack, status + ack, wire.tlv(wire.FRAME_BYE), wire.encode_ack(wire.Ack(0, 1 << 63, 0))),
         wire.encode_ack(wire.Ack(0, 2, 1)) + wire.encode_block(1, singles[0]),
-        *(wire.encode_heard(number) + ack for number in (0, 2, 9, 1 << 62)),
+        *(wire.encode_heard(wire.Heard(number, 0)) + ack for number in (0, 2, 9, 1 << 62)),
+        wire.encode_heard(wire.Heard(1, 0)) + wire.encode_ack(wire.Ack(0, 512, 0b110)),
     ]
     seeds = [bytes((what,)) + frame for frame in frames for what in (5, 100, 252)]
     seeds += [bytes((_DO_HELLO,)) + hello, bytes((_DO_HELLO,)) + blank]

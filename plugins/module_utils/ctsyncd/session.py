@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import itertools
+import zlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -38,7 +39,7 @@ _SAMPLES = 4  # of the round-trip time; a single one may be long because acknowl
 _BACK_OFF = 4  # times that the time to a retransmission doubles; by then it is RETRANSMIT_MAX_S
 
 # the longest HEARD, ACK and STATUS
-_NEWS_BYTES = 3 * wire.TLV_BYTES + wire.NUMBER_BYTES + 16 + wire.MAX_EARLY_BYTES + 6
+_NEWS_BYTES = 3 * wire.TLV_BYTES + 12 + 16 + wire.MAX_EARLY_BYTES + 6
 _MAX_PACKETS = 1 << 62  # per key; never reached, and refused rather than wrapped
 
 
@@ -146,6 +147,7 @@ class _Established:
         self.records = 0  # in them
         self.acked = 0  # all blocks below it are acknowledged; it itself is not
         self.acked_early = 0  # bit k: so is block acked + 1 + k
+        self.sums = collections.deque([0])  # CRC-32 over the records of all blocks before block acked, acked + 1, ...
         self.ack_number = -1  # of the datagram of the latest acknowledgement
         self.heard = -1  # the highest of this node's packet numbers that the peer has heard
         self.sent: collections.deque[tuple[int, _InFlight]] = collections.deque()  # by packet number; some out of date
@@ -164,6 +166,7 @@ class _Established:
         self.shrunk = 0  # packet number of the first datagram after the window was halved
         # receiving
         self.expected = 0
+        self.sum = 0  # CRC-32 over the records of all blocks before it
         self.early: dict[int, bytes] = {}
         self.early_bits = 0  # bit k: block expected + 1 + k is in early
         self.ack_at: float | None = None
@@ -260,6 +263,7 @@ class Session:
             raise ValueError("no session, no credit or block too long")
         number = session.next_block
         session.next_block += 1
+        session.sums.append(zlib.crc32(records, session.sums[-1]))
         flight = _InFlight(wire.encode_block(number, records), count, born)
         if not session.in_flight:
             self._start_timer(session, now)
@@ -353,20 +357,21 @@ class Session:
         self.last_seen = now
         session.confirmed = True
         self.counters["datagrams_received"] += 1
+        heard = None
         for kind, payload in wire.iter_tlv(plaintext):
             if kind == wire.FRAME_BLOCK:
                 events.extend(self._receive_block(session, payload, now))
             elif kind == wire.FRAME_ACK:
                 ack = wire.decode_ack(payload)
-                if self._contradicts(session, ack, number, now):
+                if self._contradicts(session, ack, heard, number, now):
                     return
                 self._receive_ack(session, ack, now)
             elif kind == wire.FRAME_HEARD:
                 heard = wire.decode_heard(payload)
-                if heard >= session.sealer.number:
+                if heard.number >= session.sealer.number:
                     self._forget("went_back", now)
                     return
-                session.heard = max(session.heard, heard)
+                session.heard = max(session.heard, heard.number)
             elif kind == wire.FRAME_STATUS:
                 events.append(StatusReceived(wire.decode_status(payload)))
                 if now >= self._heartbeat_at - self._interval / 2:  # this node is awake: both beat together
@@ -376,8 +381,10 @@ class Session:
             else:
                 self.counters["skipped_unknown_frame"] += 1
 
-    def _contradicts(self, session: _Established, ack: wire.Ack, number: int, now: float) -> bool:
-        """Does a later datagram take back an acknowledgement, or any acknowledge what this node has not sent yet?"""
+    def _contradicts(
+        self, session: _Established, ack: wire.Ack, heard: wire.Heard | None, number: int, now: float
+    ) -> bool:
+        """Does a later datagram take back an acknowledgement, or any acknowledge what this node has not sent?"""
         if ack.expected + (1 + ack.early.bit_length() if ack.early else 0) > session.next_block:
             self._forget("went_back", now)
             return True
@@ -386,7 +393,10 @@ class Session:
             if ack.expected < session.acked:
                 self._forget("peer_went_back", now)
                 return True
-        return False
+        if heard is None or ack.expected < session.acked or heard.blocks == session.sums[ack.expected - session.acked]:
+            return False
+        self._forget("differed", now)
+        return True
 
     def _doubt(self, session: _Established, now: float) -> None:
         """Nothing is heard in this session, but something of another one: one of the nodes may be in a state of the
@@ -425,9 +435,12 @@ class Session:
             self._ack_soon(session, now)
             return []
         events: list[NamedTuple] = [BlockReceived(records)]
+        session.sum = zlib.crc32(records, session.sum)
         number += 1
         while number in session.early:
-            events.append(BlockReceived(session.early.pop(number)))
+            records = session.early.pop(number)
+            events.append(BlockReceived(records))
+            session.sum = zlib.crc32(records, session.sum)
             number += 1
         session.early_bits >>= number - session.expected
         session.expected = number
@@ -453,6 +466,8 @@ class Session:
         session.limit = max(session.limit, min(ack.limit, ack.expected + WINDOW_BLOCKS))  # a bound for in_flight
         in_flight = session.in_flight
         numbers = [number for number in range(session.acked, ack.expected) if number in in_flight]
+        for _block in range(ack.expected - session.acked):
+            session.sums.popleft()
         known = session.acked_early >> (ack.expected - session.acked)
         fresh = ack.early & ~known
         session.acked, session.acked_early = ack.expected, ack.early | known
@@ -554,7 +569,7 @@ class Session:
         if not due:
             return b""
         # The number first: to a node in a state of the past the rest makes no sense.
-        frames = wire.encode_heard(session.highest) if session.highest >= 0 else b""
+        frames = wire.encode_heard(wire.Heard(session.highest, session.sum)) if session.highest >= 0 else b""
         frames += wire.encode_ack(self._ack(session))  # with each status: that heals a lost acknowledgement
         session.ack_at = None
         session.ack_sent = now

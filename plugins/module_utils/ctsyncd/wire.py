@@ -239,17 +239,26 @@ def decode_status(payload: bytes) -> Status:
     return Status(*_STATUS.unpack_from(payload))
 
 
-def encode_heard(number: int) -> bytes:
-    """The highest packet number received of the other node in this session."""
-    return tlv(FRAME_HEARD, _U64.pack(number))
+class Heard(NamedTuple):
+    """``number``: the highest packet number received of the other node in this session; ``blocks``: CRC-32 over the
+    records of all blocks received of it in order."""
+
+    number: int
+    blocks: int
 
 
-def decode_heard(payload: bytes) -> int:
+_HEARD = struct.Struct("!QI")
+
+
+def encode_heard(heard: Heard) -> bytes:
+    return tlv(FRAME_HEARD, _HEARD.pack(*heard))
+
+
+def decode_heard(payload: bytes) -> Heard:
     """Longer payloads come from newer peers and are accepted.  Raises WireError ``malformed``."""
-    if len(payload) < _U64.size:
+    if len(payload) < _HEARD.size:
         raise WireError("malformed", "heard: truncated")
-    number: int = _U64.unpack_from(payload)[0]
-    return number
+    return Heard(*_HEARD.unpack_from(payload))
 
 
 # --- records ---------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import hmac
 import json
 import re
 import struct
+import zlib
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
@@ -96,7 +97,7 @@ def reproduced() -> dict[str, str]:
         "ROWS of 24 flows": wire.encode_rows(13, b"".join(b"".join(rows.pack(flow)[:2]) for flow in MANY)),
         "GONE of 24 flows": wire.encode_gone(13, b"".join(flow.key for flow in MANY)),
         "ACK of 0 to 4, 6, 7 and 15": wire.encode_ack(wire.Ack(5, 517, 0b1000000011)),
-        "HEARD of 0 and 1": wire.encode_heard(1),
+        "HEARD of 0 and 1, and of the records of 5": wire.encode_heard(wire.Heard(1, zlib.crc32(records))),
     }
     return {name: value.hex() for name, value in raw.items()}
 
@@ -141,8 +142,9 @@ def test_vectors_open_with_the_keys_of_the_document_and_nothing_of_ours() -> Non
     heard = opened(
         "6: fw2 to fw1, DATA (heard, ack, status)", 20, hkdf(secret, nonce2 + nonce1, b"ctsync data\2\1fw2\0fw1")
     )
-    assert heard[:11] == vectors["HEARD of 0 and 1"] == b"\5\0\x08" + struct.pack("!Q", 1)
-    assert heard[11:30] == b"\2\0\x10" + struct.pack("!QQ", 1, 513)
+    said = vectors["HEARD of 0 and 1, and of the records of 5"]
+    assert heard[:15] == said == b"\5\0\x0c" + struct.pack("!QI", 1, zlib.crc32(vectors["records of 5"]))
+    assert heard[15:34] == b"\2\0\x10" + struct.pack("!QQ", 1, 513)
     records = vectors["records of 5"]
     assert block == b"\1" + (len(records) + 8).to_bytes(2, "big") + bytes(8) + records
     rows_of_one = columns(records[10:-11], reply=12)

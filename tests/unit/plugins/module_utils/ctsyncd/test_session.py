@@ -663,7 +663,9 @@ def test_an_acknowledgement_that_takes_back_another_is_refused() -> None:
     two.works()
 
 
-@pytest.mark.parametrize("frame", [wire.encode_heard(10**6), wire.encode_ack(wire.Ack(10**6, 10**6 + 512, 0))])
+@pytest.mark.parametrize(
+    "frame", [wire.encode_heard(wire.Heard(10**6, 0)), wire.encode_ack(wire.Ack(10**6, 10**6 + 512, 0))]
+)
 def test_a_node_that_hears_of_its_own_future_begins_anew(frame: bytes) -> None:
     two = Two().up()
     end, peer = two.ends["fw1"], two.ends["fw2"]

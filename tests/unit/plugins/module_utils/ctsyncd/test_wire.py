@@ -356,7 +356,7 @@ def test_what_a_hostile_peer_sends_cannot_stop_the_printer_or_the_kernel_codec(d
     [
         ("hello", wire.encode_hello(wire.Hello(bytes(16), "fw1", 0, "1"))[:32]),
         ("status", wire.encode_status(wire.Status(2, 3, 4))[3:]),
-        ("heard", wire.encode_heard(5)[3:]),
+        ("heard", wire.encode_heard(wire.Heard(5, 6))[3:]),
         ("bulk begin", wire.encode_bulk_begin(7)[3:]),
         ("bulk end", wire.encode_bulk_end(7, 8)[3:]),
         ("ack", wire.encode_ack(wire.Ack(4, 9, 0))[3:]),
@@ -405,7 +405,7 @@ def test_unknown_fields_are_skipped_and_longer_heartbeats_read() -> None:
     hello = wire.Hello(bytes(16), "fw1", 0, "1")
     assert wire.decode_hello(wire.encode_hello(hello) + wire.tlv(99, b"later")) == hello
     assert wire.decode_status(wire.encode_status(wire.Status(2, 3, 4))[3:] + b"later") == wire.Status(2, 3, 4)
-    assert wire.decode_heard(wire.encode_heard(1 << 40)[3:] + b"later") == 1 << 40
+    assert wire.decode_heard(wire.encode_heard(wire.Heard(1 << 40, 7))[3:] + b"later") == wire.Heard(1 << 40, 7)
 
 
 @pytest.mark.parametrize(
