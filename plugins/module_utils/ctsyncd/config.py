@@ -167,7 +167,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "window_ms",
         "integer",
-        10,
+        20,
         "Longest time that changes are gathered before they are sent.",
         0,
         20,
@@ -255,7 +255,7 @@ class Config:
     udp: str = "replied"
     hello_interval_ms: int = 200
     dead_after_ms: int = 1000
-    window_ms: int = 10
+    window_ms: int = 20
     lag_limit_ms: int = 2000
     datagram_bytes: int = 1400
     netlink_buffer_bytes: int = 64 << 20

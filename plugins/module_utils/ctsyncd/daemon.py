@@ -38,8 +38,10 @@ ADDRESS_CHECK_S = 10.0  # the virtual IPs are looked up at every change, and thi
 SLACK_S = 0.1  # what is due within this time is done at once when the daemon is awake
 REPORT_S = 0.1  # between two verdicts
 QUIET_S = 0.05  # without events: the next one is read at once
-EVENTS_PER_READ = 64  # that the window aims at
+SPARSE_S = 0.0066  # between two events: a window would gather a few at most, so each is read at once
+DENSE_S = 0.0001  # between two events: if it is less, the window is shorter, by the third power
 SHORTEST_WINDOW_S = 0.002
+AVERAGED_EVENTS = 64
 
 NANOSECONDS = 1_000_000_000
 
@@ -47,29 +49,33 @@ NANOSECONDS = 1_000_000_000
 class Window:
     """How long changes are gathered before they are read: the fewer wake-ups, the less it costs.
 
-    The first one after a quiet spell is read at once.  Then the window is as long as ``EVENTS_PER_READ`` events take at
-    the present rate, at least ``SHORTEST_WINDOW_S``.  Times in seconds.
+    Read at once is the first one after a quiet spell, and all of them while they are few.  Where a window pays it has
+    its full length; at a rate at which it gathers plenty anyway it is shorter.  Times in seconds.
     """
 
     def __init__(self) -> None:
-        self._rate = 0.0  # events per second, smoothed
+        self._gap = QUIET_S  # between two events, on average
         self._last = float("-inf")  # when events were read last
 
     def opens(self, now: float, longest: float) -> float:
         """There is an event: how long may it wait for others?"""
-        if now - self._last >= QUIET_S:
+        gap = self._gap
+        if gap >= SPARSE_S or now - self._last >= QUIET_S:
             return 0.0
-        aim = EVENTS_PER_READ / self._rate if self._rate else longest
-        return min(longest, max(SHORTEST_WINDOW_S, aim))
+        if gap >= DENSE_S:
+            return longest
+        return min(longest, max(SHORTEST_WINDOW_S, longest * (gap / DENSE_S) ** 3))
 
     def read(self, events: int, now: float) -> None:
         """So many events were read."""
-        elapsed = now - self._last
-        if elapsed >= QUIET_S:
-            self._rate = 0.0
-        elif elapsed > 0:
-            self._rate += (events / elapsed - self._rate) / 4
+        if not events:
+            return
+        elapsed = min(now - self._last, QUIET_S)
         self._last = now
+        if events >= AVERAGED_EVENTS:
+            self._gap = elapsed / events
+        else:
+            self._gap += (elapsed / events - self._gap) * events / AVERAGED_EVENTS
 
 
 class Daemon:
@@ -118,6 +124,7 @@ class Daemon:
         self._events_at: float | None = None  # events wait; the window ends then
         # Outside of a window the events and all else are waited for, in it all else: no socket is registered anew.
         self._all = select.epoll()
+        self._events_fd, self._selector_fd = self._events.fileno(), self._selector.fileno()
         self._addresses = netlink.AddressMonitor()
         self._addresses_at = now
         self._link = Link(config.link.interface, config.link.address, config.link.port, config.peer.address)
@@ -191,15 +198,23 @@ class Daemon:
 
     def _turn(self) -> None:
         now = time.monotonic()
+        engine_ = self._engine
         wait = self._wait(now)
         others = True
         if self._events_at is None:
             ready = [fd for fd, _mask in self._all.poll(wait)]
             now = time.monotonic()
-            if self._events.fileno() in ready:
-                self._events_at = now + self._window.opens(now, self.config.window_ms / 1000)
-            others = self._selector.fileno() in ready
+            others = self._selector_fd in ready
             wait = 0.0
+            if self._events_fd in ready:
+                window = self._window.opens(now, self.config.window_ms / 1000)
+                self._events_at = now + window
+                if window and not others:
+                    wait = min(window, self._wait(now))
+                    others = True
+                    if engine_.active and not len(engine_.pending):  # what the peer says now is not urgent
+                        time.sleep(wait)
+                        wait = 0.0
         if others:
             for key, mask in self._selector.select(wait):
                 self._serve(key, mask, time.monotonic())
@@ -208,9 +223,11 @@ class Daemon:
             self._read_events(now)
         if now >= self._second_at - SLACK_S:
             self._every_second(now)
-        self._control.tick(now)
-        self._feed_dump(now)
-        self._link.send(self._engine.poll(now))
+        if self._control.busy:
+            self._control.tick(now)
+        if engine_.dump is not None or self._dump is not None:
+            self._feed_dump(now)
+        self._link.send(engine_.poll(now))
         self._work_for_kernel()
         self._answer_questions(now)
         self._watch_link()

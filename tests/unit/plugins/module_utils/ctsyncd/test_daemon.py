@@ -47,42 +47,46 @@ def test_update_makes_window_tracking_liberal_even_where_the_status_stays(operat
 # --- the window ------------------------------------------------------------------------------------------------------
 
 
-def reads(rate: float, longest: float, seconds: float = 2.0) -> list[float]:
-    """When events are read that come at a steady rate (per second)."""
+def reads(rate: float, longest: float) -> int:
+    """How often in a second events are read that come at a steady rate (per second), once the rate is known."""
     window = daemon.Window()
-    moments, now, interval = [], 100.0, 1 / rate
-    while now < 100.0 + seconds:
+    count, now, interval = 0, 100.0, 1 / rate
+    while now < 102.0:
         moment = now + window.opens(now, longest)
-        count = int((moment - now) / interval) + 1
-        window.read(count, moment)
-        moments.append(moment)
-        now += count * interval
-    return moments
+        events = int((moment - now) / interval) + 1
+        window.read(events, moment)
+        count += now >= 101.0
+        now += events * interval
+    return count
 
 
 def test_first_event_after_a_quiet_spell_is_read_at_once() -> None:
     window = daemon.Window()
-    assert window.opens(100.0, 0.01) == 0.0
-    window.read(1, 100.0)
-    assert window.opens(100.001, 0.01) == 0.01
-    window.read(3, 100.011)
-    assert window.opens(100.062, 0.01) == 0.0
+    assert window.opens(100.0, 0.02) == 0.0
+    window.read(100, 100.001)  # a burst: more may follow
+    assert window.opens(100.002, 0.02) > 0.0
+    window.read(100, 100.022)
+    assert window.opens(100.023, 0.02) == 0.02
+    window.read(3, 100.043)
+    assert window.opens(100.094, 0.02) == 0.0
 
 
 @pytest.mark.parametrize(
     ("rate", "longest", "fewest", "most"),
     [
-        (10, 0.01, 19, 21),  # every one is the first after a quiet spell
-        (200, 0.01, 120, 205),  # windows of 10 ms, trailing
-        (1000, 0.01, 150, 210),
-        (20_000, 0.01, 500, 900),  # 3.2 ms
-        (200_000, 0.01, 900, 1001),  # not below 2 ms
-        (1000, 0.0, 1990, 2001),  # switched off
-        (1000, 0.001, 900, 2001),  # shorter than the shortest: as it is configured
+        (10, 0.02, 9, 11),  # every one is the first after a quiet spell
+        (100, 0.02, 99, 101),  # a window would gather two: each is read at once
+        (300, 0.02, 40, 50),
+        (1000, 0.02, 45, 50),
+        (8000, 0.02, 48, 50),
+        (20_000, 0.02, 380, 400),  # 2.5 ms
+        (200_000, 0.02, 490, 500),  # not below 2 ms
+        (1000, 0.0, 999, 1001),  # switched off
+        (1000, 0.001, 450, 1001),  # shorter than the shortest: as it is configured
     ],
 )
 def test_window_follows_the_rate(rate: float, longest: float, fewest: int, most: int) -> None:
-    assert fewest <= len(reads(rate, longest)) <= most
+    assert fewest <= reads(rate, longest) <= most
 
 
 # --- work for the kernel ---------------------------------------------------------------------------------------------
