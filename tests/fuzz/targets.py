@@ -656,6 +656,7 @@ class _Netlink:
         self._socket = _FakeSocket()
         self._events = netlink.EventSocket.__new__(netlink.EventSocket)
         self._walk = netlink.TableDump.__new__(netlink.TableDump)
+        self._walk._buckets = netlink._buckets()
         for one in (self._events, self._walk):
             one._sock = self._socket  # type: ignore[assignment]
             one.reader = columns.Reader(by_columns)
