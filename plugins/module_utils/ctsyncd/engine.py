@@ -436,7 +436,7 @@ class Engine:
 
     def _remember(self, flow: Flow) -> None:
         """Keep the extras of a flow that is not replicated yet, until it is or ends; the oldest go first."""
-        extras = pack_extras(flow)
+        extras = pack_extras(flow._replace(sctp_vtags=None))  # these come with every state
         if not extras or not self.filter.passes_through(flow):
             return
         early, key = self._early, flow.key
