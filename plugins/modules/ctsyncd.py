@@ -76,7 +76,7 @@ options:
   hello_interval_ms:
     description: Time between two signs of life on an idle link, in milliseconds.
     type: int
-    default: 200
+    default: 400
   ignore_addresses:
     description:
       - Networks whose flows are not replicated, besides loopback, all addresses of the node itself, VRRP and the sync
@@ -374,7 +374,7 @@ def argument_spec() -> dict[str, Any]:
                 "zones": {"type": "list", "elements": "int", "default": []},
             },
         },
-        "hello_interval_ms": {"type": "int", "default": 200},
+        "hello_interval_ms": {"type": "int", "default": 400},
         "ignore_addresses": {"type": "list", "elements": "str", "default": []},
         "interpreter": {"type": "path", "default": "/usr/bin/python3"},
         "keys": {

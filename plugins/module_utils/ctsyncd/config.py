@@ -161,7 +161,7 @@ OPTIONS: tuple[Option, ...] = (
         live=True,
     ),
     Option(
-        "hello_interval_ms", "integer", 200, "Time between two signs of life on an idle link.", 20, 10_000, live=True
+        "hello_interval_ms", "integer", 400, "Time between two signs of life on an idle link.", 20, 10_000, live=True
     ),
     Option("dead_after_ms", "integer", 1000, "Silence after which the peer counts as dead.", 100, 60_000, live=True),
     Option(
@@ -253,7 +253,7 @@ class Config:
     filter: Filter = EVERYTHING
     replicate: bool = True
     udp: str = "replied"
-    hello_interval_ms: int = 200
+    hello_interval_ms: int = 400
     dead_after_ms: int = 1000
     window_ms: int = 20
     lag_limit_ms: int = 2000

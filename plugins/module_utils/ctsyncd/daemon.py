@@ -35,7 +35,7 @@ REQUESTS_PER_TURN = 1024
 DUMP_SLICES_PER_TURN = 8
 MAX_EVENT_BUFFER = 256 << 20
 ADDRESS_CHECK_S = 10.0  # the virtual IPs are looked up at every change, and this often in case a change was missed
-SLACK_S = 0.1  # what is due within this time is done at once when the daemon is awake
+SLACK_S = 0.3  # what is not urgent waits so long for a wake-up that is needed anyway
 REPORT_S = 0.1  # between two verdicts
 QUIET_S = 0.05  # without events: the next one is read at once
 SPARSE_S = 0.0066  # between two events: a window would gather a few at most, so each is read at once
@@ -221,7 +221,7 @@ class Daemon:
             now = time.monotonic()
         if self._events_at is not None and now >= self._events_at:
             self._read_events(now)
-        if now >= self._second_at - SLACK_S:
+        if now >= self._second_at:
             self._every_second(now)
         if self._control.busy:
             self._control.tick(now)
@@ -254,11 +254,11 @@ class Daemon:
             return 0.0
         if self._dump is None and not engine_.idle:
             return 0.0
-        deadline = min(engine_.next_deadline(), self._second_at)
+        deadline = min(engine_.next_deadline(), self._second_at + SLACK_S)
         if self._events_at is not None:
             deadline = min(deadline, self._events_at)
         if self._report_due:
-            deadline = min(deadline, self._report_at)
+            deadline = min(deadline, self._report_at + SLACK_S)
         next_control = self._control.next_deadline()
         if next_control is not None:
             deadline = min(deadline, next_control)
@@ -281,8 +281,8 @@ class Daemon:
         self._second_at = now + self._second_s
         if now >= self._addresses_at:
             self._read_addresses(now)
-        self._fifo.tick(now + SLACK_S)
-        if not self._link.is_open and now >= self._link.retry_at - SLACK_S:
+        self._fifo.tick(now)
+        if not self._link.is_open and now >= self._link.retry_at:
             self._open_link(now)
         self._report(now)
         self._notifier.status(self._status_line())

@@ -27,6 +27,7 @@ ACK_HOLE_S = 0.005  # while blocks are missing or come twice: between two acknow
 RETRANSMIT_MIN_S = 0.2
 RETRANSMIT_MAX_S = 2.0
 TIMEOUT_BLOCKS = 2  # sent again at a timeout, the oldest ones (RFC 9002, 6.2.4)
+LATER = 1 / 8  # of the interval: so much later one node's heartbeat is due, so that it is an answer to the other's
 REORDER_THRESHOLD = 3  # datagrams later than a block's that are heard before it counts as lost (RFC 9002, 6.1.1) ...
 REORDER_S = 0.02  # ... or one, so long after 5/4 of the round-trip time (RFC 9002, 6.1.2)
 SEND_WINDOW_FIRST = 128  # blocks on their way; each acknowledged one adds one, up to WINDOW_BLOCKS
@@ -198,6 +199,7 @@ class Session:
     ) -> None:
         self.node = node
         self.peer = peer
+        self._answers = LATER if node > peer else 0.0
         self.counters: collections.Counter[str] = collections.Counter()
         self.last_seen: float | None = None
         self._crypto = crypto
@@ -207,6 +209,7 @@ class Session:
         self._version = version
         self._payload = payload
         self._interval = hello_interval_s
+        self._later = self._answers * hello_interval_s
         self._dead_after = dead_after_s
         self._hello = self._fresh_hello()  # of the next session; replaced as soon as a session uses it
         self._established: _Established | None = None
@@ -219,6 +222,7 @@ class Session:
     def set_timers(self, hello_interval_s: float, dead_after_s: float) -> None:
         """Other timers, from the next sign of life on."""
         self._interval = hello_interval_s
+        self._later = self._answers * hello_interval_s
         self._dead_after = dead_after_s
 
     # --- what the engine asks ----------------------------------------------------------------------------------------
@@ -577,7 +581,7 @@ class Session:
         if status:
             frames += wire.encode_status(self._status)
             self._status_due = False
-            self._heartbeat_at = now + self._interval
+            self._heartbeat_at = now + self._interval + self._later
         return frames
 
     def _poll_retransmissions(self, session: _Established, now: float) -> None:
