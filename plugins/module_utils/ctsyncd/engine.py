@@ -59,7 +59,7 @@ from .rows import (
     unpack,
 )
 from .session import BlockReceived, PeerLeft, Session, SessionUp, StatusReceived
-from .tables import Copies, ExternalCache, Replica
+from .tables import Copies, ExternalCache
 
 HOT_STANDBY = "hot-standby"
 EXTERNAL_CACHE = "external-cache"
@@ -766,42 +766,49 @@ class Engine:
             value = self.cache.value(key)
             if value is not None:
                 (self._closing if _is_closing(key, value) else self._trim).append(key)
+        keys = _pop(self._closing, limit)
+        if not self._unsorted:
+            keys += _pop(self._trim, limit - len(keys))
         jobs: list[Job] = []
         groups: dict[tuple[str, int], Work] = {}
-        for dummy in range(limit):
-            ready = self._closing or (self._trim if not self._unsorted else None)
-            if not ready:
-                break
-            replica = self.cache.get(ready.popleft())
-            operation = "" if replica is None else self._true_state(replica)
-            if replica is None or not operation:
+        lifetimes: dict[tuple[int, bytes], int] = {}
+        lacking = set(self.copies.lacking(keys))
+        values, extras = self.cache.value, self.cache.extras
+        for key in keys:
+            value = values(key)
+            operation = "" if value is None else CREATE if key in lacking else self._true_state(key, value)
+            if value is None or not operation:
                 continue
-            lifetime = self._lifetime(replica.key, replica.value)
-            if replica.extras and operation != TIMER:
-                flow = unpack(replica.key, replica.value, replica.extras)
-                jobs.append(Request(operation, replica.key, flow, lifetime))
+            kind = (key[0], value[-STATUS_FROM_END : 1 - STATE_FROM_END])  # all that the lifetime depends on
+            lifetime = lifetimes.get(kind)
+            if lifetime is None:
+                lifetime = lifetimes[kind] = self._lifetime(key, value)
+            if operation != TIMER and key in extras:
+                jobs.append(Request(operation, key, unpack(key, value, extras[key]), lifetime))
                 continue
-            shape = (operation, len(replica.key))
+            shape = (operation, len(key))
             work = groups.get(shape)
             if work is None:
                 work = groups[shape] = Work(*shape, [], [], [])
                 jobs.append(work)
-            work.keys.append(replica.key)
+            work.keys.append(key)
             work.timeouts.append(lifetime)
             if operation != TIMER:
-                work.values.append(replica.value)
+                work.values.append(value)
         return jobs
 
-    def _true_state(self, replica: Replica) -> str:
-        """The operation that gives a replica its true state and timer at take-over; nothing if it has them."""
-        if not self.copies.held(replica.key):
-            return CREATE
-        if replica.key[0] == IPPROTO_GRE:
+    def _true_state(self, key: bytes, value: bytes) -> str:
+        """The operation that gives a replica that the kernel holds its true state and timer at take-over; nothing if it
+        has them."""
+        if key[0] == IPPROTO_GRE:
             return ""  # the timer is fixed, see ctnetlink.create
-        if _is_closing(replica.key, replica.value):
+        if _is_closing(key, value):
             return UPDATE
-        if (_known_timeout(replica.value) or 0) - (self._now - replica.since) >= self._parked_s:
-            return ""  # was never parked, and has that much left
+        told = _known_timeout(value) or 0
+        if told >= self._parked_s:
+            replica = self.cache.get(key)
+            if replica is not None and told - (self._now - replica.since) >= self._parked_s:
+                return ""  # was never parked, and has that much left
         return TIMER
 
     def _lifetime(self, key: bytes, value: bytes) -> int:
@@ -1243,7 +1250,7 @@ class Engine:
 
     def commit(self) -> int:
         """Put every flow of the external cache that the kernel does not hold into the kernel; returns how many."""
-        waiting = [key for key in self.cache.table if not self.copies.held(key)]
+        waiting = self.copies.lacking(self.cache.table)
         self._trim.extend(waiting)
         return len(waiting)
 
@@ -1504,6 +1511,11 @@ def _filter(settings: Settings) -> Filter:
 
 def _size(job: Job) -> int:
     return len(job.keys) if isinstance(job, Work) else 1
+
+
+def _pop(keys: collections.deque[bytes], limit: int) -> list[bytes]:
+    """The first keys, at most ``limit``; they leave the queue."""
+    return [keys.popleft() for dummy in range(min(limit, len(keys)))]
 
 
 def _is_open(proto: int, state: int | None) -> bool:

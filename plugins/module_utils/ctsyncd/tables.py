@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import operator
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 _SINCE = struct.Struct("!I")
@@ -173,6 +173,13 @@ class Copies:
 
     def held(self, key: bytes) -> bool:
         return key not in self.asked and (key in self._others) != self._normally
+
+    def lacking(self, keys: Collection[bytes]) -> list[bytes]:
+        """Those that the kernel does not hold yet."""
+        asked, others, normally = self.asked, self._others, self._normally
+        if not asked and not others:
+            return [] if normally else list(keys)
+        return [key for key in keys if key in asked or (key in others) == normally]
 
     def ask(self, keys: Iterable[bytes]) -> None:
         """The kernel is asked to hold them."""
