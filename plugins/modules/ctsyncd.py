@@ -76,7 +76,7 @@ options:
   hello_interval_ms:
     description: Time between two signs of life on an idle link, in milliseconds.
     type: int
-    default: 200
+    default: 400
   ignore_addresses:
     description:
       - Networks whose flows are not replicated, besides loopback, all addresses of the node itself, VRRP and the sync
@@ -208,9 +208,9 @@ options:
         type: str
         required: true
   window_ms:
-    description: Changes of one flow within this time are sent as one, in milliseconds.
+    description: Longest time that changes are gathered before they are sent, in milliseconds (0 to 20).
     type: int
-    default: 5
+    default: 20
 notes:
   - The keys never appear in results, diffs or messages. Keep them in Ansible Vault.
   - Runtime files are made by C(systemd-tmpfiles) in C(/run/ctsync), which outlives the daemon and keepalived.
@@ -374,7 +374,7 @@ def argument_spec() -> dict[str, Any]:
                 "zones": {"type": "list", "elements": "int", "default": []},
             },
         },
-        "hello_interval_ms": {"type": "int", "default": 200},
+        "hello_interval_ms": {"type": "int", "default": 400},
         "ignore_addresses": {"type": "list", "elements": "str", "default": []},
         "interpreter": {"type": "path", "default": "/usr/bin/python3"},
         "keys": {
@@ -422,7 +422,7 @@ def argument_spec() -> dict[str, Any]:
                 "interface": {"type": "str", "required": True},
             },
         },
-        "window_ms": {"type": "int", "default": 5},
+        "window_ms": {"type": "int", "default": 20},
     }
 
 

@@ -155,14 +155,16 @@ options:
     default: present
   track_file:
     description:
-      - File with V(1) while this node must not be preferred, V(0) when it is ready. An empty string switches it off.
+      - File with V(0) when this node is ready, V(1) while it must not be preferred, V(2) while another node that must
+        not be preferred is better still. An empty string switches it off.
       - keepalived makes a missing file with V(1), and never changes an existing one.
     type: str
     default: /run/ctsync/not-ready
   track_weight:
     description:
-      - What a node that is not ready adds to its priority, -253 to -1.
-      - Its amount must be greater than the difference between the priorities of any two nodes.
+      - What a node that is not ready adds to its priority, -253 to -1; one that knows nothing adds it twice.
+      - Its amount must be greater than the difference between the priorities of any two nodes. Where nothing would be
+        left, keepalived takes 1; then the order of the nodes is still right.
     type: int
     default: -60
 notes:

@@ -158,16 +158,7 @@ def begin_to_measure(daemon: Daemon) -> int:
     return memory_kib(daemon)
 
 
-@pytest.mark.parametrize(
-    "side",
-    [
-        "internal",
-        pytest.param(
-            "external",
-            marks=pytest.mark.xfail(strict=True, reason="each dump holds a list of the whole external cache"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("side", ["internal", "external"])
 def test_dumps_that_nobody_reads_on_cost_next_to_nothing(lab: Cluster, side: str, record_property: Record) -> None:
     daemon = daemon_of(lab, side)
     before = begin_to_measure(daemon)

@@ -21,6 +21,7 @@ from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.filters
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import Flow, Tuple
 from integration.cluster import Cluster, Daemon, Session
 from integration.netns import CONNTRACK_SYSCTLS, Namespace, Net, wait_for
+from integration.test_netlink import single
 
 pytestmark = pytest.mark.netns
 
@@ -213,10 +214,10 @@ def test_connection_that_takes_the_tuple_of_a_former_one_is_replicated(
         second = reopen(lab, 4001)
         second.talk()
         lab.replicated(lab.fw1, lab.fw2)
-        states = [event.flow.state for event in witness.read() if event.flow and event.flow.state is not None]
+        states = [event.flow.state for event in single(witness) if event.flow and event.flow.state is not None]
         assert states.count(k.TCP_SYN_RECV) == states.count(k.TCP_ESTABLISHED) == 2
         assert states.count(k.TCP_SYN_SENT) == (2 if end == "reset" else 1)
-        passed = [event.flow.state for event in filtered.read() if event.flow and event.flow.state is not None]
+        passed = [event.flow.state for event in single(filtered) if event.flow and event.flow.state is not None]
         assert passed == [state for state in states if state >= k.TCP_ESTABLISHED]
     lab.power_cut(lab.fw1, lab.fw2)
     second.talk()
@@ -250,9 +251,9 @@ def test_kernel_runs_the_program_as_meant(net: Net) -> None:
             filtered = stack.enter_context(netlink.EventSocket(unwanted=unwanted))
         assert requests.inject([ctnetlink.create(flow) for flow in flows]) == []
         assert requests.inject([ctnetlink.delete(flow) for flow in flows]) == []
-        heard = [(event.kind, event.flow.key) for event in witness.read() if event.flow]
+        heard = [(event.kind, event.flow.key) for event in single(witness) if event.flow]
         assert len(heard) == 2 * len(flows)
         wanted = {f.key for f in flows if f.proto == k.IPPROTO_UDP and f.zone in (0, 7) and f.replied}
         assert len(wanted) == 2
-        passed = [(event.kind, event.flow.key) for event in filtered.read() if event.flow]
+        passed = [(event.kind, event.flow.key) for event in single(filtered) if event.flow]
         assert passed == [one for one in heard if one[0] == Kind.DESTROY or one[1] in wanted]

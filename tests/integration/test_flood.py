@@ -90,9 +90,9 @@ class Attacker:
         elif kind == "short":
             self.send(noise[: chance.randrange(36)])
         elif kind == "other version":
-            self.send(b"\2" + noise)
+            self.send(bytes((wire.VERSION + 1,)) + noise)
         elif kind == "unknown kind":
-            self.send(b"\1\7\1\0" + noise)
+            self.send(bytes((wire.VERSION, 7, 1, 0)) + noise)
         elif kind == "unknown key":
             self.send(wire.encode_header(wire.HELLO, 9, noise[:16], 0) + noise)
         elif kind == "forged hello":

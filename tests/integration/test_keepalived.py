@@ -126,6 +126,28 @@ def test_two_nodes_that_are_not_ready_still_elect_one(two: Two) -> None:
     assert {instance["state"] for instance in backup.facts()["vrrp"]["instances"]} == {"BACKUP"}, "never FAULT"
 
 
+@pytest.mark.parametrize(
+    ("grades", "winner", "priorities"),
+    [((2, 1), "fw2", (30, 40)), ((1, 2), "fw1", (90, 1)), ((2, 2), "fw1", (30, 1)), ((2, 0), "fw2", (30, 100))],
+)
+def test_of_two_nodes_the_better_informed_is_elected(
+    two: Two, grades: tuple[int, int], winner: str, priorities: tuple[int, int]
+) -> None:
+    """Twice the weight is more than the lower priority has: keepalived takes 1 then, and the order stays."""
+    nodes = (two.fw1, two.fw2)
+    for node, grade in zip(nodes, grades):
+        node.configure(nopreempt=False)
+        node.track_file.write_text(f"{grade}\n", encoding="ascii")
+    for node in nodes:
+        node.start()
+    netns.wait_for(lambda: two.fw1.holds(V4) != two.fw2.holds(V4), "one of them to become active")
+    stays, goes = nodes if winner == "fw1" else nodes[::-1]
+    netns.wait_for(lambda: stays.holds(V4) and goes.holds_none(), f"{winner} to become active")
+    adverts_seen(goes)
+    assert stays.holds(V4) and goes.holds_none()
+    assert tuple(node.priorities() for node in nodes) == tuple({priority} for priority in priorities)
+
+
 @pytest.mark.parametrize(("ready", "winner"), [(False, "fw2"), (True, "fw1")])
 def test_after_a_split_the_better_informed_node_keeps_the_virtual_ips(two: Two, ready: bool, winner: str) -> None:
     two.start_second_active()

@@ -5,9 +5,9 @@
 
 Rooms, from the ground up; a room imports only from the floors below it:
 
-1. values: ``constants``, ``errors``, ``flow``, ``config``
+1. values: ``constants``, ``errors``, ``flow``, ``rows``, ``config``
 2. codecs, bytes <-> values: ``ctnetlink`` (kernel), ``wire`` (peer), ``render`` (people)
-3. pure logic, time is an argument: ``tables``, ``filters``, ``session``, ``readiness``, ``engine``
+3. pure logic, time is an argument: ``pending``, ``tables``, ``filters``, ``session``, ``readiness``, ``engine``
 4. edges: ``crypto``, ``netlink``, ``link``, ``control``, ``vrrp``, ``service``
 5. ``daemon`` (the event loop), ``cli``, ``__main__``
 

@@ -17,7 +17,7 @@ import sys
 import time
 from typing import Any, Callable, Iterable, NamedTuple
 
-from . import __version__, config, control, render, service, vrrp
+from . import __version__, config, control, readiness, render, service, vrrp
 from .errors import ConfigError, CtsyncError
 
 OK = 0
@@ -283,7 +283,7 @@ def _gate(chosen: Invocation) -> int:
     if addresses and addresses <= _own_addresses():
         return OK
     target = vrrp.TrackFile(track_file)
-    if target.write(True):
+    if target.write(readiness.KNOWS_NOTHING):
         return OK
     _complain(str(target.problem))
     return FAILED

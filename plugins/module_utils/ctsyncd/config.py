@@ -131,7 +131,12 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option("control_socket", "socket_path", "/run/ctsyncd/ctsyncd.sock", "Control socket of the daemon, mode 0600."),
     Option("notify_fifo", "path", "/run/ctsync/notify.fifo", "FIFO that keepalived writes its transitions to."),
-    Option("track_file", "path", "/run/ctsync/not-ready", "File that keepalived tracks: 1 is not ready, 0 is ready."),
+    Option(
+        "track_file",
+        "path",
+        "/run/ctsync/not-ready",
+        "File that keepalived tracks: 0 is ready, 1 is not, 2 knows nothing.",
+    ),
     Option(
         "ignore_addresses",
         "networks",
@@ -156,10 +161,18 @@ OPTIONS: tuple[Option, ...] = (
         live=True,
     ),
     Option(
-        "hello_interval_ms", "integer", 200, "Time between two signs of life on an idle link.", 20, 10_000, live=True
+        "hello_interval_ms", "integer", 400, "Time between two signs of life on an idle link.", 20, 10_000, live=True
     ),
     Option("dead_after_ms", "integer", 1000, "Silence after which the peer counts as dead.", 100, 60_000, live=True),
-    Option("window_ms", "integer", 5, "Changes of one flow within this time are sent as one.", 0, 1000, live=True),
+    Option(
+        "window_ms",
+        "integer",
+        20,
+        "Longest time that changes are gathered before they are sent.",
+        0,
+        20,
+        live=True,
+    ),
     Option(
         "lag_limit_ms",
         "integer",
@@ -240,9 +253,9 @@ class Config:
     filter: Filter = EVERYTHING
     replicate: bool = True
     udp: str = "replied"
-    hello_interval_ms: int = 200
+    hello_interval_ms: int = 400
     dead_after_ms: int = 1000
-    window_ms: int = 5
+    window_ms: int = 20
     lag_limit_ms: int = 2000
     datagram_bytes: int = 1400
     netlink_buffer_bytes: int = 64 << 20

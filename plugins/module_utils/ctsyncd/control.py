@@ -142,8 +142,15 @@ class ControlServer:
         else:
             self._send(client, now)
 
+    @property
+    def busy(self) -> bool:
+        """Is there anything for :meth:`tick` to do, now or later?"""
+        return bool(self._clients) or self._paused_until is not None
+
     def next_deadline(self) -> float | None:
         """When ``tick`` wants to be called next."""
+        if not self.busy:
+            return None
         times = [client.deadline for client in self._clients.values()]
         times += [client.wake_at for client in self._clients.values() if client.wake_at is not None]
         if self._paused_until is not None:

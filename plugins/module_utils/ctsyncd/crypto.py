@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from .errors import ConfigError, WireError
+from .wire import DIGEST_BYTES
 
 KEY_BYTES = 32
 
@@ -24,6 +27,10 @@ class Crypto(Protocol):
     """What the session needs of cryptography."""
 
     def derive(self, secret: bytes, salt: bytes, info: bytes) -> Aead: ...
+
+    def derive_digest(self, secret: bytes, salt: bytes, info: bytes) -> Callable[[bytes, bytes], bytes]:
+        """A digest of ``DIGEST_BYTES`` of header and plaintext, under a key of its own."""
+        ...
 
 
 class _AesGcm:
@@ -63,5 +70,20 @@ class LibraryCrypto:
         self._hkdf = HKDF
 
     def derive(self, secret: bytes, salt: bytes, info: bytes) -> Aead:
-        key = self._hkdf(algorithm=self._sha256(), length=KEY_BYTES, salt=salt, info=info).derive(secret)
-        return _AesGcm(self._aesgcm(key), self._invalid_tag)
+        return _AesGcm(self._aesgcm(self._expand(secret, salt, info)), self._invalid_tag)
+
+    def derive_digest(self, secret: bytes, salt: bytes, info: bytes) -> Callable[[bytes, bytes], bytes]:
+        """BLAKE2b (RFC 7693), keyed."""
+        keyed = hashlib.blake2b(key=self._expand(secret, salt, info), digest_size=DIGEST_BYTES)
+
+        def digest(header: bytes, plaintext: bytes) -> bytes:
+            one = keyed.copy()
+            one.update(header)
+            one.update(plaintext)
+            return one.digest()
+
+        return digest
+
+    def _expand(self, secret: bytes, salt: bytes, info: bytes) -> bytes:
+        key: bytes = self._hkdf(algorithm=self._sha256(), length=KEY_BYTES, salt=salt, info=info).derive(secret)
+        return key

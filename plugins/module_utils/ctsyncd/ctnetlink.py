@@ -19,6 +19,7 @@ from .constants import (
     AF_INET6,
     ICMP_PROTOCOLS,
     IPPROTO_DCCP,
+    IPPROTO_GRE,
     IPPROTO_ICMP,
     IPPROTO_ICMPV6,
     IPPROTO_SCTP,
@@ -27,6 +28,7 @@ from .constants import (
     IPS_CONFIRMED,
     IPS_DST_NAT,
     IPS_EXPECTED,
+    IPS_FIXED_TIMEOUT,
     IPS_SEEN_REPLY,
     IPS_SRC_NAT,
     TCP_ESTABLISHED,
@@ -35,8 +37,9 @@ from .constants import (
     TCP_FLAG_SACK_PERM,
     TCP_FLAG_WINDOW_SCALE,
 )
-from .errors import NetlinkError
-from .flow import Flow, SeqAdj, Tuple
+from .errors import NetlinkError, WireError
+from .flow import BOTH_DIRECTIONS, ZONE_ORIGINAL, ZONE_REPLY, Flow, SeqAdj, Tuple
+from .rows import unpack_key
 
 Buffer = Union[bytes, bytearray, memoryview]
 
@@ -314,15 +317,20 @@ def decode_flow(payload: bytes) -> Flow:
     if orig_value is None or reply_value is None:
         raise NetlinkError("conntrack entry without its two tuples")
     proto, orig, zone = _decode_tuple(orig_value, family)
-    reply_proto, reply, _zone = _decode_tuple(reply_value, family)
+    reply_proto, reply, reply_zone = _decode_tuple(reply_value, family)
     if reply_proto != proto or len(reply.l4) != len(orig.l4):
         raise NetlinkError(f"tuples of protocols {proto} and {reply_proto}, {len(orig.l4)} and {len(reply.l4)} bytes")
     status = timeout = mark = ident = start = master = seqadj = helper = None
     state: int | None = None
     wscale = flags = vtags = None
     master_proto = 0
+    direction = BOTH_DIRECTIONS
     if (part := value(CTA_ZONE)) is not None:
         zone = _u16(part, "CTA_ZONE")
+    elif zone:  # ctnetlink_dump_zone_id: a zone of one direction only is told inside the tuple of that direction
+        direction = ZONE_ORIGINAL
+    elif reply_zone:
+        zone, direction = reply_zone, ZONE_REPLY
     if (part := value(CTA_STATUS)) is not None:
         status = _u32(part, "CTA_STATUS")
     if (part := value(CTA_TIMEOUT)) is not None:
@@ -366,6 +374,7 @@ def decode_flow(payload: bytes) -> Flow:
         seqadj,
         start,
         ident,
+        direction,
     )
 
 
@@ -414,6 +423,12 @@ _L4_LAYOUTS = {
     IPPROTO_ICMP: ((CTA_PROTO_ICMP_ID, 2), (CTA_PROTO_ICMP_TYPE, 1), (CTA_PROTO_ICMP_CODE, 1)),
     IPPROTO_ICMPV6: ((CTA_PROTO_ICMPV6_ID, 2), (CTA_PROTO_ICMPV6_TYPE, 1), (CTA_PROTO_ICMPV6_CODE, 1)),
 }
+
+
+def l4_layout(proto: int) -> tuple[tuple[int, int], ...]:
+    """Attributes and sizes of ``Tuple.l4``, in its order."""
+    return _L4_LAYOUTS.get(proto, _PORTS)
+
 
 # A tuple of addresses and ports: its bytes, and the attribute headers (five groups) between its values
 _PORT_TUPLES = {
@@ -505,6 +520,12 @@ def _request(what: int, flags: int, seq: int, family: int, *parts: bytes) -> byt
     return message(NFNL_SUBSYS_CTNETLINK << 8 | what, flags, seq, _NFGEN.pack(family, 0, 0) + b"".join(parts))
 
 
+def icmp_mirror(proto: int) -> bytes:
+    """The type of the other direction by type, of ICMP or ICMPv6 (for bytes.translate)."""
+    kinds = _ICMP_MIRROR if proto == IPPROTO_ICMP else _ICMPV6_MIRROR
+    return bytes(kinds.get(kind, kind) for kind in range(256))
+
+
 def mirror(proto: int, direction: Tuple) -> Tuple:
     """The tuple of the other direction if nothing is translated (nf_ct_invert_tuple).
 
@@ -520,7 +541,7 @@ def mirror(proto: int, direction: Tuple) -> Tuple:
     return Tuple(direction.dst, direction.src, l4)
 
 
-def _tuple(kind: int, family: int, proto: int, direction: Tuple) -> bytes:
+def _tuple(kind: int, family: int, proto: int, direction: Tuple, zone: int = 0) -> bytes:
     want = _ADDRESS_LEN.get(family)
     if want is None:
         raise NetlinkError(f"address family {family} is neither IPv4 nor IPv6")
@@ -529,9 +550,8 @@ def _tuple(kind: int, family: int, proto: int, direction: Tuple) -> bytes:
     if direction.l4 and proto not in _L4_LAYOUTS:
         layout, marks = _PORT_TUPLES[family]
         src, dst, l4 = direction
-        return _ATTR.pack(4 + layout.size, kind | NLA_F_NESTED) + layout.pack(
-            *(marks[0], src, marks[1], dst, marks[2], proto, marks[3], l4[:2], marks[4], l4[2:])
-        )
+        body = layout.pack(*(marks[0], src, marks[1], dst, marks[2], proto, marks[3], l4[:2], marks[4], l4[2:]))
+        return _nested(kind, body, _tuple_zone(zone)) if zone else _nested(kind, body)
     kinds = (CTA_IP_V4_SRC, CTA_IP_V4_DST) if family == AF_INET else (CTA_IP_V6_SRC, CTA_IP_V6_DST)
     keys = [attribute(CTA_PROTO_NUM, bytes((proto,)))]
     if direction.l4:
@@ -543,11 +563,23 @@ def _tuple(kind: int, family: int, proto: int, direction: Tuple) -> bytes:
         kind,
         _nested(CTA_TUPLE_IP, attribute(kinds[0], direction.src), attribute(kinds[1], direction.dst)),
         _nested(CTA_TUPLE_PROTO, *keys),
+        _tuple_zone(zone),
     )
 
 
-def _zone(zone: int) -> bytes:
-    return attribute(CTA_ZONE, _U16.pack(zone)) if zone else b""
+def _tuple_zone(zone: int) -> bytes:
+    return attribute(CTA_TUPLE_ZONE, _U16.pack(zone)) if zone else b""
+
+
+def _orig(flow: Flow) -> bytes:
+    """The original tuple, and the zone where the kernel looks for it when it searches an entry by that tuple.
+
+    A zone of the reply direction alone is no part of the original tuple's identity (nf_ct_zone_equal): without it the
+    entry is found, with CTA_ZONE it is not.
+    """
+    one_way = flow.zone if flow.zone_dir == ZONE_ORIGINAL else 0
+    zone = attribute(CTA_ZONE, _U16.pack(flow.zone)) if flow.zone and flow.zone_dir == BOTH_DIRECTIONS else b""
+    return _tuple(CTA_TUPLE_ORIG, flow.family, flow.proto, flow.orig, one_way) + zone
 
 
 def _nat(kind: int, family: int, address: bytes, key: bytes) -> bytes:
@@ -688,20 +720,30 @@ def create(
 
     With NAT the reply tuple is sent as the plain mirror of the original one: the kernel applies CTA_NAT_* to it and
     sets the NAT bits only if that changes something (nf_nat_core.c, nf_nat_setup_info).  CTA_STATUS cannot set them.
+
+    The timer of a GRE entry is fixed: an entry that was not made by a packet has no timeouts of its own, so its first
+    packet would set the timer to 0 (nf_conntrack_proto_gre.c, gre_packet).
     Raises NetlinkError if the flow cannot be expressed.
     """
     family, proto = flow.family, flow.proto
     natted = flow.status & (IPS_SRC_NAT | IPS_DST_NAT)
     seconds = timeout if timeout is not None else flow.timeout if flow.timeout is not None else FALLBACK_TIMEOUT
     status = flow.status & (IPS_SEEN_REPLY | IPS_ASSURED) | IPS_CONFIRMED
+    if proto == IPPROTO_GRE:
+        status |= IPS_FIXED_TIMEOUT
     return _request(
         IPCTNL_MSG_CT_NEW,
         NLM_F_CREATE | NLM_F_EXCL | (NLM_F_ACK if ack else 0),
         seq,
         family,
-        _tuple(CTA_TUPLE_ORIG, family, proto, flow.orig),
-        _tuple(CTA_TUPLE_REPLY, family, proto, mirror(proto, flow.orig) if natted else flow.reply),
-        _zone(flow.zone),
+        _orig(flow),
+        _tuple(
+            CTA_TUPLE_REPLY,
+            family,
+            proto,
+            mirror(proto, flow.orig) if natted else flow.reply,
+            flow.zone if flow.zone_dir == ZONE_REPLY else 0,
+        ),
         attribute(CTA_STATUS, _U32.pack(status)),
         attribute(CTA_TIMEOUT, _U32.pack(seconds)),
         _protoinfo(flow, liberal),
@@ -731,19 +773,19 @@ def update(
     NAT, master and helper are fixed when an entry is created and are left out (the kernel answers EOPNOTSUPP to the
     first two).  CTA_STATUS can only set SEEN_REPLY and ASSURED; to clear one is EBUSY, and so is an EXPECTED bit that
     differs from the kernel's.  ``expected`` tells whether the kernel's entry has it (default: the flow has a master);
-    ``status`` False leaves the status out, which never fails.  ``liberal``: see :func:`_tcp`.
+    ``status`` False leaves the status out, which never fails.  ``liberal``: see :func:`_tcp`.  The timeout of a GRE
+    entry is left out: that of one that was made by :func:`create` is fixed (EPERM).
     """
     bits = flow.status & (IPS_SEEN_REPLY | IPS_ASSURED) | IPS_CONFIRMED
     if expected if expected is not None else flow.master is not None:
         bits |= IPS_EXPECTED
-    seconds = timeout if timeout is not None else flow.timeout
+    seconds = None if flow.proto == IPPROTO_GRE else timeout if timeout is not None else flow.timeout
     return _request(
         IPCTNL_MSG_CT_NEW,
         NLM_F_ACK if ack else 0,
         seq,
         flow.family,
-        _tuple(CTA_TUPLE_ORIG, flow.family, flow.proto, flow.orig),
-        _zone(flow.zone),
+        _orig(flow),
         attribute(CTA_STATUS, _U32.pack(bits)) if status else b"",
         b"" if seconds is None else attribute(CTA_TIMEOUT, _U32.pack(seconds)),
         _protoinfo(flow, liberal),
@@ -763,8 +805,7 @@ def delete(flow: Flow, seq: int = 0, ident: int | None = None, ack: bool = False
         NLM_F_ACK if ack else 0,
         seq,
         flow.family,
-        _tuple(CTA_TUPLE_ORIG, flow.family, flow.proto, flow.orig),
-        _zone(flow.zone),
+        _orig(flow),
         b"" if ident is None else attribute(CTA_ID, _U32.pack(ident)),
     )
 
@@ -774,11 +815,11 @@ def flow_of_key(key: bytes) -> Flow:
 
     Raises NetlinkError if the key is malformed.
     """
-    size = _ADDRESS_LEN.get(key[0]) if len(key) >= 4 else None
-    if size is None or len(key) - 4 - 2 * size not in (0, 4):
-        raise NetlinkError(f"flow key of {len(key)} bytes")
-    orig = Tuple(key[4 : 4 + size], key[4 + size : 4 + 2 * size], key[4 + 2 * size :])
-    return Flow(key[0], key[1], key[2] << 8 | key[3], orig, mirror(key[1], orig), 0)
+    try:
+        shape, proto, zone, direction, orig = unpack_key(key)
+    except WireError as error:
+        raise NetlinkError(str(error)) from None
+    return Flow(shape.family, proto, zone, orig, mirror(proto, orig), 0, zone_dir=direction)
 
 
 def get(flow: Flow, seq: int = 0) -> bytes:
@@ -788,8 +829,7 @@ def get(flow: Flow, seq: int = 0) -> bytes:
         0,
         seq,
         flow.family,
-        _tuple(CTA_TUPLE_ORIG, flow.family, flow.proto, flow.orig),
-        _zone(flow.zone),
+        _orig(flow),
     )
 
 

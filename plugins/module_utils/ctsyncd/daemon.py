@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import hashlib
 import logging
 import os
+import select
 import selectors
 import signal
 import sys
@@ -27,15 +29,53 @@ from .session import Session
 
 LOG = logging.getLogger(__name__)
 
-EVENTS_PER_TURN = 2000
-DATAGRAMS_PER_TURN = 64
-REQUESTS_PER_TURN = 256
-DUMP_SLICES_PER_TURN = 2
+EVENTS_PER_TURN = 4096
+DATAGRAMS_PER_TURN = 128
+REQUESTS_PER_TURN = 1024
+DUMP_SLICES_PER_TURN = 8
 MAX_EVENT_BUFFER = 256 << 20
-ADDRESS_CHECK_S = 1.0  # the virtual IPs are looked up at every change, and this often in case a change was missed
-STATUS_S = 1.0
+ADDRESS_CHECK_S = 10.0  # the virtual IPs are looked up at every change, and this often in case a change was missed
+SLACK_S = 0.3  # what is not urgent waits so long for a wake-up that is needed anyway
+REPORT_S = 0.1  # between two verdicts
+QUIET_S = 0.05  # without events: the next one is read at once
+SPARSE_S = 0.0066  # between two events: a window would gather a few at most, so each is read at once
+DENSE_S = 0.0001  # between two events: if it is less, the window is shorter, by the third power
+SHORTEST_WINDOW_S = 0.002
+AVERAGED_EVENTS = 64
 
 NANOSECONDS = 1_000_000_000
+
+
+class Window:
+    """How long changes are gathered before they are read: the fewer wake-ups, the less it costs.
+
+    Read at once is the first one after a quiet spell, and all of them while they are few.  Where a window pays it has
+    its full length; at a rate at which it gathers plenty anyway it is shorter.  Times in seconds.
+    """
+
+    def __init__(self) -> None:
+        self._gap = QUIET_S  # between two events, on average
+        self._last = float("-inf")  # when events were read last
+
+    def opens(self, now: float, longest: float) -> float:
+        """There is an event: how long may it wait for others?"""
+        gap = self._gap
+        if gap >= SPARSE_S or now - self._last >= QUIET_S:
+            return 0.0
+        if gap >= DENSE_S:
+            return longest
+        return min(longest, max(SHORTEST_WINDOW_S, longest * (gap / DENSE_S) ** 3))
+
+    def read(self, events: int, now: float) -> None:
+        """So many events were read."""
+        if not events:
+            return
+        elapsed = min(now - self._last, QUIET_S)
+        self._last = now
+        if events >= AVERAGED_EVENTS:
+            self._gap = elapsed / events
+        else:
+            self._gap += (elapsed / events - self._gap) * events / AVERAGED_EVENTS
 
 
 class Daemon:
@@ -80,7 +120,11 @@ class Daemon:
             config.netlink_buffer_bytes, (self._requests.portid,), self._engine.filter.events
         )
         self._event_buffer = config.netlink_buffer_bytes
+        self._window = Window()
         self._events_at: float | None = None  # events wait; the window ends then
+        # Outside of a window the events and all else are waited for, in it all else: no socket is registered anew.
+        self._all = select.epoll()
+        self._events_fd, self._selector_fd = self._events.fileno(), self._selector.fileno()
         self._addresses = netlink.AddressMonitor()
         self._addresses_at = now
         self._link = Link(config.link.interface, config.link.address, config.link.port, config.peer.address)
@@ -89,9 +133,14 @@ class Daemon:
         self._control = control.ControlServer(config.control_socket, self._command)
         self._dump: netlink.TableDump | None = None
         self._dump_number = 0
-        self._link_registered = False
-        self._status_at = now
+        self._link_watched = 0  # for what the selector has the link
+        self._second_at = now
+        self._second_s = min(1.0, self._notifier.watchdog_interval_s or 1.0)
         self._watchdog_at = now
+        self._report_at = now  # no verdict before
+        self._report_due = True
+        self._condition: tuple[object, ...] = ()
+        self._read_at = now  # when the link was read last
 
     # --- life --------------------------------------------------------------------------------------------------------
 
@@ -99,13 +148,16 @@ class Daemon:
         """Serve until a signal or ``-k`` ends it."""
         now = time.monotonic()
         self._control.open()  # first: a second daemon stops here and touches nothing
+        # "ready" outlives a daemon on a node that is active, and no reboot (systemd-tmpfiles writes it anew)
+        self._engine.cold_start = self._track.read() is not False
         self._read_addresses(now)
         self._write_gate(now)
         self._control.register(self._selector)
         self._fifo.register(self._selector)
         self._fifo.open(now)
         self._selector.register(self._signals.fileno(), selectors.EVENT_READ, self._signals)
-        self._selector.register(self._events, selectors.EVENT_READ, self._events)
+        self._all.register(self._events.fileno(), select.EPOLLIN)
+        self._all.register(self._selector.fileno(), select.EPOLLIN)
         self._selector.register(self._addresses, selectors.EVENT_READ, self._addresses)
         self._open_link(now)
         gc.collect()
@@ -127,7 +179,7 @@ class Daemon:
         self._session.say_bye()
         self._link.send(self._session.poll(time.monotonic()))
         if not self._engine.active:
-            self._track.write(True)
+            self._track.write(readiness.KNOWS_NOTHING)
         self.close()
 
     def close(self) -> None:
@@ -138,6 +190,7 @@ class Daemon:
         for edge in (self._dump, self._events, self._addresses, self._requests):
             if edge is not None:
                 edge.close()
+        self._all.close()
         self._selector.close()
         self._signals.close()
 
@@ -145,94 +198,131 @@ class Daemon:
 
     def _turn(self) -> None:
         now = time.monotonic()
-        for key, mask in self._selector.select(self._wait(now)):
+        engine_ = self._engine
+        wait = self._wait(now)
+        others = True
+        if self._events_at is None:
+            ready = [fd for fd, _mask in self._all.poll(wait)]
             now = time.monotonic()
-            edge = key.data
-            if edge is self._control:
-                edge.handle(key, mask, now)
-            elif edge is self._events:
-                self._selector.unregister(self._events)
-                self._events_at = now + self.config.window_ms / 1000
-            elif edge is self._link:
-                self._read_link(now)
-            elif edge is self._fifo:
-                self._read_fifo(now)
-            elif edge is self._addresses:
-                self._addresses.drain()
-                self._read_addresses(now)
-            elif edge is self._signals:
-                self._read_signals(now)
-        now = time.monotonic()
+            others = self._selector_fd in ready
+            wait = 0.0
+            if self._events_fd in ready:
+                window = self._window.opens(now, self.config.window_ms / 1000)
+                self._events_at = now + window
+                if window and not others:
+                    wait = min(window, self._wait(now))
+                    others = True
+                    if engine_.active and not len(engine_.pending):  # what the peer says now is not urgent
+                        time.sleep(wait)
+                        wait = 0.0
+        if others:
+            for key, mask in self._selector.select(wait):
+                self._serve(key, mask, time.monotonic())
+            now = time.monotonic()
         if self._events_at is not None and now >= self._events_at:
             self._read_events(now)
-        self._tick(now)
-        self._feed_dump(now)
-        self._link.send(self._engine.poll(now))
+        if now >= self._second_at:
+            self._every_second(now)
+        if self._control.busy:
+            self._control.tick(now)
+        if engine_.dump is not None or self._dump is not None:
+            self._feed_dump(now)
+        self._link.send(engine_.poll(now))
         self._work_for_kernel()
+        self._answer_questions(now)
         self._watch_link()
-        self._report(now)
+        self._look_for_news(now)
+
+    def _serve(self, key: selectors.SelectorKey, mask: int, now: float) -> None:
+        edge = key.data
+        if edge is self._control:
+            edge.handle(key, mask, now)
+        elif edge is self._link:
+            self._read_link(now)
+        elif edge is self._fifo:
+            self._read_fifo(now)
+        elif edge is self._addresses:
+            self._addresses.drain()
+            self._read_addresses(now)
+        elif edge is self._signals:
+            self._read_signals(now)
 
     def _wait(self, now: float) -> float:
         """How long the loop may sleep, in seconds."""
-        if self._dump is not None and self._engine.dump_room:
+        engine_ = self._engine
+        if engine_.dump is not None and (self._dump is None or engine_.dump_room):
             return 0.0
-        deadlines = [
-            self._engine.next_deadline(),
-            self._fifo.retry_at,
-            self._addresses_at,
-            self._status_at,
-            self._watchdog_at if self._notifier.watchdog_interval_s is not None else self._status_at,
-        ]
+        if self._dump is None and not engine_.idle:
+            return 0.0
+        deadline = min(engine_.next_deadline(), self._second_at + SLACK_S)
         if self._events_at is not None:
-            deadlines.append(self._events_at)
-        if not self._link.is_open:
-            deadlines.append(self._link.retry_at)
+            deadline = min(deadline, self._events_at)
+        if self._report_due:
+            deadline = min(deadline, self._report_at + SLACK_S)
         next_control = self._control.next_deadline()
         if next_control is not None:
-            deadlines.append(next_control)
-        if not self._engine.idle and self._dump is None:
-            return 0.0
-        return max(0.0, min(deadlines) - now)
+            deadline = min(deadline, next_control)
+        return max(0.0, deadline - now)
 
-    def _tick(self, now: float) -> None:
+    def _look_for_news(self, now: float) -> None:
+        """A verdict costs more than a wake-up: it is made where something changed, and every second."""
+        self._report_due = now < self._report_at
+        if self._report_due:
+            return
+        self._report_at = now + REPORT_S
+        self._engine.problem = self._link.problem
+        condition = self._engine.condition(now)
+        if condition != self._condition:
+            self._condition = condition
+            self._report(now)
+
+    def _every_second(self, now: float) -> None:
+        """Called a little earlier, if the daemon is awake then: no wake-up for this alone."""
+        self._second_at = now + self._second_s
         if now >= self._addresses_at:
             self._read_addresses(now)
         self._fifo.tick(now)
-        self._control.tick(now)
         if not self._link.is_open and now >= self._link.retry_at:
             self._open_link(now)
+        self._report(now)
+        self._notifier.status(self._status_line())
+        if self._notifier.watchdog_interval_s is not None and now >= self._watchdog_at - SLACK_S:
+            self._watchdog_at = now + self._notifier.watchdog_interval_s
+            self._notifier.watchdog()
 
     # --- edges -------------------------------------------------------------------------------------------------------
 
     def _open_link(self, now: float) -> None:
         if self._link.open(now):
             self._selector.register(self._link.fileno(), selectors.EVENT_READ, self._link)
-            self._link_registered = True
+            self._link_watched = selectors.EVENT_READ
 
     def _watch_link(self) -> None:
         """Keep the link registered as it is: open or not, read or held back, with datagrams waiting or not."""
         if not self._link.is_open:
-            if self._link_registered:  # closed by an error: epoll forgot the descriptor, the selector did not
+            if self._link_watched:  # closed by an error: epoll forgot the descriptor, the selector did not
                 for key in list(self._selector.get_map().values()):
                     if key.data is self._link:
                         self._selector.unregister(key.fd)
-                self._link_registered = False
+                self._link_watched = 0
             return
         wanted = 0 if self._engine.overloaded else selectors.EVENT_READ
         if self._link.waiting:
             wanted |= selectors.EVENT_WRITE
+        if wanted == self._link_watched:
+            return
         if not wanted:
-            if self._link_registered:
-                self._selector.unregister(self._link.fileno())
-                self._link_registered = False
-        elif not self._link_registered:
+            self._selector.unregister(self._link.fileno())
+        elif not self._link_watched:
             self._selector.register(self._link.fileno(), wanted, self._link)
-            self._link_registered = True
-        elif self._selector.get_key(self._link.fileno()).events != wanted:
+        else:
             self._selector.modify(self._link.fileno(), wanted, self._link)
+        self._link_watched = wanted
 
     def _read_link(self, now: float) -> None:
-        for datagram in self._link.receive(DATAGRAMS_PER_TURN):
+        limit = DATAGRAMS_PER_TURN if now - self._read_at < QUIET_S else 1  # to look for another one costs as much
+        self._read_at = now
+        for datagram in self._link.receive(limit):
             self._engine.receive(datagram, now)
 
     def _read_fifo(self, now: float) -> None:
@@ -304,32 +394,24 @@ class Daemon:
         self._events.set_filter((self._requests.portid,), self._engine.filter.events)
 
     def _read_events(self, now: float) -> None:
-        messages = self._events.read(EVENTS_PER_TURN)
-        for message in messages:
-            if message.kind == ctnetlink.Kind.OVERRUN:
-                self._overrun(now)
-            elif message.flow is not None:
-                self._engine.kernel_event(message.flow, message.kind == ctnetlink.Kind.DESTROY, now)
-        for flow in self._engine.take_unclear():
-            self._look_up(flow, now)
-        if len(messages) >= EVENTS_PER_TURN:
-            self._events_at = now
-        else:
-            self._events_at = None
-            self._selector.register(self._events, selectors.EVENT_READ, self._events)
+        changes = self._events.read(EVENTS_PER_TURN)
+        self._window.read(changes.events, now)
+        self._engine.kernel_changes(changes, now)
+        if changes.lost:
+            self._overrun(now)
+        self._events_at = now if changes.more else None
 
-    def _look_up(self, flow: Flow, now: float) -> None:
-        """Give the engine the kernel's whole entry of a flow whose event did not say enough."""
-        try:
-            found = self._requests.lookup(flow)
-        except NetlinkError as error:
-            self._log.warning("lookup", now, "looking up a flow: %s", error)
-            return
-        if found is not None:
-            self._engine.kernel_event(found, False, now)
+    def _answer_questions(self, now: float) -> None:
+        """Give the engine the kernel's entries that it asks for."""
+        for question in self._engine.take_questions():
+            found = None
+            try:
+                found = self._requests.lookup(question.flow)
+            except NetlinkError as error:
+                self._log.warning("lookup", now, "looking up a flow: %s", error)
+            self._engine.answer(question, found, now)
 
     def _overrun(self, now: float) -> None:
-        self._engine.kernel_overrun()
         size = min(self._event_buffer * 2, MAX_EVENT_BUFFER)
         self._log.warning("overrun", now, "kernel events were lost (receive buffer full); the table is read again")
         if size > self._event_buffer:
@@ -365,20 +447,38 @@ class Daemon:
             self._dump = None
 
     def _work_for_kernel(self) -> None:
-        requests = self._engine.kernel_requests(REQUESTS_PER_TURN)
-        if not requests:
-            return
-        errors = dict.fromkeys(range(len(requests)), 0)
-        messages, places = [], []
+        for job in self._engine.kernel_work(REQUESTS_PER_TURN):
+            self._engine.kernel_results(job, self._carry_out(job))
+
+    def _carry_out(self, job: engine.Job) -> list[tuple[int, int]]:
+        """Index and errno of what failed."""
+        if isinstance(job, engine.Work):
+            try:
+                return self._carry_out_many(job)
+            except NetlinkError as error:
+                if error.errno == errno.EPERM:
+                    raise
+            requests = [job.request(index) for index in range(len(job.keys))]
+        else:
+            requests = [job]
+        failures, messages, places = [], [], []
         for place, request in enumerate(requests):
             try:
                 messages.append(_message(request))
                 places.append(place)
             except NetlinkError as error:  # the peer sent what this kernel's interface cannot express
-                errors[place] = error.errno or 22
-        for index, number in self._requests.inject(messages):
-            errors[places[index]] = number
-        self._engine.kernel_results((request, errors[place]) for place, request in enumerate(requests))
+                failures.append((place, error.errno or errno.EINVAL))
+        return failures + [(places[index], number) for index, number in self._requests.inject(messages)]
+
+    def _carry_out_many(self, work: engine.Work) -> list[tuple[int, int]]:
+        """Raises NetlinkError, with nothing done, where the interface to the kernel cannot express one of them."""
+        if work.operation == engine.CREATE:
+            return self._requests.create_rows(work.key_len, work.keys, work.values, work.timeouts)
+        if work.operation == engine.UPDATE:
+            return self._requests.update_rows(work.key_len, work.keys, work.values, work.timeouts)
+        if work.operation == engine.TIMER:
+            return self._requests.set_timers(work.key_len, work.keys, work.timeouts)
+        return self._requests.delete_keys(work.key_len, work.keys)
 
     # --- reports -----------------------------------------------------------------------------------------------------
 
@@ -391,17 +491,11 @@ class Daemon:
                 LOG.info("%s", render.verdict_line(verdict._asdict()))
             self._verdict = verdict
         self._set_gate(verdict.gate, now)
-        if now >= self._status_at:
-            self._status_at = now + STATUS_S
-            self._notifier.status(self._status_line())
-        if self._notifier.watchdog_interval_s is not None and now >= self._watchdog_at:
-            self._watchdog_at = now + self._notifier.watchdog_interval_s
-            self._notifier.watchdog()
 
     def _write_gate(self, now: float) -> None:
         self._set_gate(self._engine.verdict(now).gate, now)
 
-    def _set_gate(self, gate: bool, now: float) -> None:
+    def _set_gate(self, gate: int, now: float) -> None:
         if not self._track.write(gate):
             self._log.warning("track", now, "%s", self._track.problem)
 
@@ -502,11 +596,15 @@ class Daemon:
         with netlink.TableDump() as walk:
             while not walk.done:
                 lines = []
-                for flow in walk.read():
-                    if self._engine.is_announced(flow):
+                for flow in walk.read_flows():
+                    if self._engine.internal(flow):
                         age = None if flow.start is None else max(0, (wall - flow.start) // NANOSECONDS)
                         lines.append(line(flow, age))
                 yield "".join(text + "\n" for text in lines).encode() or None
+            if walk.interrupted:
+                raise ControlError(
+                    "the kernel's table was resized meanwhile: flows may be missing or doubled, ask again"
+                )
 
     def _external(self, line: Any) -> Iterator[bytes]:
         now = time.monotonic()

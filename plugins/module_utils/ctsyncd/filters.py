@@ -3,14 +3,17 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Which flows are replicated.  Pure; every event, dumped entry and record of the peer is judged here.
 
-Sets of integers and masked integers only: :mod:`ipaddress` is for the start, it costs some microseconds per address.
+A flow by itself is judged by sets of integers and masked integers (:mod:`ipaddress` is for the start, it costs some
+microseconds per address).  Rows are judged by columns: one byte of all rows is translated to 0 or 1 at once, and such
+columns, read as long integers, are combined by ``&`` and ``|``.  What is suspicious then is judged flow by flow.
 """
 
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable
-from typing import NamedTuple
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple, Tuple
 
 from .config import EVERYTHING, Network
 from .config import Filter as Selection
@@ -29,10 +32,16 @@ from .constants import (
     TCP_TIME_WAIT,
 )
 from .flow import Flow
+from .rows import MARK_FROM_END, SHAPES, STATE_FROM_END, STATUS_FROM_END, unpack
 
 COMPILED_LIMIT = 64  # values per list in a BPF program, whose conditional jumps reach 255 instructions
 
 HALF_OPEN = (TCP_SYN_SENT, TCP_SYN_RECV, TCP_SYN_SENT2)
+
+FEW = 4  # rows up to which judging one after the other is cheaper than by columns
+_MANY_NETWORKS = 16  # from here on one look-up for each prefix length is cheaper than columns for each network
+
+Rows = Mapping[bytes, bytes]
 
 
 class EventFilter(NamedTuple):
@@ -40,7 +49,8 @@ class EventFilter(NamedTuple):
 
     It drops, of all events but DESTROY: other ``protocols`` and ``zones`` than these (empty: none), flows without a
     reply (``replied_only``; not TCP and SCTP, which have states), and these ``tcp_states``.  What does not say what is
-    asked for passes; an absent zone is zone 0.
+    asked for passes; an absent zone is zone 0.  Flows without a reply and TCP states are delivered where the event has
+    labels, a master connection or a sequence adjustment: no later event tells them again.
     """
 
     protocols: tuple[int, ...] = ()
@@ -76,6 +86,95 @@ class Prefixes:
         return False
 
 
+def _table(wanted: Callable[[int], bool]) -> bytes:
+    """For bytes.translate: 1 for the bytes that are wanted, 0 for all others."""
+    return bytes(wanted(byte) for byte in range(256))
+
+
+def _among(wanted: Iterable[int]) -> bytes:
+    return _table(frozenset(wanted).__contains__)
+
+
+_IS_TCP = _among((IPPROTO_TCP,))
+_IS_SCTP = _among((IPPROTO_SCTP,))
+_IS_VRRP = _among((IPPROTO_VRRP,))
+_TCP_WORTH = _among(range(TCP_ESTABLISHED, TCP_TIME_WAIT + 1))
+_TCP_KEPT = _among((0, *range(TCP_ESTABLISHED, TCP_CLOSE + 1)))  # 0: not said
+_SCTP_WORTH = _among((SCTP_ESTABLISHED,))
+_REPLIED = _table(lambda byte: bool(byte & IPS_SEEN_REPLY))
+_LOOPBACK = _among((127,))
+_MULTICAST = _table(lambda byte: byte >= 224)
+_LOCAL_V6 = _among((0xFE, 0xFF))  # link-local, multicast, and what else begins so
+
+_Pattern = Tuple[Tuple[int, bytes], ...]  # places in an address, and the bytes that are wanted there
+
+
+class _Columns:
+    """Rows of one shape, as columns of bytes.  A *mask* is an integer of one byte, 0 or 1, for each row."""
+
+    def __init__(self, key_len: int, rows: Rows) -> None:
+        self.shape = SHAPES[key_len]
+        self.rows = rows
+        self.all = int.from_bytes(b"\1" * len(rows), "little")
+        self._keys = b"".join(rows)
+        self._values = b"".join(rows.values())
+        self._protocols = self._keys[:: self.shape.key]
+
+    def of_protocol(self, table: bytes) -> int:
+        return int.from_bytes(self._protocols.translate(table), "little")
+
+    def of_key(self, at: int, table: bytes) -> int:
+        return int.from_bytes(self._keys[at :: self.shape.key].translate(table), "little")
+
+    def of_value(self, at: int, table: bytes) -> int:
+        return int.from_bytes(self._values[at :: self.shape.value].translate(table), "little")
+
+    def from_end(self, place: int, table: bytes) -> int:
+        """Of the values, counted from their end."""
+        return self.of_value(self.shape.value - place, table)
+
+    def source(self, pattern: _Pattern) -> int:
+        """Rows whose flows begin at an address of this pattern."""
+        mask = self.all
+        for at, table in pattern:
+            mask &= self.of_key(1 + at, table)
+            if not mask:
+                break
+        return mask
+
+    def server(self, pattern: _Pattern) -> int:
+        """Rows whose answers come from an address of this pattern."""
+        mask = self.all
+        for at, table in pattern:
+            mask &= self.of_value(at, table)
+            if not mask:
+                break
+        return mask
+
+    def take(self, mask: int) -> Rows:
+        if mask == self.all:
+            return self.rows
+        return dict(itertools.compress(self.rows.items(), mask.to_bytes(len(self.rows), "little"))) if mask else {}
+
+    def mask_of(self, chosen: Rows) -> int:
+        return int.from_bytes(bytes(map(chosen.__contains__, self.rows)), "little")
+
+
+def _patterns(networks: Iterable[str | Network]) -> dict[int, list[_Pattern]]:
+    """Of each network, by the size of its addresses, which bytes of it stand where."""
+    patterns: dict[int, list[_Pattern]] = {4: [], 16: []}
+    for item in networks:
+        network = ipaddress.ip_network(item)
+        pairs = zip(network.network_address.packed, network.netmask.packed)
+        pattern = tuple((at, _masked(byte, mask)) for at, (byte, mask) in enumerate(pairs) if mask)
+        patterns[network.max_prefixlen // 8].append(pattern)
+    return patterns
+
+
+def _masked(value: int, mask: int) -> bytes:
+    return _table(lambda byte: byte & mask == value)
+
+
 class Filter:
     """The operator's selection, and what is never replicated.
 
@@ -86,21 +185,166 @@ class Filter:
     def __init__(
         self, selection: Selection = EVERYTHING, ignore: Iterable[str | Network] = (), unreplied: bool = False
     ) -> None:
-        self.own: frozenset[bytes] = frozenset()
+        ignore = tuple(ignore)
+        self._own: frozenset[bytes] = frozenset()
+        self._own_patterns: dict[int, _Pattern | None] = {4: None, 16: None}
         self._ignore = Prefixes(ignore) or None
+        self._ignore_patterns = _patterns(ignore)
         self._only = Prefixes(selection.addresses) or None
+        self._only_patterns = _patterns(selection.addresses)
         self._protocols = frozenset(selection.protocols)
         self._zones = frozenset(selection.zones)
         self._states = frozenset(selection.tcp_states)
         self._marks = tuple((mark.value, mark.mask) for mark in selection.marks)
         self._unreplied = unreplied
+        self._protocol_table = _among(number for number in self._protocols if number < 256)
+        self._state_table = _among((0, *self._states))
+        self._mark_patterns = [
+            tuple(
+                (MARK_FROM_END - at, _masked(value >> shift & 255, mask >> shift & 255))
+                for at, shift in enumerate((24, 16, 8, 0))
+                if mask >> shift & 255 or value >> shift & 255
+            )
+            for value, mask in self._marks
+        ]
+
+    @property
+    def own(self) -> frozenset[bytes]:
+        return self._own
+
+    @own.setter
+    def own(self, own: frozenset[bytes]) -> None:
+        if own == self._own:
+            return
+        self._own = own
+        for size in (4, 16):
+            found = [address for address in own if len(address) == size]
+            pattern = tuple((at, _among(address[at] for address in found)) for at in range(size))
+            # the bytes that tell most first: an address ends differently
+            self._own_patterns[size] = pattern[::-1] if found else None
+
+    # --- rows --------------------------------------------------------------------------------------------------------
+
+    def select_rows(self, key_len: int, rows: Rows) -> Rows:
+        """Those that :meth:`matches`."""
+        if len(rows) <= FEW:
+            return _one_by_one(rows, self.matches)
+        columns = _Columns(key_len, rows)
+        tcp, sctp = columns.of_protocol(_IS_TCP), columns.of_protocol(_IS_SCTP)
+        others = columns.all & ~(tcp | sctp)
+        worth = tcp & columns.from_end(STATE_FROM_END, _TCP_WORTH) if tcp else 0
+        if sctp:
+            worth |= sctp & columns.from_end(STATE_FROM_END, _SCTP_WORTH)
+        if others:
+            worth |= others if self._unreplied else others & columns.from_end(STATUS_FROM_END - 1, _REPLIED)
+        return columns.take(self._passing(columns, worth & self._selected(columns)))
+
+    def keep_rows(self, key_len: int, rows: Rows) -> Rows:
+        """Those that the filter :meth:`keeps`."""
+        if len(rows) <= FEW:
+            return _one_by_one(rows, self.keeps)
+        columns = _Columns(key_len, rows)
+        half_open = columns.of_protocol(_IS_TCP) & ~columns.from_end(STATE_FROM_END, _TCP_KEPT)
+        return columns.take(columns.all & ~half_open & self._marked(columns) & self._in_state(columns))
+
+    def passing_rows(self, key_len: int, rows: Rows) -> Rows:
+        """Those of flows that :meth:`passes_through`."""
+        if len(rows) <= FEW:
+            return _one_by_one(rows, self.passes_through)
+        columns = _Columns(key_len, rows)
+        return columns.take(self._passing(columns, columns.all))
+
+    def selected_rows(self, key_len: int, rows: Rows) -> Rows:
+        """Those that the filter :meth:`selects`."""
+        if len(rows) <= FEW:
+            return _one_by_one(rows, self.selects)
+        columns = _Columns(key_len, rows)
+        return columns.take(self._selected(columns))
+
+    def concerned_rows(self, key_len: int, rows: Rows) -> Rows:
+        """Those that the filter :meth:`concerns`."""
+        return self.selected_rows(key_len, self.passing_rows(key_len, rows))
+
+    def _passing(self, columns: _Columns, mask: int) -> int:
+        """Of the rows in ``mask`` those that pass through."""
+        if not mask:
+            return 0
+        size = columns.shape.address
+        suspicious = columns.of_protocol(_IS_VRRP)
+        if size == 4:
+            suspicious |= columns.of_key(1, _LOOPBACK) | columns.of_value(0, _LOOPBACK) | columns.of_key(5, _MULTICAST)
+        else:
+            suspicious |= columns.of_key(1, _LOCAL_V6) | columns.of_key(17, _LOCAL_V6)
+        own = self._own_patterns[size]
+        if own is not None:
+            suspicious |= columns.source(own) | columns.server(own)
+        ignored = self._ignore_patterns[size]
+        if len(ignored) > _MANY_NETWORKS:
+            suspicious = columns.all
+        else:
+            for pattern in ignored:
+                suspicious |= columns.source(pattern) | columns.server(pattern)
+        suspicious &= mask
+        if not suspicious:
+            return mask
+        cleared = _one_by_one(columns.take(suspicious), self.passes_through)
+        return mask & ~suspicious | (suspicious & columns.mask_of(cleared) if cleared else 0)
+
+    def _selected(self, columns: _Columns) -> int:
+        mask = columns.all
+        if self._protocols:
+            mask &= columns.of_protocol(self._protocol_table)
+        if self._zones:
+            mask &= self._in_zone(columns)
+        if self._only is not None:
+            mask &= self._from_only(columns)
+        if self._marks:
+            mask &= self._marked(columns)
+        return mask & self._in_state(columns) if self._states else mask
+
+    def _in_zone(self, columns: _Columns) -> int:
+        shape = columns.shape
+        if not shape.zone:
+            return columns.all if 0 in self._zones else 0
+        at = shape.key - shape.zone
+        return int.from_bytes(bytes(key[at] << 8 | key[at + 1] in self._zones for key in columns.rows), "little")
+
+    def _from_only(self, columns: _Columns) -> int:
+        patterns = self._only_patterns[columns.shape.address]
+        if len(patterns) > _MANY_NETWORKS:
+            only, size = self._only or (), columns.shape.address
+            found = bytes(key[1 : 1 + size] in only or value[:size] in only for key, value in columns.rows.items())
+            return int.from_bytes(found, "little")
+        mask = 0
+        for pattern in patterns:
+            mask |= columns.source(pattern) | columns.server(pattern)
+        return mask
+
+    def _marked(self, columns: _Columns) -> int:
+        if not self._marks:
+            return columns.all
+        mask = 0
+        for pattern in self._mark_patterns:
+            one = columns.all
+            for place, table in pattern:
+                one &= columns.from_end(place, table)
+            mask |= one
+        return mask
+
+    def _in_state(self, columns: _Columns) -> int:
+        if not self._states:
+            return columns.all
+        return columns.all & ~(columns.of_protocol(_IS_TCP) & ~columns.from_end(STATE_FROM_END, self._state_table))
+
+    # --- one flow ----------------------------------------------------------------------------------------------------
 
     def passes_through(self, flow: Flow) -> bool:
         """By its addresses a flow through the firewall: not its own, not local, not ignored."""
         if flow.proto == IPPROTO_VRRP:
             return False
         source, server, target = flow.orig.src, flow.reply.src, flow.orig.dst
-        if source in self.own or server in self.own:
+        own = self._own
+        if source in own or server in own:
             return False
         if flow.family == AF_INET:
             if source[0] == 127 or server[0] == 127 or target[0] >= 224:
@@ -175,3 +419,7 @@ class Filter:
             replied_only=not self._unreplied,
             tcp_states=HALF_OPEN,
         )
+
+
+def _one_by_one(rows: Rows, judge: Callable[[Flow], bool]) -> Rows:
+    return {key: value for key, value in rows.items() if judge(unpack(key, value))}

@@ -17,6 +17,11 @@ from .constants import (
     IPS_SRC_NAT,
 )
 
+# <net/netfilter/nf_conntrack_zones.h>: the directions of a flow that its zone belongs to, as a bit mask
+ZONE_ORIGINAL = 1  # NF_CT_ZONE_DIR_ORIG
+ZONE_REPLY = 2  # NF_CT_ZONE_DIR_REPL
+BOTH_DIRECTIONS = 3  # NF_CT_DEFAULT_ZONE_DIR
+
 
 class Tuple(NamedTuple):
     """One direction of a flow (struct nf_conntrack_tuple).
@@ -63,11 +68,12 @@ class Flow(NamedTuple):
     seqadj: tuple[SeqAdj, SeqAdj] | None = None
     start: int | None = None
     ident: int | None = None  # CTA_ID
+    zone_dir: int = BOTH_DIRECTIONS  # of which direction's tuple the zone is a part: ZONE_ORIGINAL, ZONE_REPLY, both
 
     @property
     def key(self) -> bytes:
-        """What identifies the flow on every node: family, protocol, zone, original tuple."""
-        return flow_key(self.family, self.proto, self.zone, self.orig)
+        """What identifies the flow on every node: protocol, original tuple, zone."""
+        return flow_key(self.proto, self.zone, self.orig, self.zone_dir)
 
     @property
     def snat(self) -> bool:
@@ -88,9 +94,14 @@ class Flow(NamedTuple):
         return bool(self.status & IPS_SEEN_REPLY)
 
 
-def flow_key(family: int, proto: int, zone: int, orig: Tuple) -> bytes:
-    """Key of a flow: 4 bytes of family, protocol and zone (big-endian), then the original tuple as it is."""
-    return bytes((family, proto, zone >> 8, zone & 255)) + orig.src + orig.dst + orig.l4
+def flow_key(proto: int, zone: int, orig: Tuple, zone_dir: int = BOTH_DIRECTIONS) -> bytes:
+    """Key of a flow: protocol, original tuple, and the zone if there is one (the layout: :mod:`rows`)."""
+    key = b"".join((bytes((proto,)), *orig))
+    if zone:
+        key += bytes((zone >> 8, zone & 255))
+        if zone_dir != BOTH_DIRECTIONS:
+            key += bytes((zone_dir,))
+    return key
 
 
 def merge(old: Flow, new: Flow) -> Flow:

@@ -13,10 +13,11 @@ import socket
 LOG = logging.getLogger(__name__)
 
 SO_BINDTODEVICE = 25  # <asm-generic/socket.h>
+SO_SNDBUFFORCE = 32
 SO_RCVBUFFORCE = 33
 IP_FREEBIND = 15  # <linux/in.h>
 IPV6_FREEBIND = 78  # <linux/in6.h>
-SOCKET_BUFFER_BYTES = 8 << 20
+SOCKET_BUFFER_BYTES = 8 << 20  # a window of the longest blocks, as the kernel counts memory
 MAX_DATAGRAM_BYTES = 9216
 RETRY_S = 1.0
 MAX_QUEUE = 1024  # datagrams that wait for a full socket; the session sends again what is dropped here
@@ -55,7 +56,8 @@ class Link:
         try:
             sock.setblocking(False)
             sock.setsockopt(socket.SOL_SOCKET, SO_BINDTODEVICE, self.interface.encode() + b"\0")
-            self._grow(sock)
+            self._grow(sock, SO_RCVBUFFORCE, socket.SO_RCVBUF)
+            self._grow(sock, SO_SNDBUFFORCE, socket.SO_SNDBUF)  # a window at once, without waiting for the wire
             if self._family == socket.AF_INET:
                 sock.setsockopt(socket.IPPROTO_IP, IP_FREEBIND, 1)
             else:
@@ -70,8 +72,8 @@ class Link:
         return True
 
     @staticmethod
-    def _grow(sock: socket.socket) -> None:
-        for option in (SO_RCVBUFFORCE, socket.SO_RCVBUF):
+    def _grow(sock: socket.socket, *options: int) -> None:
+        for option in options:
             try:
                 sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
                 return

@@ -10,20 +10,29 @@ raises OSError if the kernel refuses.
 from __future__ import annotations
 
 import array
+import contextlib
 import errno
 import glob
 import os
 import select
 import socket
 import struct
-from typing import Collection, Iterator, NamedTuple, Sequence, TypeVar
+from typing import Any, Callable, Collection, Iterable, Iterator, NamedTuple, Sequence, TypeVar
 
-from . import ctnetlink
+from . import columns, ctnetlink
 from .constants import IPPROTO_SCTP, IPPROTO_TCP, IPS_SEEN_REPLY
-from .ctnetlink import Event, Kind, Message
+from .ctnetlink import Buffer, Kind
 from .errors import NetlinkError
 from .filters import EventFilter
 from .flow import Flow
+from .rows import Changes
+
+try:
+    import ctypes
+except (ImportError, MemoryError, OSError):
+    # Some small builds of Python lack it; older ones make a callback at import, which needs memory that can be written
+    # and executed, and MemoryDenyWriteExecute= of systemd.exec(5) forbids that.
+    ctypes = None  # type: ignore[assignment]
 
 # <linux/netlink.h>
 NETLINK_ROUTE = 0
@@ -80,17 +89,25 @@ DEFAULT_EVENT_BUFFER = 64 << 20
 
 PASS_ALL = EventFilter()
 
+# What ctnetlink_conntrack_event tells when it changed, and not again
+_TOLD_ONCE = (ctnetlink.CTA_LABELS, ctnetlink.CTA_TUPLE_MASTER, ctnetlink.CTA_SEQ_ADJ_ORIG)
+
 _ANSWER_BUFFER = 4 << 20
 _READ_SIZE = 64 << 10  # the kernel fills at most 32 KiB of it in a dump
-_EVENT_SIZE = 4 << 10  # one event with everything in it has less than 1 KiB
+_EVENT_SLOTS = 256
+_EVENT_STRIDE = 1088  # one event with everything in it has less than 1 KiB; not a power of two, for the cache's sake
+_ANSWER_SLOTS = 64
+_ANSWER_STRIDE = 64  # an error answer has 36 bytes (NETLINK_CAP_ACK)
 _SLICE_BYTES = 64 << 10  # of requests per system call; well below the default send buffer (208 KiB)
 _ROUTE_TIMEOUT = 5  # seconds
+_BUCKETS_PATH = "/proc/sys/net/netfilter/nf_conntrack_buckets"
 
 
 def event_filter(ignore_portids: Collection[int] = (), unwanted: EventFilter = PASS_ALL) -> bytes:
     """Classic BPF program (array of struct sock_filter) for a socket of conntrack events.
 
-    Drops the events caused by requests from the given netlink ports and what ``unwanted`` describes.  BPF loads are
+    Drops the events caused by requests from the given netlink ports and what ``unwanted`` describes.  Half-open TCP and
+    flows without a reply pass nevertheless if the event has what no later one tells (``_TOLD_ONCE``).  BPF loads are
     big-endian while the netlink header is in host order, so the constants are turned around.
     """
     code = _Assembler()
@@ -104,6 +121,13 @@ def event_filter(ignore_portids: Collection[int] = (), unwanted: EventFilter = P
         code.add(_BPF_JEQ_K, _swapped(destroy, "H"), "pass")
         _zone_instructions(code, unwanted.zones)
         _protocol_instructions(code, unwanted)
+        code.add(_BPF_JA, label="pass")
+        code.label("early")
+        for kind in _TOLD_ONCE:
+            code.find(kind, missing=f"without {kind}")
+            code.add(_BPF_JA, label="pass")
+            code.label(f"without {kind}")
+        code.add(_BPF_JA, label="drop")
     code.label("pass")
     code.add(_BPF_RET_K, 0xFFFFFFFF)
     code.label("drop")
@@ -159,8 +183,11 @@ def _zone_instructions(code: _Assembler, zones: Collection[int]) -> None:
     code.add(_BPF_JA, label="drop")
     code.label("no zone")
     if 0 not in zones:
-        code.find(ctnetlink.CTA_TUPLE_ORIG, ctnetlink.CTA_TUPLE_ZONE, missing="drop")
         # a zone of one direction only: rare, and judged by the reader
+        code.find(ctnetlink.CTA_TUPLE_ORIG, ctnetlink.CTA_TUPLE_ZONE, missing="no zone of the original direction")
+        code.add(_BPF_JA, label="zone wanted")
+        code.label("no zone of the original direction")
+        code.find(ctnetlink.CTA_TUPLE_REPLY, ctnetlink.CTA_TUPLE_ZONE, missing="drop")
     code.label("zone wanted")
 
 
@@ -178,7 +205,7 @@ def _protocol_instructions(code: _Assembler, unwanted: EventFilter) -> None:
     if unwanted.replied_only:
         code.load(_BPF_LD_W_IND, ctnetlink.CTA_STATUS, missing="pass")
         code.add(_BPF_JSET_K, IPS_SEEN_REPLY, "pass")
-        code.add(_BPF_JA, label="drop")
+        code.add(_BPF_JA, label="early")
     else:
         code.add(_BPF_JA, label="pass")
     code.label("tcp")
@@ -188,7 +215,7 @@ def _protocol_instructions(code: _Assembler, unwanted: EventFilter) -> None:
             missing="pass",
         )
         for state in unwanted.tcp_states:
-            code.add(_BPF_JEQ_K, state, "drop")
+            code.add(_BPF_JEQ_K, state, "early")
 
 
 def _swapped(value: int, size: str) -> int:
@@ -244,6 +271,99 @@ class _Socket:
         return data if sender[0] == 0 else b""
 
 
+def _libc_recvmmsg() -> Any:
+    """recvmmsg(2), None where it is not to be had."""
+    with contextlib.suppress(AttributeError, OSError):
+        if ctypes is not None:
+            call = ctypes.CDLL(None, use_errno=True).recvmmsg
+            call.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int, ctypes.c_void_p)
+            call.restype = ctypes.c_int
+            return call
+    return None
+
+
+_recvmmsg = _libc_recvmmsg()
+
+_SOCKADDR = struct.Struct("=HHII")  # struct sockaddr_nl: family, padding, port, groups
+_IOVEC = struct.Struct("@PN")
+# struct msghdr (name, its length, iovec, how many, control data, its length, flags), then what struct mmsghdr adds
+_MSGHDR = "@PIPNPNi0P"
+_MMSGHDR = struct.Struct(_MSGHDR + "I0P")
+
+
+class Receiver:
+    """Datagrams from the kernel, many per system call.
+
+    ``data`` has a place of ``stride`` bytes for each; what is longer is cut off.  recvmmsg(2) is not in Python's
+    library; without ctypes it is one system call per datagram.
+    """
+
+    def __init__(self, sock: socket.socket, slots: int, stride: int) -> None:
+        self.stride = stride
+        self.slots = slots
+        self.data = bytearray(slots * stride)
+        self._sock = sock
+        self._view = memoryview(self.data)
+        self._error: OSError | None = None
+        self._call = _recvmmsg
+        if self._call is not None:
+            self._prepare()
+
+    def _prepare(self) -> None:
+        """The arrays that recvmmsg wants; the kernel writes into them, so they stay where they are."""
+        names = bytearray(_SOCKADDR.size * self.slots)
+        iovecs = bytearray(_IOVEC.size * self.slots)
+        headers = bytearray(_MMSGHDR.size * self.slots)
+        self._pinned = [(ctypes.c_char * len(one)).from_buffer(one) for one in (self.data, names, iovecs, headers)]
+        data_at, names_at, iovecs_at, self._headers_at = (ctypes.addressof(one) for one in self._pinned)
+        for slot in range(self.slots):
+            _IOVEC.pack_into(iovecs, slot * _IOVEC.size, data_at + slot * self.stride, self.stride)
+            name, iovec = names_at + slot * _SOCKADDR.size, iovecs_at + slot * _IOVEC.size
+            _MMSGHDR.pack_into(headers, slot * _MMSGHDR.size, name, _SOCKADDR.size, iovec, 1, 0, 0, 0, 0)
+        self._ports = memoryview(names).cast("I")[1 :: _SOCKADDR.size // 4]
+        self._lengths = memoryview(headers).cast("I")[struct.calcsize(_MSGHDR) // 4 :: _MMSGHDR.size // 4]
+
+    def receive(self, limit: int) -> list[int]:
+        """Lengths of the datagrams that are there, at most ``limit``, without waiting; 0: it is not the kernel's.
+
+        Raises OSError with errno ENOBUFS if the kernel had to drop some.
+        """
+        limit = min(limit, self.slots)
+        if self._call is None:
+            return self._receive_singly(limit)
+        count = self._call(self._sock.fileno(), self._headers_at, limit, socket.MSG_DONTWAIT, None)
+        if count < 0:
+            number = ctypes.get_errno()
+            if number in {errno.EAGAIN, errno.EINTR}:
+                return []
+            if number == errno.ENOSYS:  # a filter of system calls, or a kernel without it
+                self._call = None
+                return self._receive_singly(limit)
+            raise OSError(number, os.strerror(number))
+        lengths: list[int] = self._lengths[:count].tolist()
+        ports = self._ports[:count].tolist()
+        if any(ports):
+            lengths = [0 if port else length for port, length in zip(ports, lengths)]
+        return lengths
+
+    def _receive_singly(self, limit: int) -> list[int]:
+        lengths: list[int] = []
+        try:
+            if self._error is not None:
+                raise self._error
+            for at in range(0, limit * self.stride, self.stride):
+                length, sender = self._sock.recvfrom_into(self._view[at : at + self.stride], 0, socket.MSG_DONTWAIT)
+                lengths.append(0 if sender[0] else length)
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            if not lengths:
+                self._error = None
+                raise
+            self._error = error  # first what came before it
+        return lengths
+
+
 class EventSocket(_Socket):
     """Conntrack events of this network namespace.
 
@@ -259,7 +379,8 @@ class EventSocket(_Socket):
     ) -> None:
         super().__init__(NETLINK_NETFILTER, receive_buffer)
         self.overruns = 0
-        self.malformed = 0
+        self.reader = columns.Reader()
+        self._receiver = Receiver(self._sock, _EVENT_SLOTS, _EVENT_STRIDE)
         try:
             self.set_filter(ignore_portids, unwanted)
             groups = NF_NETLINK_CONNTRACK_NEW | NF_NETLINK_CONNTRACK_UPDATE | NF_NETLINK_CONNTRACK_DESTROY
@@ -280,29 +401,51 @@ class EventSocket(_Socket):
         """Ask for a larger receive buffer (bytes)."""
         self._set_receive_buffer(receive_buffer)
 
-    def read(self, limit: int = 1000) -> list[Event]:
-        """At most ``limit`` events that are there now, without waiting.
+    def read(self, limit: int = 4096) -> Changes:
+        """What the events that are there now say, at most ``limit`` of them, without waiting.
 
-        An element of kind OVERRUN says that the kernel dropped events because this socket's buffer was full: those
-        before and behind it are good, but something is missing, and only a dump tells what.
+        ``lost``: the kernel dropped events because this socket's buffer was full; what is told is good, but something
+        is missing, and only a dump tells what.
         """
-        events: list[Event] = []
-        while len(events) < limit:
+        found = columns.Gathering()
+        receiver = self._receiver
+        seen = events = 0
+        lost = False
+        while seen < limit:
+            wanted = min(limit - seen, receiver.slots)
             try:
-                data = self._receive(socket.MSG_DONTWAIT, _EVENT_SIZE)
+                lengths = receiver.receive(wanted)
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
                     raise
                 self.overruns += 1
-                events.append(Message(Kind.OVERRUN))
+                lost = True
                 continue
-            if data is None:
+            count, missing = self.reader.events(receiver.data, receiver.stride, lengths, found)
+            seen += len(lengths)
+            events += count
+            lost |= missing
+            if len(lengths) < wanted:
                 break
-            try:
-                events.extend(ctnetlink.parse_messages(data))
-            except NetlinkError:
-                self.malformed += 1
-        return events
+        return found.changes(events, lost, seen >= limit)
+
+    @property
+    def malformed(self) -> int:
+        """Datagrams that could not be decoded."""
+        return self.reader.malformed
+
+
+_ANSWER_BYTES = 20
+# struct nlmsghdr (length, type, sequence number), error number of struct nlmsgerr
+_ANSWER = struct.Struct(f"=IH2xI4xi{_ANSWER_STRIDE - _ANSWER_BYTES}x")
+
+
+def _slices(pieces: Sequence[tuple[bytearray, int]]) -> Iterator[tuple[memoryview, int]]:
+    """Joined messages of equal length, cut into parts that one system call takes; how many messages are in each."""
+    for piece, length in pieces:
+        view, part = memoryview(piece), _SLICE_BYTES // length * length
+        for at in range(0, len(piece), part):
+            yield view[at : at + part], min(part, len(piece) - at) // length
 
 
 class RequestSocket(_Socket):
@@ -318,6 +461,7 @@ class RequestSocket(_Socket):
             self.close()
             raise
         self._seq = 0
+        self._receiver = Receiver(self._sock, _ANSWER_SLOTS, _ANSWER_STRIDE)
 
     def inject(self, messages: Sequence[bytes]) -> list[tuple[int, int]]:
         """Send requests (from :mod:`ctnetlink`, without NLM_F_ACK) and return ``(index, errno)`` of those that failed.
@@ -327,50 +471,102 @@ class RequestSocket(_Socket):
         the answers were lost: whether these requests succeeded is not known.  The sequence numbers in the messages are
         overwritten.  Raises NetlinkError if the process may not change the table at all.
         """
+        first = self._sequence(len(messages))
+        return self._transmit(
+            ((self._numbered(request, first + index), 1) for index, request in enumerate(messages)), first
+        )
+
+    @staticmethod
+    def _numbered(request: bytes, seq: int) -> bytes:
+        return request[:8] + struct.pack("=I", seq & 0xFFFFFFFF) + request[12:]
+
+    def create_rows(
+        self, key_len: int, keys: Sequence[bytes], values: Sequence[bytes], timeouts: Sequence[int]
+    ) -> list[tuple[int, int]]:
+        """Create an entry for each row, with these timeouts in seconds; failures as :meth:`inject` tells them."""
+        return self._rows(
+            len(keys),
+            lambda part, first: columns.create(key_len, keys[part], values[part], timeouts[part], first),
+        )
+
+    def update_rows(
+        self, key_len: int, keys: Sequence[bytes], values: Sequence[bytes], timeouts: Sequence[int]
+    ) -> list[tuple[int, int]]:
+        """Change the entry of each row: status, timeout in seconds, TCP state, mark.  Otherwise as create_rows."""
+        return self._rows(
+            len(keys),
+            lambda part, first: columns.update(key_len, keys[part], values[part], timeouts[part], first),
+        )
+
+    def set_timers(self, key_len: int, keys: Sequence[bytes], timeouts: Sequence[int]) -> list[tuple[int, int]]:
+        """Give each entry a timeout in seconds and change nothing else.  Otherwise as create_rows."""
+        return self._rows(len(keys), lambda part, first: columns.timers(key_len, keys[part], timeouts[part], first))
+
+    def delete_keys(self, key_len: int, keys: Sequence[bytes]) -> list[tuple[int, int]]:
+        """Delete the entry of each key.  Otherwise as create_rows."""
+        return self._rows(len(keys), lambda part, first: columns.delete(key_len, keys[part], first))
+
+    def _rows(self, count: int, batch: Callable[[slice, int], columns.Batch]) -> list[tuple[int, int]]:
         failures: list[tuple[int, int]] = []
-        start = 0
-        while start < len(messages):
-            end = start + 1
-            size = len(messages[start])
-            while end < len(messages) and size + len(messages[end]) <= _SLICE_BYTES:
-                size += len(messages[end])
-                end += 1
-            failures += [(start + index, number) for index, number in self._batch(messages[start:end])]
-            start = end
+        for start in range(0, count, columns.BATCH_ROWS):
+            rows = min(columns.BATCH_ROWS, count - start)
+            first = self._sequence(rows)
+            made = batch(slice(start, start + rows), first)
+            refused = self._transmit(_slices(made.pieces), first)
+            failures += [(start + made.order[place], number) for place, number in refused]
+        return sorted(failures)
+
+    def _transmit(self, parts: Iterable[tuple[Buffer, int]], first: int) -> list[tuple[int, int]]:
+        """Send requests whose numbers count up from ``first``: parts of messages and how many are in each.
+
+        Returns the place and the errno of those that failed.
+        """
+        failures: list[tuple[int, int]] = []
+        waiting: list[Buffer] = []
+        size = start = count = 0
+        for part, requests in parts:
+            if waiting and size + len(part) > _SLICE_BYTES:
+                failures += self._exchange(waiting, first, start, count)
+                start, size, count = start + count, 0, 0
+                waiting.clear()
+            waiting.append(part)
+            size += len(part)
+            count += requests
+        if waiting:
+            failures += self._exchange(waiting, first, start, count)
         return failures
 
-    def _batch(self, messages: Sequence[bytes]) -> list[tuple[int, int]]:
-        first = self._sequence(len(messages) + 1)
-        batch = bytearray()
-        for index, request in enumerate(messages):
-            offset = len(batch)
-            batch += request
-            struct.pack_into("=I", batch, offset + 8, (first + index) & 0xFFFFFFFF)
-        batch += ctnetlink.fence((first + len(messages)) & 0xFFFFFFFF)
-        self._sock.send(batch)
+    def _exchange(self, parts: list[Buffer], first: int, start: int, count: int) -> list[tuple[int, int]]:
+        """Send ``count`` requests in one system call and read what the kernel answers."""
+        fence = self._sequence(1)
+        self._sock.send(b"".join((*parts, ctnetlink.fence(fence))))
         results: dict[int, int] = {}
         fenced = lost = False
+        receiver = self._receiver
         while not fenced:
             try:
-                data = self._receive(socket.MSG_DONTWAIT)
+                lengths = receiver.receive(receiver.slots)
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
                     raise
                 lost = True
                 continue
-            if data is None:
+            if not lengths:
                 break
-            for answer in ctnetlink.parse_messages(data):
-                index = (answer.seq - first) & 0xFFFFFFFF
-                if answer.kind == Kind.ERROR and index < len(messages):
-                    results[index] = answer.errno
-                elif answer.kind == Kind.ERROR and index == len(messages):
+            for length, answer in zip(lengths, _ANSWER.iter_unpack(receiver.data)):
+                said, kind, seq, number = answer
+                if kind != ctnetlink.NLMSG_ERROR or min(said, length) < _ANSWER_BYTES:
+                    continue
+                place = (seq - first) & 0xFFFFFFFF
+                if start <= place < start + count:
+                    results[place] = -number
+                elif seq == fence:
                     fenced = True
-        if not fenced and results.get(0) == errno.EPERM:
+        if not fenced and results.get(start) == errno.EPERM:
             raise NetlinkError("changing the conntrack table needs CAP_NET_ADMIN", errno.EPERM)
         if lost or not fenced:
-            results = {**dict.fromkeys(range(len(messages)), errno.ENOBUFS), **results}
-        return sorted((index, number) for index, number in results.items() if number)
+            results = {**dict.fromkeys(range(start, start + count), errno.ENOBUFS), **results}
+        return sorted((place, number) for place, number in results.items() if number)
 
     def _sequence(self, count: int) -> int:
         """The first of ``count`` fresh sequence numbers, which may wrap around at 32 bits."""
@@ -403,15 +599,18 @@ class RequestSocket(_Socket):
 class TableDump(_Socket):
     """One walk through the conntrack table, in slices, on a socket of its own.
 
-    ``done``: the last slice was read.  ``interrupted``: the table was resized or changed so much that entries may be
-    missing or doubled (NLM_F_DUMP_INTR).  ``malformed`` counts entries that could not be decoded.
+    ``done``: the last slice was read.  ``interrupted``: entries may be missing or doubled, because the kernel says so
+    (NLM_F_DUMP_INTR) or the hash table was resized meanwhile, which it does not say (ctnetlink_dump_table goes on at
+    the number of the bucket where it was).  ``malformed`` counts entries that could not be decoded.
     """
 
     def __init__(self, family: int = 0, zero: bool = False) -> None:
         super().__init__(NETLINK_NETFILTER, _ANSWER_BUFFER)
         self.done = False
         self.interrupted = False
-        self.malformed = 0
+        self.reader = columns.Reader()
+        self._data = bytearray(_READ_SIZE + columns.HEAD_BYTES)
+        self._buckets = _buckets()
         try:
             self._sock.bind((0, 0))
             self._sock.send(ctnetlink.dump(1, family, zero))
@@ -419,38 +618,69 @@ class TableDump(_Socket):
             self.close()
             raise
 
-    def read(self, slices: int = 1) -> list[Flow]:
-        """The flows of at most ``slices`` datagrams (about 130 flows each), without waiting.
+    def read(self, slices: int = 1) -> Changes:
+        """The entries of at most ``slices`` datagrams (about 130 each), without waiting; ``more`` until it is done.
 
         Raises NetlinkError if the kernel ends the dump with an error.
         """
+        found = columns.Gathering()
+        entries = 0
+        while slices > 0 and not self.done:
+            slices -= 1
+            length = self._receive_slice()
+            if length is None:
+                break
+            count, interrupted, others = self.reader.dump(self._data, length, found)
+            entries += count
+            self.interrupted |= interrupted
+            for message in others:
+                self._control(message)
+        return found.changes(entries, more=not self.done)
+
+    def read_flows(self, slices: int = 1) -> list[Flow]:
+        """The same as flows, for those who want all that the kernel says: start, CTA_ID, window data."""
         flows: list[Flow] = []
         while slices > 0 and not self.done:
             slices -= 1
-            try:
-                data = self._receive(socket.MSG_DONTWAIT)
-            except OSError as error:
-                if error.errno != errno.ENOBUFS:
-                    raise
-                raise NetlinkError("a part of the table dump was lost", errno.ENOBUFS) from error
-            if data is None:
+            length = self._receive_slice()
+            if length is None:
                 break
-            for kind, flags, seq, portid, payload in ctnetlink.split(data):
+            for kind, flags, seq, portid, payload in ctnetlink.split(self._data[:length]):
                 self.interrupted |= bool(flags & ctnetlink.NLM_F_DUMP_INTR)
                 try:
                     message = ctnetlink.parse_message(kind, flags, seq, portid, payload)
                 except NetlinkError:
-                    self.malformed += 1
+                    self.reader.malformed += 1
                     continue
-                if message is None:
-                    continue
-                if message.errno:
-                    raise NetlinkError(f"dumping the table: {os.strerror(message.errno)}", message.errno)
-                if message.flow is not None:
+                if message is not None and message.flow is not None:
                     flows.append(message.flow)
-                elif message.kind == Kind.DONE:
-                    self.done = True
+                elif message is not None:
+                    self._control(message)
         return flows
+
+    def _receive_slice(self) -> int | None:
+        """Length of the next datagram, now in ``_data``; 0 if it is not the kernel's, None if there is none."""
+        try:
+            length, sender = self._sock.recvfrom_into(self._data, _READ_SIZE, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            if error.errno != errno.ENOBUFS:
+                raise
+            raise NetlinkError("a part of the table dump was lost", errno.ENOBUFS) from error
+        return 0 if sender[0] else length
+
+    def _control(self, message: ctnetlink.Message) -> None:
+        if message.errno:
+            raise NetlinkError(f"dumping the table: {os.strerror(message.errno)}", message.errno)
+        if message.kind == Kind.DONE:
+            self.done = True
+            self.interrupted |= _buckets() != self._buckets
+
+    @property
+    def malformed(self) -> int:
+        """Entries that could not be decoded."""
+        return self.reader.malformed
 
 
 def dump_flows(family: int = 0) -> Iterator[list[Flow]]:
@@ -463,11 +693,20 @@ def dump_flows(family: int = 0) -> Iterator[list[Flow]]:
         poll.register(walk, select.POLLIN)
         while not walk.done:
             poll.poll()
-            flows = walk.read()
+            flows = walk.read_flows()
             if flows:
                 yield flows
         if walk.interrupted:
             raise NetlinkError("the conntrack table changed during the dump", errno.EINTR)
+
+
+def _buckets() -> str:
+    """Buckets of the hash table of conntrack entries, one table for all network namespaces; "" where it is not told."""
+    try:
+        with open(_BUCKETS_PATH, encoding="ascii") as stream:
+            return stream.read()
+    except OSError:
+        return ""
 
 
 def protocol_timeouts() -> dict[str, int]:

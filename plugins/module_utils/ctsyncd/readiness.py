@@ -40,14 +40,24 @@ class Facts(NamedTuple):
     lag_limit_s: float
     problem: str  # what stops replication: no sync socket
     impaired: tuple[str, ...]  # what an operator should mend but does not stop replication
+    holds: bool = False  # this node was complete once, or has some of the peer's flows
+    learning: bool = False  # active, and gets from the peer what it lacks
+    progress: tuple[int, int] | None = None  # flows of the table that comes in so far; about how many there will be
+    reread_s: float | None = None  # events were lost: until the kernel's table is read again
+
+
+# What the track file says; keepalived takes that many times the weight off the priority of this node
+OPEN = 0
+KNOWS_SOME = 1  # not ready, but holds flows of the peer
+KNOWS_NOTHING = 2  # not ready, and another node that is not ready is better than this one
 
 
 class Verdict(NamedTuple):
-    """``gate``: the track file says "not ready", so keepalived lowers this node's priority."""
+    """``gate``: what the track file says, so that keepalived lowers this node's priority."""
 
     verdict: str
     reasons: tuple[str, ...]
-    gate: bool
+    gate: int
 
 
 def judge(facts: Facts) -> Verdict:
@@ -74,21 +84,26 @@ def _judge_active(facts: Facts) -> Verdict:
         reasons.append(f"{facts.peer} is active too: split brain")
     elif not facts.peer_replicates:
         reasons.append(f"replication is off on {facts.peer}: a failure loses every session")
+    elif facts.learning:
+        reasons.append(f"this node may lack flows: {facts.peer} is asked for what it holds")
     elif not facts.peer_complete:
         reasons.append(f"{facts.peer} does not hold the complete table yet")
     elif facts.lag_s > facts.lag_limit_s:
         reasons.append(f"{facts.peer} lags {facts.lag_s:.1f} s behind")
+    if facts.reread_s is not None:
+        reasons.append(_why_reread(facts.reread_s))
     reasons.extend(facts.impaired)
-    return Verdict(DEGRADED if reasons else READY, tuple(reasons), False)
+    return Verdict(DEGRADED if reasons else READY, tuple(reasons), OPEN)
 
 
 def _judge_standby(facts: Facts) -> Verdict:
+    gate = KNOWS_SOME if facts.holds else KNOWS_NOTHING
     if facts.problem:
-        return Verdict(NOT_READY, (facts.problem, *facts.impaired), True)
+        return Verdict(NOT_READY, (facts.problem, *facts.impaired), gate)
     if not facts.replicate:
-        return Verdict(NOT_READY, ("replication is off", *facts.impaired), True)
+        return Verdict(NOT_READY, ("replication is off", *facts.impaired), KNOWS_NOTHING)
     if not facts.complete:
-        return Verdict(NOT_READY, (_why_incomplete(facts), *facts.impaired), True)
+        return Verdict(NOT_READY, (_why_incomplete(facts), *facts.impaired), gate)
     reasons = []
     if facts.peer_left:
         reasons.append(f"ctsyncd on {facts.peer} has stopped: the table is as old as that")
@@ -98,8 +113,10 @@ def _judge_standby(facts: Facts) -> Verdict:
         reasons.append(f"{facts.waiting} flows wait for the kernel")
     if facts.refused:
         reasons.append(_why_refused(facts.refused))
+    if facts.reread_s is not None:
+        reasons.append(_why_reread(facts.reread_s))
     reasons.extend(facts.impaired)
-    return Verdict(DEGRADED if reasons else READY, tuple(reasons), False)
+    return Verdict(DEGRADED if reasons else READY, tuple(reasons), OPEN)
 
 
 def _why_incomplete(facts: Facts) -> str:
@@ -113,7 +130,32 @@ def _why_incomplete(facts: Facts) -> str:
         return f"replication is off on {facts.peer}"
     if facts.peer_role != ACTIVE:
         return f"{facts.peer} is not active: nobody has a table to give"
-    return f"the table of {facts.peer} is not complete here yet"
+    so_far = "" if facts.progress is None else f": receiving, {_so_far(facts.progress)} flows so far"
+    bound = f" (if {facts.peer} fails, this node serves with what it has)"
+    return f"the table of {facts.peer} is not complete here yet{so_far}{bound}"
+
+
+def _so_far(progress: tuple[int, int]) -> str:
+    flows, expected = progress
+    return f"{flows} of about {expected}" if expected >= flows else str(flows)
+
+
+def table_text(active: bool, bulk: str, progress: tuple[int, int] | None) -> str:
+    """Of a peer: has it, if it is the backup, the whole table; has this node, if it is the backup, that of the peer?"""
+    if active:
+        return {"complete": "holds the whole table", "sending": "is being sent the table"}.get(
+            bulk, "does not hold the table"
+        )
+    if bulk == "receiving" and progress is not None:
+        return f"its table is coming in: {_so_far(progress)} flows"
+    return {"complete": "its whole table is here", "receiving": "its table is being compared with the kernel"}.get(
+        bulk, "its table is not here"
+    )
+
+
+def _why_reread(seconds: float) -> str:
+    when = f" in {seconds:.0f} s" if seconds >= 0.5 else ""
+    return f"kernel events were lost: the table is read again{when}"
 
 
 _REFUSALS = {

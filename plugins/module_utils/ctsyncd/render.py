@@ -26,7 +26,7 @@ from .constants import (
     SCTP_STATE_NAMES,
     TCP_STATE_NAMES,
 )
-from .flow import Flow, Tuple
+from .flow import BOTH_DIRECTIONS, ZONE_ORIGINAL, ZONE_REPLY, Flow, Tuple
 
 VERDICT_EXITS = {"READY": 0, "DEGRADED": 1, "NOT READY": 2}
 
@@ -54,7 +54,13 @@ def line(flow: Flow, age_s: int | None = None) -> str:
     state = state_name(flow)
     head = _HEADS[proto] if state is None else f"{_HEADS[proto]}{state} "
     unreplied = "" if status & IPS_SEEN_REPLY else "[UNREPLIED] "
-    text = f"{head}{_direction(family, proto, flow.orig)} {unreplied}{_direction(family, proto, flow.reply)}"
+    original, reply = _direction(family, proto, flow.orig), _direction(family, proto, flow.reply)
+    if flow.zone:
+        if flow.zone_dir == ZONE_ORIGINAL:
+            original += f" zone-orig={flow.zone}"
+        elif flow.zone_dir == ZONE_REPLY:
+            reply += f" zone-reply={flow.zone}"
+    text = f"{head}{original} {unreplied}{reply}"
     if status & IPS_HW_OFFLOAD:
         text += " [HW_OFFLOAD]"
     elif status & IPS_OFFLOAD:
@@ -62,7 +68,7 @@ def line(flow: Flow, age_s: int | None = None) -> str:
     elif status & IPS_ASSURED:
         text += " [ASSURED]"
     text += f" mark={flow.mark or 0}"  # an event without a mark means mark 0
-    if flow.zone:
+    if flow.zone and flow.zone_dir == BOTH_DIRECTIONS:
         text += f" zone={flow.zone}"
     if flow.helper:
         text += f" helper={_word(flow.helper)}"
@@ -97,15 +103,15 @@ def xml(flow: Flow) -> str:
     state = state_name(flow)
     parts = [
         "<flow>",
-        _xml_direction("original", flow.family, flow.proto, flow.orig),
-        _xml_direction("reply", flow.family, flow.proto, flow.reply),
+        _xml_direction("original", flow, flow.orig, ZONE_ORIGINAL),
+        _xml_direction("reply", flow, flow.reply, ZONE_REPLY),
         '<meta direction="independent">',
     ]
     for tag, value in (
         ("state", state),
         ("timeout", flow.timeout),
         ("mark", flow.mark),
-        ("zone", flow.zone or None),
+        ("zone", flow.zone if flow.zone and flow.zone_dir == BOTH_DIRECTIONS else None),
         ("id", flow.ident),
     ):
         if value is not None:
@@ -120,7 +126,9 @@ def xml(flow: Flow) -> str:
     return "".join(parts)
 
 
-def _xml_direction(name: str, family: int, proto: int, way: Tuple) -> str:
+def _xml_direction(name: str, flow: Flow, way: Tuple, direction: int) -> str:
+    family, proto = flow.family, flow.proto
+    zone = f"<zone>{flow.zone}</zone>" if flow.zone and flow.zone_dir == direction else ""
     ports = ""
     if len(way.l4) == 4:
         source, destination = int.from_bytes(way.l4[:2], "big"), int.from_bytes(way.l4[2:], "big")
@@ -131,12 +139,13 @@ def _xml_direction(name: str, family: int, proto: int, way: Tuple) -> str:
     return (
         f'<meta direction="{name}"><layer3 protonum="{family}" protoname="{_FAMILY_NAMES.get(family, "unknown")}">'
         f"<src>{inet_ntop(family, way.src)}</src><dst>{inet_ntop(family, way.dst)}</dst></layer3>"
-        f'<layer4 protonum="{proto}" protoname="{PROTOCOL_NAMES.get(proto, "unknown")}">{ports}</layer4></meta>'
+        f'<layer4 protonum="{proto}" protoname="{PROTOCOL_NAMES.get(proto, "unknown")}">{ports}</layer4>{zone}</meta>'
     )
 
 
 def as_dict(flow: Flow, age_s: int | None = None) -> dict[str, Any]:
-    """The flow as a JSON object.  Unknown values are ``None``; ``helper`` and ``labels`` only where there are any."""
+    """The flow as a JSON object.  Unknown values are ``None``; ``helper`` and ``labels`` only where there are any,
+    ``zone_direction`` (``orig``, ``reply``) where the zone is one of that direction only."""
     result: dict[str, Any] = {
         "protocol": PROTOCOL_NAMES.get(flow.proto, "unknown"),
         "protonum": flow.proto,
@@ -153,6 +162,8 @@ def as_dict(flow: Flow, age_s: int | None = None) -> dict[str, Any]:
         "mark": flow.mark,
         "age_s": age_s,
     }
+    if flow.zone and flow.zone_dir != BOTH_DIRECTIONS:
+        result["zone_direction"] = "orig" if flow.zone_dir == ZONE_ORIGINAL else "reply"
     if flow.helper:
         result["helper"] = flow.helper
     if flow.labels and any(flow.labels):
@@ -221,8 +232,8 @@ def _peer_text(peer: Mapping[str, Any]) -> str:
     if isinstance(lag, Mapping):
         events = lag.get("events") or 0
         words.append(f"lag {events} changes, {_seconds(lag.get('age_s'))}" if events else "no lag")
-    if peer.get("bulk"):
-        words.append(f"bulk {peer['bulk']}")
+    if peer.get("table"):
+        words.append(str(peer["table"]))
     return ", ".join(words)
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import collections
 import itertools
-from collections.abc import Callable, Iterable
+import zlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 from . import wire
@@ -20,11 +21,26 @@ from .errors import WireError
 
 WINDOW_BLOCKS = 512  # blocks that a receiver buffers ahead; the credit that it gives
 REPLAY_WINDOW = 1024  # datagrams that may arrive late
-ACK_DELAY_S = 0.01
-RETRANSMIT_MIN_S = 0.1
+ACK_DELAY_S = 0.05  # longest wait before a block is acknowledged ...
+ACK_BLOCKS = 64  # ... unless so many came
+ACK_HOLE_S = 0.005  # while blocks are missing or come twice: between two acknowledgements
+RETRANSMIT_MIN_S = 0.2
 RETRANSMIT_MAX_S = 2.0
-REORDER_THRESHOLD = 3  # later blocks acknowledged before a missing one counts as lost (RFC 9002, 6.1.1)
+TIMEOUT_BLOCKS = 2  # sent again at a timeout, the oldest ones (RFC 9002, 6.2.4)
+LATER = 1 / 8  # of the interval: so much later one node's heartbeat is due, so that it is an answer to the other's
+REORDER_THRESHOLD = 3  # datagrams later than a block's that are heard before it counts as lost (RFC 9002, 6.1.1) ...
+REORDER_S = 0.02  # ... or one, so long after 5/4 of the round-trip time (RFC 9002, 6.1.2)
+SEND_WINDOW_FIRST = 128  # blocks on their way; each acknowledged one adds one, up to WINDOW_BLOCKS
+SEND_WINDOW_MIN = 16  # it is halved down to this
+QUEUE_S = 0.15  # beyond the shortest round-trip time: blocks queue somewhere, the window grows no more ...
+QUEUE_MAX_S = 0.5  # ... and is halved
+LOSS_MAX = 0.7  # share of the blocks that are lost on any line; beyond it they are lost in a short queue
+_RECENT_BLOCKS = 128  # over so many the share is taken
+_SAMPLES = 4  # of the round-trip time; a single one may be long because acknowledgements were lost
+_BACK_OFF = 4  # times that the time to a retransmission doubles; by then it is RETRANSMIT_MAX_S
 
+# the longest HEARD, ACK and STATUS
+_NEWS_BYTES = 3 * wire.TLV_BYTES + 12 + 16 + wire.MAX_EARLY_BYTES + 6
 _MAX_PACKETS = 1 << 62  # per key; never reached, and refused rather than wrapped
 
 
@@ -52,24 +68,27 @@ class PeerLeft(NamedTuple):
 class _InFlight:
     """A block that the peer has not acknowledged."""
 
-    __slots__ = ("first_sent", "frame", "interval", "records", "sent")
+    __slots__ = ("acked", "again", "born", "frame", "lost", "number", "records", "sent")
 
-    def __init__(self, frame: bytes, records: int, born: float, now: float) -> None:
+    def __init__(self, frame: bytes, records: int, born: float) -> None:
         self.frame = frame
         self.records = records
-        self.first_sent = born
-        self.sent = now
-        self.interval = 0.0
+        self.born = born
+        self.sent = 0.0  # last
+        self.number = 0  # of the datagram of its last sending
+        self.again = False  # it was sent more than once
+        self.lost = True  # it is not on its way, but waits to be sent
+        self.acked = False
 
 
 class _Keys:
-    """Directional keys of one pair of nonces, made when a key id is first used."""
+    """The peer's keys of one pair of nonces, made when a key id is first used."""
 
     def __init__(self, crypto: Crypto, secrets: dict[int, bytes], salt: bytes, sender: str, receiver: str) -> None:
         self._crypto = crypto
         self._secrets = secrets
         self._salt = salt
-        self._names = sender.encode() + b"\0" + receiver.encode()
+        self._names = (sender, receiver)
         self._made: dict[int, Aead] = {}
 
     def __call__(self, key_id: int) -> Aead:
@@ -79,38 +98,46 @@ class _Keys:
             secret = self._secrets.get(key_id)
             if secret is None:
                 raise WireError("unknown_key", str(key_id))
-            info = b"ctsync data" + bytes((wire.VERSION, key_id)) + self._names
-            made = self._made[key_id] = self._crypto.derive(secret, self._salt, info)
+            made = self._made[key_id] = self._crypto.derive(secret, self._salt, _info(b"data", key_id, *self._names))
         return made
 
 
-class _HelloSealer:
-    """Seals HELLOs under one fresh nonce: its key comes of the nonce, its packet numbers count up."""
+class _Sealer:
+    """Seals datagrams of one kind under one key.
 
-    def __init__(self, nonce: bytes, key_id: int, aead: Aead) -> None:
+    The AEAD's nonce depends on the packet number and on the contents: a node that goes on from a state of the past,
+    with numbers that it used before, uses other nonces for other contents, and says the same in the same datagram.
+    """
+
+    def __init__(
+        self, crypto: Crypto, secret: bytes, *, key_id: int, kind: int, nonce: bytes, salt: bytes, info: bytes
+    ) -> None:
         self.nonce = nonce
+        self.number = 0  # of the next datagram
+        self._kind = kind
         self._key_id = key_id
-        self._aead = aead
-        self._number = 0
+        self._aead = crypto.derive(secret, salt, info)
+        self._digest = crypto.derive_digest(secret, salt, b"ctsync nonce " + info)
 
-    def seal(self, hello: bytes) -> bytes:
-        header = wire.encode_header(wire.HELLO, self._key_id, self.nonce, self._number)
-        sealed = self._aead.seal(_nonce(self._number), hello, header)
-        self._number += 1
-        return header + sealed
+    def seal(self, plaintext: bytes) -> bytes:
+        """The whole datagram."""
+        header = wire.encode_header(self._kind, self._key_id, self.nonce, self.number)
+        self.number += 1
+        digest = self._digest(header, plaintext)
+        return header + digest + self._aead.seal(wire.aead_nonce(header, digest), plaintext, header)
 
 
 class _Established:
     """Everything that lives and dies with one pair of nonces."""
 
-    def __init__(self, hello: _HelloSealer, peer_nonce: bytes, send: _Keys, receive: _Keys) -> None:
+    def __init__(self, hello: _Sealer, peer_nonce: bytes, send: _Sealer, receive: _Keys) -> None:
         self.hello = hello
         self.local_nonce = hello.nonce
         self.peer_nonce = peer_nonce
         self.confirmed = False  # the peer's first DATA proves that it has the session too
-        self.send_keys = send
+        self.doubted = False  # the peer seems to have forgotten it
+        self.sealer = send
         self.receive_keys = receive
-        self.packet = 0
         # replay protection (RFC 4303, 3.4.3)
         self.highest = -1
         self.seen = 0
@@ -118,12 +145,34 @@ class _Established:
         self.next_block = 0
         self.limit = WINDOW_BLOCKS
         self.in_flight: dict[int, _InFlight] = {}
-        self.largest_acked = -1
+        self.records = 0  # in them
+        self.acked = 0  # all blocks below it are acknowledged; it itself is not
+        self.acked_early = 0  # bit k: so is block acked + 1 + k
+        self.sums = collections.deque([0])  # CRC-32 over the records of all blocks before block acked, acked + 1, ...
+        self.ack_number = -1  # of the datagram of the latest acknowledgement
+        self.heard = -1  # the highest of this node's packet numbers that the peer has heard
+        self.sent: collections.deque[tuple[int, _InFlight]] = collections.deque()  # by packet number; some out of date
+        self.lost: collections.deque[_InFlight] = collections.deque()  # to be sent again; some out of date
+        self.timeout_at = 0.0
+        self.timeouts = 0  # since an acknowledgement brought something; the first one is but a probe
         self.srtt: float | None = None
+        self.shortest = float("inf")  # round-trip time
+        self.samples: collections.deque[float] = collections.deque(maxlen=_SAMPLES)
+        self.queueing = 0.0  # by how much the latest ones were longer, all of them
+        # congestion: blocks that may be on their way, and are
+        self.window = SEND_WINDOW_FIRST
+        self.outstanding = 0
+        self.recently_lost = 0
+        self.recently_acked = 0
+        self.shrunk = 0  # packet number of the first datagram after the window was halved
         # receiving
         self.expected = 0
+        self.sum = 0  # CRC-32 over the records of all blocks before it
         self.early: dict[int, bytes] = {}
+        self.early_bits = 0  # bit k: block expected + 1 + k is in early
         self.ack_at: float | None = None
+        self.ack_sent = float("-inf")
+        self.unacked = 0  # blocks since then
 
 
 class Session:
@@ -150,6 +199,7 @@ class Session:
     ) -> None:
         self.node = node
         self.peer = peer
+        self._answers = LATER if node > peer else 0.0
         self.counters: collections.Counter[str] = collections.Counter()
         self.last_seen: float | None = None
         self._crypto = crypto
@@ -159,6 +209,7 @@ class Session:
         self._version = version
         self._payload = payload
         self._interval = hello_interval_s
+        self._later = self._answers * hello_interval_s
         self._dead_after = dead_after_s
         self._hello = self._fresh_hello()  # of the next session; replaced as soon as a session uses it
         self._established: _Established | None = None
@@ -167,12 +218,11 @@ class Session:
         self._status = wire.Status(wire.ROLE_UNKNOWN, 0, 0)
         self._status_due = False
         self._out: list[bytes] = []
-        self._retransmit: collections.deque[int] = collections.deque()
-        self._probing = False  # the peer was silent when retransmissions were last due
 
     def set_timers(self, hello_interval_s: float, dead_after_s: float) -> None:
         """Other timers, from the next sign of life on."""
         self._interval = hello_interval_s
+        self._later = self._answers * hello_interval_s
         self._dead_after = dead_after_s
 
     # --- what the engine asks ----------------------------------------------------------------------------------------
@@ -188,22 +238,22 @@ class Session:
     @property
     def block_bytes(self) -> int:
         """Bytes of records that one block may carry."""
-        return self._payload - wire.DATA_HEADER_BYTES - wire.TAG_BYTES - wire.BLOCK_HEADER_BYTES
+        clear = wire.DATA_HEADER_BYTES + wire.DIGEST_BYTES
+        return self._payload - clear - wire.TAG_BYTES - wire.BLOCK_HEADER_BYTES
 
     def credit(self) -> int:
-        """Blocks that may be sent now without overrunning the peer's buffer."""
+        """Blocks that may be sent now without overrunning the peer's buffer or the way there."""
         session = self._established
         if session is None:
             return 0
-        return session.limit - session.next_block
+        return max(0, min(session.limit - session.next_block, session.window - len(session.in_flight)))
 
     def lag(self) -> tuple[int, float | None]:
         """Records sent and not acknowledged, and when the oldest of them came up (monotonic seconds)."""
         session = self._established
         if session is None or not session.in_flight:
             return 0, None
-        flights = session.in_flight.values()
-        return sum(flight.records for flight in flights), min(flight.first_sent for flight in flights)
+        return session.records, session.in_flight[session.acked].born
 
     # --- what the engine does ----------------------------------------------------------------------------------------
 
@@ -217,10 +267,15 @@ class Session:
             raise ValueError("no session, no credit or block too long")
         number = session.next_block
         session.next_block += 1
-        frame = wire.encode_block(number, records)
-        session.in_flight[number] = _InFlight(frame, count, born, now)
+        session.sums.append(zlib.crc32(records, session.sums[-1]))
+        flight = _InFlight(wire.encode_block(number, records), count, born)
+        if not session.in_flight:
+            self._start_timer(session, now)
+        session.in_flight[number] = flight
+        session.records += count
         self.counters["records_sent"] += count
-        self._send(session, frame)
+        more = self._news(session, now, riding=True) if len(records) + _NEWS_BYTES <= self.block_bytes else b""
+        self._send_flight(session, flight, now, more)
 
     def set_status(self, status: wire.Status) -> None:
         """What the next heartbeat says; a changed role or flag is told at once."""
@@ -252,8 +307,8 @@ class Session:
         secret = self._secrets.get(header.key_id)
         if secret is None:
             raise WireError("unknown_key", str(header.key_id))
-        aead = self._crypto.derive(secret, header.sender, self._hello_info(header.key_id, self.peer, self.node))
-        plaintext = aead.open(_nonce(header.number), datagram[header.size :], datagram[: header.size])
+        aead = self._crypto.derive(secret, header.sender, _info(b"hello", header.key_id, self.peer, self.node))
+        plaintext = aead.open(*wire.sealed_parts(header, datagram))
         hello = wire.decode_hello(plaintext)
         if hello.node != self.peer:
             raise WireError("wrong_node", hello.node)
@@ -274,10 +329,9 @@ class Session:
         self._established = _Established(
             sealer,
             peer_nonce,
-            _Keys(self._crypto, self._secrets, sealer.nonce + peer_nonce, self.node, self.peer),
+            self._sealer(wire.DATA, b"data", sealer.nonce, sealer.nonce + peer_nonce),
             _Keys(self._crypto, self._secrets, peer_nonce + sealer.nonce, self.peer, self.node),
         )
-        self._retransmit.clear()
         self.last_seen = now
         self._heartbeat_at = now
         self._status_due = True
@@ -290,13 +344,15 @@ class Session:
     def _receive_data(self, header: wire.Header, datagram: bytes, now: float, events: list[NamedTuple]) -> None:
         session = self._established
         if session is None or header.sender != session.peer_nonce[:8]:
+            if session is not None and not self.alive(now):
+                self._doubt(session, now)
             raise WireError("unknown_session")
         number = header.number
         age = session.highest - number
         if age >= REPLAY_WINDOW or (age >= 0 and session.seen >> age & 1):
             raise WireError("replayed")
         aead = session.receive_keys(header.key_id)
-        plaintext = aead.open(_nonce(number), datagram[header.size :], datagram[: header.size])
+        plaintext = aead.open(*wire.sealed_parts(header, datagram))
         if age < 0:
             session.seen = (session.seen << min(-age, REPLAY_WINDOW) | 1) & ((1 << REPLAY_WINDOW) - 1)
             session.highest = number
@@ -305,17 +361,66 @@ class Session:
         self.last_seen = now
         session.confirmed = True
         self.counters["datagrams_received"] += 1
+        heard = None
         for kind, payload in wire.iter_tlv(plaintext):
             if kind == wire.FRAME_BLOCK:
                 events.extend(self._receive_block(session, payload, now))
             elif kind == wire.FRAME_ACK:
-                self._receive_ack(session, wire.decode_ack(payload), now)
+                ack = wire.decode_ack(payload)
+                if self._contradicts(session, ack, heard, number, now):
+                    return
+                self._receive_ack(session, ack, now)
+            elif kind == wire.FRAME_HEARD:
+                heard = wire.decode_heard(payload)
+                if heard.number >= session.sealer.number:
+                    self._forget("went_back", now)
+                    return
+                session.heard = max(session.heard, heard.number)
             elif kind == wire.FRAME_STATUS:
                 events.append(StatusReceived(wire.decode_status(payload)))
+                if now >= self._heartbeat_at - self._interval / 2:  # this node is awake: both beat together
+                    self._heartbeat_at = now
             elif kind == wire.FRAME_BYE:
                 events.append(PeerLeft())
             else:
                 self.counters["skipped_unknown_frame"] += 1
+
+    def _contradicts(
+        self, session: _Established, ack: wire.Ack, heard: wire.Heard | None, number: int, now: float
+    ) -> bool:
+        """Does a later datagram take back an acknowledgement, or any acknowledge what this node has not sent?"""
+        if ack.expected + (1 + ack.early.bit_length() if ack.early else 0) > session.next_block:
+            self._forget("went_back", now)
+            return True
+        if number > session.ack_number:
+            session.ack_number = number
+            if ack.expected < session.acked:
+                self._forget("peer_went_back", now)
+                return True
+        if heard is None or ack.expected < session.acked or heard.blocks == session.sums[ack.expected - session.acked]:
+            return False
+        self._forget("differed", now)
+        return True
+
+    def _doubt(self, session: _Established, now: float) -> None:
+        """Nothing is heard in this session, but something of another one: one of the nodes may be in a state of the
+        past, when the session of the other one did not exist yet.  Nothing proves it.  A HELLO does no harm."""
+        if not session.doubted:
+            session.doubted = True
+            self._hello = self._fresh_hello()  # a state of the past has a nonce of the past
+            self._hello_at = min(self._hello_at, now)
+        if now >= self._hello_at:
+            self._send_hello(self._hello, wire.NO_NONCE)
+            self._hello_at = now + self._interval
+
+    def _forget(self, why: str, now: float) -> None:
+        """One of the nodes goes on from a state of the past (a virtual machine was restored from a snapshot): it said
+        or acknowledged more in this session than it knows.  The session is worth nothing, its keys are used up."""
+        self.counters["sessions_ended_" + why] += 1
+        self._established = None
+        self._hello = self._fresh_hello()
+        self._hello_at = now
+        self._out.clear()
 
     def _receive_block(self, session: _Established, payload: bytes, now: float) -> list[NamedTuple]:
         number, records = wire.decode_block(payload)
@@ -323,43 +428,113 @@ class Session:
             raise WireError("over_credit")
         if number < session.expected or number in session.early:
             self.counters["blocks_duplicate"] += 1
-            session.ack_at = now
+            self._ack_soon(session, now)
             return []
         self.counters["blocks_received"] += 1
+        session.unacked += 1
         if number != session.expected:
             self.counters["blocks_early"] += 1
             session.early[number] = records
-            session.ack_at = now  # tell of the hole at once
+            session.early_bits |= 1 << (number - session.expected - 1)
+            self._ack_soon(session, now)
             return []
         events: list[NamedTuple] = [BlockReceived(records)]
-        session.expected += 1
-        while session.expected in session.early:
-            events.append(BlockReceived(session.early.pop(session.expected)))
-            session.expected += 1
-        if session.ack_at is None:
+        session.sum = zlib.crc32(records, session.sum)
+        number += 1
+        while number in session.early:
+            records = session.early.pop(number)
+            events.append(BlockReceived(records))
+            session.sum = zlib.crc32(records, session.sum)
+            number += 1
+        session.early_bits >>= number - session.expected
+        session.expected = number
+        if session.unacked >= ACK_BLOCKS:
+            session.ack_at = now
+        elif session.early:
+            self._ack_soon(session, now)
+        elif session.ack_at is None:
             session.ack_at = now + ACK_DELAY_S
         return events
 
+    @staticmethod
+    def _ack_soon(session: _Established, now: float) -> None:
+        """Something is missing, or an acknowledgement was lost: tell at once, but not all the time."""
+        moment = max(now, session.ack_sent + ACK_HOLE_S)
+        session.ack_at = moment if session.ack_at is None else min(session.ack_at, moment)
+
     def _receive_ack(self, session: _Established, ack: wire.Ack, now: float) -> None:
-        if ack.expected > session.next_block or (ack.ranges and ack.ranges[-1][1] > session.next_block):
-            raise WireError("malformed", "acknowledges what was never sent")
+        if ack.expected < session.acked:
+            return  # overtaken by a later one
+        if ack.expected < session.next_block and ack.expected not in session.in_flight:
+            raise WireError("malformed", "takes back an acknowledgement")
         session.limit = max(session.limit, min(ack.limit, ack.expected + WINDOW_BLOCKS))  # a bound for in_flight
-        acked = [number for number in session.in_flight if number < ack.expected]
-        oldest = next(iter(session.in_flight), session.next_block)  # a range may begin long before what is in flight
-        for first, end in ack.ranges:
-            acked.extend(number for number in range(max(first, oldest), end) if number in session.in_flight)
-        if not acked:
-            return
-        for number in acked:
-            flight = session.in_flight.pop(number)
-            if flight.interval == 0.0:  # never retransmitted: an honest sample (Karn)
-                sample = now - flight.sent
-                session.srtt = sample if session.srtt is None else 0.875 * session.srtt + 0.125 * sample
-        session.largest_acked = max(session.largest_acked, *acked)
-        for number, flight in session.in_flight.items():
-            if number + REORDER_THRESHOLD <= session.largest_acked and flight.interval == 0.0:
-                flight.interval = self._first_timeout(session)
-                self._retransmit.append(number)
+        in_flight = session.in_flight
+        numbers = [number for number in range(session.acked, ack.expected) if number in in_flight]
+        for _block in range(ack.expected - session.acked):
+            session.sums.popleft()
+        known = session.acked_early >> (ack.expected - session.acked)
+        fresh = ack.early & ~known
+        session.acked, session.acked_early = ack.expected, ack.early | known
+        while fresh:
+            lowest = fresh & -fresh
+            fresh ^= lowest
+            numbers.append(ack.expected + lowest.bit_length())
+        if numbers:
+            for number in numbers:
+                flight = in_flight.pop(number)
+                flight.acked = True
+                session.records -= flight.records
+                session.outstanding -= not flight.lost
+            if not flight.again:  # an honest sample (Karn); of the last one, that waited least for its acknowledgement
+                self._measure(session, now - flight.sent)
+            session.recently_acked += len(numbers)
+            if not self._congested(session):
+                session.window = min(session.window + len(numbers), WINDOW_BLOCKS)
+            elif session.queueing > QUEUE_MAX_S:
+                self._shrink(session)
+            self._start_timer(session, now)
+        self._detect_losses(session, now)
+
+    @staticmethod
+    def _measure(session: _Established, sample: float) -> None:
+        session.srtt = sample if session.srtt is None else 0.875 * session.srtt + 0.125 * sample
+        session.shortest = min(session.shortest, sample)
+        session.samples.append(sample)
+        session.queueing = min(session.samples) - session.shortest
+
+    @staticmethod
+    def _congested(session: _Established) -> bool:
+        """Would sending more only make a queue longer, or overflow it?  A line that loses at random is no reason."""
+        recent = session.recently_lost + session.recently_acked
+        return session.queueing > QUEUE_S or (recent > SEND_WINDOW_MIN and session.recently_lost > LOSS_MAX * recent)
+
+    @staticmethod
+    def _shrink(session: _Established) -> None:
+        """Halve the window, once in a round trip."""
+        if session.heard >= session.shrunk:
+            session.window = max(session.window // 2, SEND_WINDOW_MIN)
+            session.shrunk = session.sealer.number
+
+    def _detect_losses(self, session: _Established, now: float) -> None:
+        """What the peer lacks, although it has heard what was sent later (RFC 9002, 6.1)."""
+        latest = now - 1.25 * (session.srtt or 0.0) - REORDER_S
+        found = 0
+        while session.sent:
+            number, flight = session.sent[0]
+            if not flight.acked and flight.number == number:
+                if number >= session.heard or (number + REORDER_THRESHOLD > session.heard and flight.sent > latest):
+                    break
+                flight.lost = True
+                session.outstanding -= 1
+                session.lost.append(flight)
+                found += 1
+            session.sent.popleft()
+        session.recently_lost += found
+        if found and self._congested(session):
+            self._shrink(session)
+        if session.recently_lost + session.recently_acked > _RECENT_BLOCKS:
+            session.recently_lost //= 2
+            session.recently_acked //= 2
 
     # --- output ------------------------------------------------------------------------------------------------------
 
@@ -382,89 +557,110 @@ class Session:
             self._send_hello(session.hello, session.peer_nonce)
             self._hello_at = now + self._interval
         self._poll_retransmissions(session, now)
-        frames = b""
-        if session.ack_at is not None and now >= session.ack_at:
-            frames += wire.encode_ack(self._ack(session))
-            session.ack_at = None
-        if self._status_due or now >= self._heartbeat_at:
-            if not frames:
-                frames = wire.encode_ack(self._ack(session))  # heals a lost acknowledgement
-                session.ack_at = None
-            frames += wire.encode_status(self._status)
-            self._status_due = False
-            self._heartbeat_at = now + self._interval
+        frames = self._news(session, now)
         if frames:
             self._send(session, frames)
 
+    def _news(self, session: _Established, now: float, riding: bool = False) -> bytes:
+        """The acknowledgement and the status, where they are due; both a little early if they are ``riding`` on a
+        datagram that is sent anyway: that saves a datagram here, and a wake-up on the other side."""
+        status = self._status_due or now >= self._heartbeat_at - self._interval / 2
+        if riding:
+            due = status or session.ack_at is not None
+        else:
+            due = self._status_due or now >= self._heartbeat_at
+            due = due or (session.ack_at is not None and now >= session.ack_at)
+        if not due:
+            return b""
+        # The number first: to a node in a state of the past the rest makes no sense.
+        frames = wire.encode_heard(wire.Heard(session.highest, session.sum)) if session.highest >= 0 else b""
+        frames += wire.encode_ack(self._ack(session))  # with each status: that heals a lost acknowledgement
+        session.ack_at = None
+        session.ack_sent = now
+        session.unacked = 0
+        if status:
+            frames += wire.encode_status(self._status)
+            self._status_due = False
+            self._heartbeat_at = now + self._interval + self._later
+        return frames
+
     def _poll_retransmissions(self, session: _Established, now: float) -> None:
-        while self._retransmit:
-            flight = session.in_flight.get(self._retransmit.popleft())
-            if flight is not None:
-                self._resend(session, flight, now)
-        self._probing = not self.alive(now)
-        for flight in self._timed(session):
-            interval = flight.interval or self._first_timeout(session)
-            if now >= flight.sent + interval:
-                flight.interval = min(interval * 2, RETRANSMIT_MAX_S)
-                self._resend(session, flight, now)
+        while session.lost and session.outstanding < session.window:
+            flight = session.lost.popleft()
+            if flight.lost and not flight.acked:
+                self._send_again(session, flight, now)
+        if session.in_flight and now >= session.timeout_at:
+            # Nothing came back for long.  What is sent now is to make the peer say what it has: no more is known.
+            count = 1
+            if session.timeouts:
+                count = TIMEOUT_BLOCKS
+                session.window = max(session.window // 2, SEND_WINDOW_MIN)
+                session.shrunk = session.sealer.number
+                self.counters["timeouts"] += 1
+            first = max(RETRANSMIT_MIN_S, 3 * (session.srtt or 0.0))
+            session.timeout_at = now + min(first * (1 << session.timeouts), RETRANSMIT_MAX_S)
+            session.timeouts = min(session.timeouts + 1, _BACK_OFF)
+            for flight in list(itertools.islice(session.in_flight.values(), count)):
+                self._send_again(session, flight, now)
 
-    def _timed(self, session: _Established) -> Iterable[_InFlight]:
-        """Blocks that are sent again at their timeout.  A silent peer gets the oldest alone, not the whole window."""
-        flights = session.in_flight.values()
-        return itertools.islice(flights, 1) if self._probing else flights
+    @staticmethod
+    def _start_timer(session: _Established, now: float) -> None:
+        """From now on something new is waited for: first until the peer must have answered, if nothing was lost."""
+        session.timeouts = 0
+        session.timeout_at = now + min(2 * (session.srtt or RETRANSMIT_MIN_S) + ACK_DELAY_S, RETRANSMIT_MAX_S)
 
-    def _resend(self, session: _Established, flight: _InFlight, now: float) -> None:
+    def _send_flight(self, session: _Established, flight: _InFlight, now: float, more: bytes = b"") -> None:
+        session.outstanding += flight.lost
+        flight.lost = False
         flight.sent = now
-        self.counters["blocks_retransmitted"] += 1
-        self._send(session, flight.frame)
+        flight.number = session.sealer.number
+        session.sent.append((flight.number, flight))
+        self._send(session, flight.frame + more)
 
-    def _first_timeout(self, session: _Established) -> float:
-        return max(RETRANSMIT_MIN_S, 3 * (session.srtt or 0.0))
+    def _send_again(self, session: _Established, flight: _InFlight, now: float) -> None:
+        flight.again = True
+        self.counters["blocks_retransmitted"] += 1
+        self._send_flight(session, flight, now)
 
     def next_deadline(self) -> float:
-        """When :meth:`poll` wants to be called next (monotonic seconds)."""
+        """When :meth:`poll` wants to be called next (monotonic seconds); 0 for at once."""
         session = self._established
+        if self._out:
+            return 0.0
         if session is None:
             return self._hello_at
+        if session.lost and session.outstanding < session.window:
+            return 0.0
         deadline = self._heartbeat_at if session.confirmed else min(self._heartbeat_at, self._hello_at)
         if session.ack_at is not None:
             deadline = min(deadline, session.ack_at)
-        first = self._first_timeout(session)
-        for flight in self._timed(session):
-            deadline = min(deadline, flight.sent + (flight.interval or first))
+        if session.in_flight:
+            deadline = min(deadline, session.timeout_at)
         return deadline
 
-    def _ack(self, session: _Established) -> wire.Ack:
-        ranges: list[tuple[int, int]] = []
-        for number in sorted(session.early):
-            if ranges and ranges[-1][1] == number:
-                ranges[-1] = (ranges[-1][0], number + 1)
-            elif len(ranges) < wire.MAX_ACK_RANGES:
-                ranges.append((number, number + 1))
-            else:
-                break
-        return wire.Ack(session.expected, session.expected + WINDOW_BLOCKS, tuple(ranges))
+    @staticmethod
+    def _ack(session: _Established) -> wire.Ack:
+        return wire.Ack(session.expected, session.expected + WINDOW_BLOCKS, session.early_bits)
 
     def _send(self, session: _Established, frames: bytes) -> None:
-        header = wire.encode_header(wire.DATA, self._send_key, session.local_nonce, session.packet)
-        sealed = session.send_keys(self._send_key).seal(_nonce(session.packet), frames, header)
-        session.packet += 1
-        if session.packet > _MAX_PACKETS:  # fresh keys long before a nonce could repeat
+        self._out.append(session.sealer.seal(frames))
+        if session.sealer.number > _MAX_PACKETS:  # fresh keys long before a nonce could repeat
             self._established = None
-        self._out.append(header + sealed)
 
-    def _send_hello(self, sealer: _HelloSealer, echo: bytes) -> None:
+    def _send_hello(self, sealer: _Sealer, echo: bytes) -> None:
         self._out.append(sealer.seal(wire.encode_hello(wire.Hello(echo, self.node, 0, self._version))))
 
-    def _fresh_hello(self) -> _HelloSealer:
+    def _fresh_hello(self) -> _Sealer:
         nonce = self._random(wire.NONCE_BYTES)
-        info = self._hello_info(self._send_key, self.node, self.peer)
-        return _HelloSealer(nonce, self._send_key, self._crypto.derive(self._secrets[self._send_key], nonce, info))
+        return self._sealer(wire.HELLO, b"hello", nonce, nonce)
 
-    @staticmethod
-    def _hello_info(key_id: int, sender: str, receiver: str) -> bytes:
-        return b"ctsync hello" + bytes((wire.VERSION, key_id)) + sender.encode() + b"\0" + receiver.encode()
+    def _sealer(self, kind: int, what: bytes, nonce: bytes, salt: bytes) -> _Sealer:
+        key_id = self._send_key
+        info = _info(what, key_id, self.node, self.peer)
+        secret = self._secrets[key_id]
+        return _Sealer(self._crypto, secret, key_id=key_id, kind=kind, nonce=nonce, salt=salt, info=info)
 
 
-def _nonce(number: int) -> bytes:
-    return number.to_bytes(12, "big")
+def _info(what: bytes, key_id: int, sender: str, receiver: str) -> bytes:
+    """What a key is for, as HKDF takes it."""
+    return b"ctsync " + what + bytes((wire.VERSION, key_id)) + sender.encode() + b"\0" + receiver.encode()

@@ -1,164 +1,230 @@
 # Copyright: (c) 2026, The ctsync authors
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The daemon's tables: changes that wait to be sent, and the external cache (the peer's flows).
+"""The external cache (the peer's flows), and what is known of the kernel's copies of them.
 
-There is no internal cache: the kernel's table is it.  Records are compact bytes (``wire.encode_flow``).
+There is no internal cache: the kernel's table is it.  A replica costs one entry of one dict, two objects of bytes; all
+else is kept of exceptions only: of few flows (extras), or for a short time (what is under way to the kernel).
 """
 
 from __future__ import annotations
 
-import collections
-from collections.abc import Iterator
+import itertools
+import operator
+import struct
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+_SINCE = struct.Struct("!I")
+_SINCE_BYTES = _SINCE.size
+
+WALK_WHOLE = 4096  # replicas up to which a walk takes all keys at once, in the order in which they came
+WALK_PARTS = 16
 
 
-class Pending:
-    """Changes that wait for credit, in order, the last state of a flow only.
+class Replica(NamedTuple):
+    """A flow of the peer.  ``since``: when its replication began (monotonic seconds)."""
 
-    Bulk marks travel in the same order as the flows.  ``oldest`` is when the oldest change that still waits came up.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.oldest: float | None = None
-        # not a dict: to find the first entry of one it walks over all that were removed before
-        self._records: collections.OrderedDict[bytes, tuple[bytes, float]] = collections.OrderedDict()
-        self._moved: float | None = None  # the oldest birth among changes that moved to the end
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    @property
-    def full(self) -> bool:
-        return len(self._records) >= self.limit
-
-    def put(self, key: bytes, record: bytes, now: float) -> None:
-        """Add or replace the change of ``key``.  It moves to the end: what was queued before it stays before it."""
-        replaced = self._records.pop(key, None)
-        since = now
-        if replaced is not None:
-            since = replaced[1]
-            self._moved = since if self._moved is None else min(self._moved, since)
-        self._records[key] = (record, since)
-        if self.oldest is None:
-            self.oldest = now
-
-    def get(self, key: bytes) -> bytes | None:
-        """The record of ``key`` that waits."""
-        waiting = self._records.get(key)
-        return None if waiting is None else waiting[0]
-
-    def drop(self, key: bytes) -> None:
-        """Forget the change of ``key``, if one waits."""
-        if self._records.pop(key, None) is not None:
-            self._find_oldest()
-
-    def take(self, size: int) -> tuple[list[bytes], float]:
-        """Remove the first records that fit into ``size`` bytes; returns them and when the oldest came up.
-
-        A record that does not fit by itself is returned alone; the caller decides.
-        """
-        out: list[bytes] = []
-        born = None
-        for key in list(self._first(size)):
-            record, since = self._records.pop(key)
-            born = since if born is None else min(born, since)
-            out.append(record)
-        self._find_oldest()
-        return out, born if born is not None else 0.0
-
-    def _find_oldest(self) -> None:
-        """The first change is the oldest, unless one moved to the end; then the age is at most overstated."""
-        if not self._records:
-            self.oldest = self._moved = None
-            return
-        first = next(iter(self._records.values()))[1]
-        self.oldest = first if self._moved is None else min(first, self._moved)
-
-    def _first(self, size: int) -> Iterator[bytes]:
-        used = 0
-        for key, (record, _since) in self._records.items():
-            used += len(record)
-            if used > size and used != len(record):
-                return
-            yield key
-
-    def clear(self) -> None:
-        self._records.clear()
-        self.oldest = self._moved = None
-
-
-class Replica:
-    """An entry of the external cache.
-
-    ``record``: the last state the peer sent; ``since``: when its replication began (monotonic seconds);
-    ``injected``: the kernel holds it (hot standby); ``asked``: the record that the kernel is asked to make it of.
-    """
-
-    __slots__ = ("asked", "injected", "record", "since")
-
-    def __init__(self, record: bytes, since: float) -> None:
-        self.record = record
-        self.since = since
-        self.injected = False
-        self.asked: bytes | None = None
+    key: bytes
+    value: bytes
+    extras: bytes
+    since: float
 
 
 class ExternalCache:
-    """The flows of the peer, by flow key, with what the running bulk has named so far."""
+    """The flows of the peer, by key, with what the running bulk has not named yet.
 
-    def __init__(self, limit: int) -> None:
+    In ``table`` stands the value and, behind it, in 4 bytes the seconds from ``started`` to the first replication.
+    """
+
+    def __init__(self, limit: int, started: float = 0.0) -> None:
         self.limit = limit
-        self._replicas: dict[bytes, Replica] = {}
-        self._named: set[bytes] | None = None
+        self.table: dict[bytes, bytes] = {}
+        self.extras: dict[bytes, bytes] = {}
+        self._started = started
+        self._unnamed: set[bytes] | None = None
 
     def __len__(self) -> int:
-        return len(self._replicas)
+        return len(self.table)
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self._replicas
+        return key in self.table
+
+    def value(self, key: bytes) -> bytes | None:
+        stored = self.table.get(key)
+        return None if stored is None else stored[:-_SINCE_BYTES]
+
+    def values(self, keys: Iterable[bytes]) -> list[bytes]:
+        """Of keys that are all in the table."""
+        table = self.table
+        return [table[key][:-_SINCE_BYTES] for key in keys]
 
     def get(self, key: bytes) -> Replica | None:
-        return self._replicas.get(key)
+        stored = self.table.get(key)
+        return None if stored is None else self._replica(key, stored)
+
+    def _replica(self, key: bytes, stored: bytes) -> Replica:
+        since = self._started + _SINCE.unpack_from(stored, len(stored) - _SINCE_BYTES)[0]
+        return Replica(key, stored[:-_SINCE_BYTES], self.extras.get(key, b""), since)
 
     def keys(self) -> list[bytes]:
-        return list(self._replicas)
+        """A snapshot of 8 bytes per flow: the table may change while a caller walks through it."""
+        return list(self.table)
 
-    def items(self) -> list[tuple[bytes, Replica]]:
-        """A snapshot: the table may change while a caller walks through it."""
-        return list(self._replicas.items())
+    def items(self) -> Iterator[Replica]:
+        """All replicas that are still there when their turn comes, each of them once.
 
-    def put(self, key: bytes, record: bytes, now: float) -> Replica | None:
-        """Store the newest record of a flow; None where the table is full."""
-        replica = self._replicas.get(key)
-        if replica is None:
-            if len(self._replicas) >= self.limit:
-                return None
-            replica = self._replicas[key] = Replica(record, now)
+        The table may change under the walk.  That is why it takes keys in advance: not all of them, which would cost 8
+        bytes per flow as long as it lasts, but of a large table those of a part of the hashes.
+        """
+        parts = 1 if len(self.table) <= WALK_WHOLE else WALK_PARTS
+        for part in range(parts):
+            for key in [key for key in self.table if hash(key) % parts == part]:
+                stored = self.table.get(key)
+                if stored is not None:
+                    yield self._replica(key, stored)
+
+    def add_rows(self, rows: Mapping[bytes, bytes], now: float) -> Mapping[bytes, bytes]:
+        """Store flows that are not here yet; returns those for which there was room."""
+        room = self.limit - len(self.table)
+        if len(rows) > room:
+            rows = dict(itertools.islice(rows.items(), max(0, room)))
+        self.table.update(zip(rows, map(operator.add, rows.values(), itertools.repeat(self._since(now)))))
+        return rows
+
+    def replace_rows(self, rows: Mapping[bytes, bytes]) -> None:
+        """Newer values of flows that are all here; extras stay, and so does the beginning of the replication."""
+        table = self.table
+        table.update({key: value + table[key][-_SINCE_BYTES:] for key, value in rows.items()})
+        self.name(rows)
+
+    def put(self, key: bytes, value: bytes, extras: bytes, now: float) -> bool:
+        """Store the newest state of a flow; False where the table is full."""
+        stored = self.table.get(key)
+        if stored is None and len(self.table) >= self.limit:
+            return False
+        self.table[key] = value + (self._since(now) if stored is None else stored[-_SINCE_BYTES:])
+        if extras:
+            self.extras[key] = extras
         else:
-            replica.record = record
-        if self._named is not None:
-            self._named.add(key)
-        return replica
+            self.extras.pop(key, None)
+        self.name((key,))
+        return True
 
-    def pop(self, key: bytes) -> Replica | None:
-        if self._named is not None:
-            self._named.discard(key)
-        return self._replicas.pop(key, None)
+    def pop(self, key: bytes) -> bool:
+        """Forget a flow; False if it was not here."""
+        self.extras.pop(key, None)
+        if self._unnamed:
+            self._unnamed.discard(key)
+        return self.table.pop(key, None) is not None
 
     def clear(self) -> None:
-        self._replicas.clear()
-        self._named = None
+        self.table = {}
+        self.extras = {}
+        self._unnamed = None
+
+    def _since(self, now: float) -> bytes:
+        return _SINCE.pack(min(max(0, int(now - self._started)), 0xFFFFFFFF))
+
+    # --- bulk --------------------------------------------------------------------------------------------------------
 
     def begin_bulk(self) -> None:
         """From now on note which flows the peer names."""
-        self._named = set()
+        self._unnamed = set(self.table)
+
+    def name(self, keys: Iterable[bytes]) -> None:
+        if self._unnamed:
+            self._unnamed.difference_update(keys)
 
     def end_bulk(self) -> list[bytes]:
         """Keys that the bulk did not name: stale.  The caller removes them."""
-        named, self._named = self._named, None
-        return [] if named is None else [key for key in self._replicas if key not in named]
+        unnamed, self._unnamed = self._unnamed, None
+        return [key for key in self.table if key in unnamed] if unnamed else []
 
     @property
     def bulk_running(self) -> bool:
-        return self._named is not None
+        return self._unnamed is not None
+
+    @property
+    def named(self) -> int:
+        """Flows that the running bulk, or an event since it began, has named."""
+        return len(self.table) - len(self._unnamed or ())
+
+
+class Copies:
+    """Which replicas the kernel holds.  ``normally``: one of which nothing is noted is held (hot standby), or not.
+
+    ``asked``: the kernel is asked to make or take over the entry, and has not answered.  ``outdated``: of these, what
+    it was asked to make it of (value and extras), where that is not the replica's newest state.  ``refused``: what the
+    kernel does not take, and the errno.
+    """
+
+    def __init__(self, normally: bool) -> None:
+        self.asked: set[bytes] = set()
+        self.outdated: dict[bytes, tuple[bytes, bytes]] = {}
+        self.refused: dict[bytes, int] = {}
+        self._normally = normally
+        self._others: set[bytes] = set()
+
+    @property
+    def settled(self) -> bool:
+        """No exception is noted: all replicas are held (hot standby), or none."""
+        return not (self.asked or self._others)
+
+    def held(self, key: bytes) -> bool:
+        return key not in self.asked and (key in self._others) != self._normally
+
+    def lacking(self, keys: Collection[bytes]) -> list[bytes]:
+        """Those that the kernel does not hold yet."""
+        asked, others, normally = self.asked, self._others, self._normally
+        if not asked and not others:
+            return [] if normally else list(keys)
+        return [key for key in keys if key in asked or (key in others) == normally]
+
+    def ask(self, keys: Iterable[bytes]) -> None:
+        """The kernel is asked to hold them."""
+        self.asked.update(keys)
+        if self.outdated:
+            for key in keys:
+                self.outdated.pop(key, None)
+
+    def hold(self, keys: Iterable[bytes]) -> None:
+        """The kernel holds them."""
+        self.asked.difference_update(keys)
+        if self._normally:
+            self._others.difference_update(keys)
+        else:
+            self._others.update(keys)
+        if self.refused:
+            for key in keys:
+                self.refused.pop(key, None)
+
+    def lose(self, keys: Iterable[bytes]) -> None:
+        """The kernel does not hold them, and nothing is under way."""
+        self.asked.difference_update(keys)
+        if self._normally:
+            self._others.update(keys)
+        else:
+            self._others.difference_update(keys)
+        if self.outdated:
+            for key in keys:
+                self.outdated.pop(key, None)
+
+    def refuse(self, key: bytes, error: int) -> None:
+        self.lose((key,))
+        self.refused[key] = error
+
+    def forget(self, keys: Iterable[bytes]) -> None:
+        """They are replicas no more."""
+        self.asked.difference_update(keys)
+        self._others.difference_update(keys)
+        if self.outdated or self.refused:
+            for key in keys:
+                self.outdated.pop(key, None)
+                self.refused.pop(key, None)
+
+    def clear(self) -> None:
+        self.asked = set()
+        self.outdated = {}
+        self.refused = {}
+        self._others = set()

@@ -205,7 +205,8 @@ class FifoReader:
 
 
 class TrackFile:
-    """The file whose number keepalived multiplies with a negative weight: 1 is not ready, 0 is ready.
+    """The file whose number keepalived multiplies with a negative weight: 0 is ready, 1 and 2 are not (see
+    :class:`readiness.Verdict`).
 
     keepalived acts on IN_CLOSE_WRITE and takes a missing or empty file for 0.  So each change opens, overwrites in
     place (never truncating first) and closes; the file is never renamed, made or removed.
@@ -213,26 +214,26 @@ class TrackFile:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.value: bool | None = None  # what we know to be in the file
+        self.value: int | None = None  # what we know to be in the file
         self.problem: str | None = None
         self.errors = 0
         self._mark = (0, 0, 0)  # device, inode and time of the last change, after our own
 
-    def write(self, not_ready: bool) -> bool:
-        """Make the file say ``not_ready``, if it does not already; ``False``, with :attr:`problem`, on failure.
+    def write(self, value: int) -> bool:
+        """Make the file say ``value``, if it does not already; ``False``, with :attr:`problem`, on failure.
 
         A file that was replaced or that somebody else wrote is written again.
         """
-        if self.value is not_ready and self._untouched():
+        if self.value == value and self._untouched():
             return True
         try:
-            self._overwrite(b"1\n" if not_ready else b"0\n")
+            self._overwrite(b"%d\n" % value)
         except OSError as error:
             self.value = None
             self.errors += 1
             self.problem = f"track file {self.path}: {error.strerror or error}: {TMPFILES_REMEDY}"
             return False
-        self.value = not_ready
+        self.value = value
         self.problem = None
         return True
 

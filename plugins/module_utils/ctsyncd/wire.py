@@ -1,7 +1,7 @@
 # Copyright: (c) 2026, The ctsync authors
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The sync protocol's bytes: datagram headers, frames, records, flow records (docs/protocol.md).
+"""The sync protocol's bytes: datagram headers, frames, records, columns of flows (docs/protocol.md).
 
 Pure functions, bytes to values and back.  Everything is big-endian.  Every decoder raises :class:`WireError`, with the
 label of the counter that the fault belongs to, and nothing else, whatever the bytes are.
@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from itertools import chain, compress
 from typing import NamedTuple
 
-from .constants import AF_INET, AF_INET6, IPPROTO_TCP
+from . import rows as shapes
 from .errors import WireError
-from .flow import Flow, SeqAdj, Tuple
 
-VERSION = 1
+VERSION = 2
 
 # Datagram kinds
 HELLO = 1
@@ -25,6 +25,9 @@ DATA = 2
 
 NONCE_BYTES = 16
 TAG_BYTES = 16
+NUMBER_BYTES = 8  # of a packet number
+DIGEST_BYTES = 4  # of header and plaintext, behind the header
+AEAD_NONCE_BYTES = NUMBER_BYTES + DIGEST_BYTES
 
 _COMMON = struct.Struct("!BBBx")  # version, kind, key id, zero
 _HELLO_TAIL = struct.Struct("!16sQ")  # sender's nonce, packet number
@@ -37,28 +40,31 @@ FRAME_BLOCK = 1
 FRAME_ACK = 2
 FRAME_STATUS = 3
 FRAME_BYE = 4
+FRAME_HEARD = 5
 
 # Records inside a block
-RECORD_UPSERT = 1
-RECORD_DELETE = 2
-RECORD_BULK_BEGIN = 3
-RECORD_BULK_END = 4
-RECORD_BULK_REQUEST = 5
+RECORD_ROWS = 1
+RECORD_GONE = 2
+RECORD_FLOW = 3
+RECORD_BULK_BEGIN = 4
+RECORD_BULK_END = 5
+RECORD_BULK_REQUEST = 6
+
+MAX_ROWS = 1024  # rows of one record: what a few bytes may grow to
 
 _TLV = struct.Struct("!BH")
 TLV_BYTES = _TLV.size
 _U64 = struct.Struct("!Q")
 _BULK_END = struct.Struct("!II")
 _U32 = struct.Struct("!I")
-_ACK = struct.Struct("!QQB")
-_RANGE = struct.Struct("!QQ")
-MAX_ACK_RANGES = 32
+_ACK = struct.Struct("!QQ")
+MAX_EARLY_BYTES = 64  # of an ACK: one bit for each block that a receiver may keep
 
 BLOCK_HEADER_BYTES = TLV_BYTES + _U64.size
 
 
 class Header(NamedTuple):
-    """A datagram's clear header.  ``sender`` is the 16-byte nonce (HELLO) or its first 8 bytes (DATA)."""
+    """A datagram's clear header, of ``size`` bytes.  ``sender`` is the 16-byte nonce (HELLO) or its first 8 (DATA)."""
 
     kind: int
     key_id: int
@@ -77,13 +83,13 @@ def encode_header(kind: int, key_id: int, sender: bytes, number: int) -> bytes:
 
 def decode_header(data: bytes) -> Header:
     """Read a datagram's header.  Raises WireError ``truncated``, ``wrong_version`` or ``malformed``."""
-    if len(data) < DATA_HEADER_BYTES + TAG_BYTES:
+    if len(data) < DATA_HEADER_BYTES + DIGEST_BYTES + TAG_BYTES:
         raise WireError("truncated", f"{len(data)} bytes")
     version, kind, key_id = _COMMON.unpack_from(data)
     if version != VERSION:
         raise WireError("wrong_version", str(version))
     if kind == HELLO:
-        if len(data) < HELLO_HEADER_BYTES + TAG_BYTES:
+        if len(data) < HELLO_HEADER_BYTES + DIGEST_BYTES + TAG_BYTES:
             raise WireError("truncated", f"{len(data)} bytes")
         sender, number = _HELLO_TAIL.unpack_from(data, _COMMON.size)
         return Header(kind, key_id, sender, number, HELLO_HEADER_BYTES)
@@ -91,6 +97,17 @@ def decode_header(data: bytes) -> Header:
         sender, number = _DATA_TAIL.unpack_from(data, _COMMON.size)
         return Header(kind, key_id, sender, number, DATA_HEADER_BYTES)
     raise WireError("malformed", f"datagram kind {kind}")
+
+
+def aead_nonce(header: bytes, digest: bytes) -> bytes:
+    """The AEAD's nonce: the packet number, which every header ends with, and the digest of header and plaintext."""
+    return header[-NUMBER_BYTES:] + digest
+
+
+def sealed_parts(header: Header, data: bytes) -> tuple[bytes, bytes, bytes]:
+    """The AEAD's nonce, what is sealed and the additional data of a datagram with this header."""
+    size = header.size
+    return data[size - NUMBER_BYTES : size + DIGEST_BYTES], data[size + DIGEST_BYTES :], data[:size]
 
 
 def tlv(kind: int, payload: bytes = b"") -> bytes:
@@ -160,35 +177,24 @@ def decode_hello(data: bytes) -> Hello:
 
 class Ack(NamedTuple):
     """``expected``: first block not yet received in order; ``limit``: first block that must not be sent yet;
-    ``ranges``: half-open ranges [first, end) received out of order."""
+    ``early``: bit k (1 << k) tells that block ``expected`` + 1 + k was received."""
 
     expected: int
     limit: int
-    ranges: tuple[tuple[int, int], ...]
+    early: int
 
 
 def encode_ack(ack: Ack) -> bytes:
-    ranges = ack.ranges[:MAX_ACK_RANGES]
-    return tlv(
-        FRAME_ACK,
-        _ACK.pack(ack.expected, ack.limit, len(ranges)) + b"".join(_RANGE.pack(first, end) for first, end in ranges),
-    )
+    early = ack.early.to_bytes(-(-ack.early.bit_length() // 8), "little")
+    return tlv(FRAME_ACK, _ACK.pack(ack.expected, ack.limit) + early[:MAX_EARLY_BYTES])
 
 
 def decode_ack(payload: bytes) -> Ack:
     """Raises WireError ``malformed``."""
-    if len(payload) < _ACK.size:
-        raise WireError("malformed", "ack: truncated")
-    expected, limit, count = _ACK.unpack_from(payload)
-    if count > MAX_ACK_RANGES or len(payload) < _ACK.size + count * _RANGE.size:
-        raise WireError("malformed", "ack: ranges")
-    ranges = tuple(_RANGE.unpack_from(payload, _ACK.size + i * _RANGE.size) for i in range(count))
-    last = expected
-    for first, end in ranges:
-        if first < last or end <= first:
-            raise WireError("malformed", "ack: ranges out of order")
-        last = end
-    return Ack(expected, limit, ranges)
+    if not _ACK.size <= len(payload) <= _ACK.size + MAX_EARLY_BYTES:
+        raise WireError("malformed", f"ack: {len(payload)} bytes")
+    expected, limit = _ACK.unpack_from(payload)
+    return Ack(expected, limit, int.from_bytes(payload[_ACK.size :], "little"))
 
 
 def encode_block(sequence: int, records: bytes) -> bytes:
@@ -233,6 +239,28 @@ def decode_status(payload: bytes) -> Status:
     return Status(*_STATUS.unpack_from(payload))
 
 
+class Heard(NamedTuple):
+    """``number``: the highest packet number received of the other node in this session; ``blocks``: CRC-32 over the
+    records of all blocks received of it in order."""
+
+    number: int
+    blocks: int
+
+
+_HEARD = struct.Struct("!QI")
+
+
+def encode_heard(heard: Heard) -> bytes:
+    return tlv(FRAME_HEARD, _HEARD.pack(*heard))
+
+
+def decode_heard(payload: bytes) -> Heard:
+    """Longer payloads come from newer peers and are accepted.  Raises WireError ``malformed``."""
+    if len(payload) < _HEARD.size:
+        raise WireError("malformed", "heard: truncated")
+    return Heard(*_HEARD.unpack_from(payload))
+
+
 # --- records ---------------------------------------------------------------------------------------------------------
 
 
@@ -258,134 +286,256 @@ def decode_bulk_end(payload: bytes) -> tuple[int, int]:
     return number, flows
 
 
-_ADDRESS_BYTES = {AF_INET: 4, AF_INET6: 16}
+# --- columns ---------------------------------------------------------------------------------------------------------
+#
+# Column k is byte k of all rows.  Each column has one of four modes, told by two bits, one in each of two masks.  In a
+# mask column 0 is the most significant bit of the first byte; bits after the last column are zero:
+#   ZERO (0, 0)   every byte is zero: nothing follows
+#   SAME (0, 1)   every byte is the same: that byte
+#   FEW  (1, 0)   at most 16 different bytes: how many less one, those bytes, and for each row its index, two in a byte
+#   FULL (1, 1)   every byte as it is
+# The masks are followed by the bytes of all SAME columns, then by all FEW columns, then by all FULL columns.
 
-# A flow record: this head, the original tuple, the reply tuple, then optional fields as TLVs.
-_FLOW = struct.Struct("!BBHBII")  # family, protocol, zone, bytes of l4, status, timeout
-_NO_TIMEOUT = 0xFFFFFFFF
-
-_F_STATE = 1
-_F_WSCALE = 2
-_F_FLAGS = 3
-_F_VTAGS = 4
-_F_MARK = 5
-_F_LABELS = 6
-_F_HELPER = 7
-_F_MASTER = 8
-_F_SEQADJ = 9
-
-_STATE_HEADER = tlv(_F_STATE, b"\0")[:TLV_BYTES]
-_VTAGS = struct.Struct("!II")
-_SEQADJ = struct.Struct("!IiiIii")
-_MASTER = struct.Struct("!BB")
+_COLUMNS = struct.Struct("!BH")  # length of the keys, rows
+_FEW = 16
+_FEW_ROWS = 24  # with fewer rows FEW saves next to nothing
+_FEW_SHARE = 20  # where one of two bytes that were looked at is in fewer rows than one in so many, there are not few
+_BITS = bytes(code == ord("1") for code in range(256))
+_DIGITS = b"0123456789abcdef"
+_ZONE_DIRECTIONS = b"\1\2"
 
 
-def encode_flow(flow: Flow) -> bytes:
-    """Compact record of a flow: what the peer needs to make the same entry.
+class _Layout(NamedTuple):
+    """How rows of one shape lie in a record.
 
-    Not carried: CTA_ID, timestamps (the peer's own are its truth)."""
-    timeout = _NO_TIMEOUT if flow.timeout is None else min(flow.timeout, _NO_TIMEOUT - 1)
-    out = [
-        _FLOW.pack(flow.family, flow.proto, flow.zone, len(flow.orig.l4), flow.status & 0xFFFFFFFF, timeout),
-        *flow.orig,
-        *flow.reply,
-    ]
-    if flow.state is not None:
-        out.append(tlv(_F_STATE, bytes((flow.state,))))
-    if flow.tcp_wscale is not None:
-        out.append(tlv(_F_WSCALE, bytes(flow.tcp_wscale)))
-    if flow.tcp_flags is not None:
-        out.append(tlv(_F_FLAGS, bytes(flow.tcp_flags)))
-    if flow.sctp_vtags is not None:
-        out.append(tlv(_F_VTAGS, _VTAGS.pack(*flow.sctp_vtags)))
-    if flow.mark is not None:
-        out.append(tlv(_F_MARK, _U32.pack(flow.mark)))
-    if flow.labels is not None:
-        out.append(tlv(_F_LABELS, flow.labels))
-    if flow.helper is not None:
-        out.append(tlv(_F_HELPER, flow.helper.encode()))
-    if flow.master is not None:
-        master = flow.master
-        out.append(
-            tlv(_F_MASTER, _MASTER.pack(flow.master_proto, len(master.l4)) + master.src + master.dst + master.l4)
-        )
-    if flow.seqadj is not None:
-        out.append(tlv(_F_SEQADJ, _SEQADJ.pack(*flow.seqadj[0], *flow.seqadj[1])))
-    return b"".join(out)
+    ``mirror``: for each column of the reply tuple, in order, the column of the original tuple that has the same byte in
+    it where nothing is translated.
+    """
+
+    width: int
+    mask: int  # bytes
+    mirror_mask: int  # bytes
+    reply: int  # first column of the reply tuple
+    mirror: tuple[int, ...]
 
 
-def _tuple_at(data: bytes, offset: int, address: int, l4: int) -> tuple[Tuple, int]:
-    middle, ports, end = offset + address, offset + 2 * address, offset + 2 * address + l4
-    if end > len(data):
-        raise WireError("malformed", "flow: truncated tuple")
-    return Tuple(data[offset:middle], data[middle:ports], data[ports:end]), end
+def _layout(shape: shapes.Shape) -> _Layout:
+    source, destination, ports = 1, 1 + shape.address, 1 + 2 * shape.address
+    half = shape.l4 // 2
+    mirror = (
+        *range(destination, destination + shape.address),
+        *range(source, source + shape.address),
+        *range(ports + half, ports + shape.l4),
+        *range(ports, ports + half),
+    )
+    return _Layout(shape.row, -(-shape.row // 8), -(-len(mirror) // 8), shape.key, mirror)
 
 
-def decode_flow(data: bytes) -> Flow:
-    """The flow of a record; unknown optional fields are skipped.  Raises WireError ``malformed``."""
-    if len(data) < _FLOW.size:
-        raise WireError("malformed", "flow: truncated head")
-    family, proto, zone, l4, status, timeout = _FLOW.unpack_from(data)
-    address = _ADDRESS_BYTES.get(family)
-    if address is None or l4 not in (0, 4):
-        raise WireError("malformed", f"flow: family {family}, {l4} bytes of ports")
-    orig, offset = _tuple_at(data, _FLOW.size, address, l4)
-    reply, offset = _tuple_at(data, offset, address, l4)
-    fields = dict(iter_tlv(data, offset))
-    try:
-        helper = fields[_F_HELPER].decode("ascii") if _F_HELPER in fields else None
-        master, master_proto = None, 0
-        if _F_MASTER in fields:
-            master_proto, master_l4 = _MASTER.unpack_from(fields[_F_MASTER])
-            if master_l4 not in (0, 4):
-                raise WireError("malformed", f"flow: master with {master_l4} bytes of ports")
-            master, _end = _tuple_at(fields[_F_MASTER], _MASTER.size, address, master_l4)
-        seqadj = None
-        if _F_SEQADJ in fields:
-            numbers = _SEQADJ.unpack(fields[_F_SEQADJ])
-            seqadj = (SeqAdj(*numbers[:3]), SeqAdj(*numbers[3:]))
-        state = fields[_F_STATE][0] if _F_STATE in fields else None
-        wscale, flags = fields.get(_F_WSCALE), fields.get(_F_FLAGS)
-        return Flow(
-            family,
-            proto,
-            zone,
-            orig,
-            reply,
-            status,
-            timeout=None if timeout == _NO_TIMEOUT else timeout,
-            state=state,
-            tcp_wscale=None if wscale is None else (wscale[0], wscale[1]),
-            tcp_flags=None if flags is None else (flags[0], flags[1]),
-            sctp_vtags=_VTAGS.unpack(fields[_F_VTAGS]) if _F_VTAGS in fields else None,
-            mark=_U32.unpack(fields[_F_MARK])[0] if _F_MARK in fields else None,
-            labels=fields.get(_F_LABELS),
-            helper=helper,
-            master=master,
-            master_proto=master_proto,
-            seqadj=seqadj,
-        )
-    except (struct.error, IndexError, UnicodeDecodeError) as error:
-        raise WireError("malformed", f"flow: {error!r}") from error
+_ROWS = {length: _layout(shape) for length, shape in shapes.SHAPES.items()}
+_PAIRS = {length: struct.Struct(f"{shape.key}s{shape.value}s") for length, shape in shapes.SHAPES.items()}
+_KEYS = {length: struct.Struct(f"{shape.key}s{shape.value}x") for length, shape in shapes.SHAPES.items()}
+_VALUES = {length: struct.Struct(f"{shape.key}x{shape.value}s") for length, shape in shapes.SHAPES.items()}
 
 
-def tcp_state(record: bytes) -> int | None:
-    """State of a TCP flow in a valid record, without decoding all of it; None for other protocols."""
-    if record[1] != IPPROTO_TCP:
-        return None
-    place = _FLOW.size + 4 * _ADDRESS_BYTES[record[0]] + 2 * record[4]
-    if record[place : place + TLV_BYTES] == _STATE_HEADER:  # where encode_flow puts it
-        return record[place + TLV_BYTES]
-    return decode_flow(record).state
+def iter_rows(key_len: int, rows: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Key and value of each of the joined rows; also what ``dict`` and ``dict.update`` take."""
+    return _PAIRS[key_len].iter_unpack(rows)
 
 
-def decode_key(key: bytes) -> tuple[int, int, int, Tuple]:
-    """Family, protocol, zone and original tuple of a flow key.  Raises WireError ``malformed``."""
-    if len(key) < 4 or key[0] not in _ADDRESS_BYTES:
-        raise WireError("malformed", "flow key")
-    address = _ADDRESS_BYTES[key[0]]
-    l4 = len(key) - 4 - 2 * address
-    if l4 not in (0, 4):
-        raise WireError("malformed", "flow key: size")
-    orig, _end = _tuple_at(key, 4, address, l4)
-    return key[0], key[1], int.from_bytes(key[2:4], "big"), orig
+def split_rows(key_len: int, rows: bytes) -> tuple[list[bytes], list[bytes]]:
+    """Keys and values of joined rows."""
+    return (
+        list(chain.from_iterable(_KEYS[key_len].iter_unpack(rows))),
+        list(chain.from_iterable(_VALUES[key_len].iter_unpack(rows))),
+    )
+
+
+def split_keys(key_len: int, keys: bytes) -> list[bytes]:
+    """Joined keys, one by one."""
+    return [keys[at : at + key_len] for at in range(0, len(keys), key_len)]
+
+
+def encode_rows(key_len: int, rows: bytes) -> bytes:
+    """Payload of ROWS: joined rows (1 to ``MAX_ROWS``) of the shape that ``key_len`` tells."""
+    layout = _ROWS[key_len]
+    width = layout.width
+    count = len(rows) // width
+    columns = [rows[at::width] for at in range(width)]
+    mirrored = 0
+    for at, original in enumerate(layout.mirror, layout.reply):
+        column, other = columns[at], columns[original]
+        mirrored <<= 1
+        if column == other:
+            columns[at] = bytes(count)
+            mirrored |= 1
+        elif column.count(column[0]) != count and other.count(other[0]) != count:
+            difference = _xor(column, other)
+            if difference.count(difference[0]) == count:
+                columns[at] = difference
+                mirrored |= 1
+    mirrored <<= -len(layout.mirror) % 8
+    head = _COLUMNS.pack(key_len, count) + mirrored.to_bytes(layout.mirror_mask, "big")
+    return head + _encode_columns(columns, count)
+
+
+def decode_rows(payload: bytes) -> tuple[int, bytes]:
+    """Length of the keys and the joined rows of ROWS.  Raises WireError ``malformed``."""
+    key_len, count = _decode_columns_head(payload)
+    layout = _ROWS[key_len]
+    at = _COLUMNS.size + layout.mirror_mask
+    mirrored = _bits(_mask(payload[_COLUMNS.size : at], len(layout.mirror), layout.mirror_mask), len(layout.mirror))
+    rows = _decode_columns(payload, at, layout.width, count)
+    width = layout.width
+    for to, original in compress(enumerate(layout.mirror, layout.reply), mirrored):
+        column, other = rows[to::width], rows[original::width]
+        rows[to::width] = other if column.count(0) == count else _xor(column, other)
+    _check_zones(rows, key_len, width)
+    return key_len, bytes(rows)
+
+
+def encode_gone(key_len: int, keys: bytes) -> bytes:
+    """Payload of GONE: joined keys (1 to ``MAX_ROWS``) of one length."""
+    count = len(keys) // key_len
+    return _COLUMNS.pack(key_len, count) + _encode_columns([keys[at::key_len] for at in range(key_len)], count)
+
+
+def decode_gone(payload: bytes) -> tuple[int, bytes]:
+    """Length of the keys and the joined keys of GONE.  Raises WireError ``malformed``."""
+    key_len, count = _decode_columns_head(payload)
+    keys = _decode_columns(payload, _COLUMNS.size, key_len, count)
+    _check_zones(keys, key_len, key_len)
+    return key_len, bytes(keys)
+
+
+def _decode_columns_head(payload: bytes) -> tuple[int, int]:
+    if len(payload) < _COLUMNS.size:
+        raise WireError("malformed", "columns: truncated")
+    key_len, count = _COLUMNS.unpack_from(payload)
+    if key_len not in shapes.SHAPES or not 1 <= count <= MAX_ROWS:
+        raise WireError("malformed", f"columns: {count} keys of {key_len} bytes")
+    return key_len, count
+
+
+def _xor(one: bytes | bytearray, two: bytes | bytearray) -> bytes:
+    return (int.from_bytes(one, "little") ^ int.from_bytes(two, "little")).to_bytes(len(one), "little")
+
+
+def _encode_columns(columns: list[bytes], count: int) -> bytes:
+    """Masks and columns."""
+    high = low = 0
+    same, few, full = bytearray(), [], []
+    for column in columns:
+        first = column[0]
+        high <<= 1
+        low <<= 1
+        often = column.count(first)
+        if often == count:
+            if first:
+                low |= 1
+                same.append(first)
+            continue
+        high |= 1
+        if count >= _FEW_ROWS and max(often, column.count(column[count >> 1])) * _FEW_SHARE > count:
+            values = bytes(sorted(set(column)))
+            if len(values) <= _FEW and 1 + len(values) + (count + 1) // 2 < count:
+                few.append(_encode_few(column, values))
+                continue
+        low |= 1
+        full.append(column)
+    pad = -len(columns) % 8
+    size = (len(columns) + pad) // 8
+    masks = (high << pad).to_bytes(size, "big") + (low << pad).to_bytes(size, "big")
+    return b"".join((masks, same, *few, *full))
+
+
+def _encode_few(column: bytes, values: bytes) -> bytes:
+    digits = column.translate(bytes.maketrans(values, _DIGITS[: len(values)])).decode("ascii")
+    if len(digits) % 2:
+        digits += "0"
+    return bytes((len(values) - 1,)) + values + bytes.fromhex(digits)
+
+
+def _decode_columns(payload: bytes, at: int, width: int, count: int) -> bytearray:
+    """The rows of masks and columns that begin at ``at`` and fill the payload."""
+    size = -(-width // 8)
+    high = _mask(payload[at : at + size], width, size)
+    low = _mask(payload[at + size : at + 2 * size], width, size)
+    at += 2 * size
+    same = tuple(compress(range(width), _bits(low & ~high, width)))
+    if at + len(same) > len(payload):
+        raise WireError("malformed", "columns: truncated")
+    template = bytearray(width)
+    for column, value in zip(same, payload[at : at + len(same)]):
+        template[column] = value
+    at += len(same)
+    rows = template * count
+    if high & ~low:
+        for column in compress(range(width), _bits(high & ~low, width)):
+            rows[column::width], at = _decode_few(payload, at, count)
+    for column in compress(range(width), _bits(high & low, width)):
+        if at + count > len(payload):
+            raise WireError("malformed", "columns: truncated")
+        rows[column::width] = payload[at : at + count]
+        at += count
+    if at != len(payload):
+        raise WireError("malformed", "columns: more than said")
+    return rows
+
+
+def _decode_few(payload: bytes, at: int, count: int) -> tuple[bytes, int]:
+    """A FEW column that begins at ``at``, and where it ends."""
+    known = payload[at] + 1 if at < len(payload) else 0
+    end = at + 1 + known + (count + 1) // 2
+    if not 1 <= known <= _FEW or end > len(payload):
+        raise WireError("malformed", "columns: few")
+    digits = payload[at + 1 + known : end].hex().encode("ascii")
+    used = _DIGITS[:known]
+    if digits.translate(None, used):
+        raise WireError("malformed", "columns: index of nothing")
+    return digits[:count].translate(bytes.maketrans(used, payload[at + 1 : at + 1 + known])), end
+
+
+def _mask(mask: bytes, width: int, size: int) -> int:
+    """A mask as a number whose last bit is that of the last column.  Raises WireError ``malformed``."""
+    if len(mask) != size:
+        raise WireError("malformed", "columns: truncated mask")
+    pad = size * 8 - width
+    number = int.from_bytes(mask, "big")
+    if number & ((1 << pad) - 1):
+        raise WireError("malformed", "columns: mask of more columns than there are")
+    return number >> pad
+
+
+def _bits(mask: int, width: int) -> bytes:
+    """The bits of a mask, one per byte."""
+    return format(mask, f"0{width}b").encode("ascii").translate(_BITS)
+
+
+def _check_zones(rows: bytes | bytearray, key_len: int, width: int) -> None:
+    """No two keys may mean the same flow: a zone that is written out is not 0, and a direction is one direction."""
+    zone = shapes.SHAPES[key_len].zone
+    if not zone:
+        return
+    at = key_len - zone
+    if 0 in rows[at + 1 :: width] and (0, 0) in zip(rows[at::width], rows[at + 1 :: width]):
+        raise WireError("malformed", "key: zone 0")
+    if zone == 3 and rows[at + 2 :: width].translate(None, _ZONE_DIRECTIONS):
+        raise WireError("malformed", "key: direction of the zone")
+
+
+def encode_flow_record(key: bytes, value: bytes, extras: bytes) -> bytes:
+    """Payload of FLOW: one flow, that has extras or leaves something out."""
+    return bytes((len(key),)) + key + value + extras
+
+
+def decode_flow_record(payload: bytes) -> tuple[bytes, bytes, bytes]:
+    """Key, value and extras of FLOW; the extras can be unpacked.  Raises WireError ``malformed``."""
+    shape = shapes.SHAPES.get(payload[0]) if payload else None
+    if shape is None or len(payload) < 1 + shape.row:
+        raise WireError("malformed", "flow: size")
+    end = 1 + shape.key
+    key, value, extras = payload[1:end], payload[end : end + shape.value], payload[1 + shape.row :]
+    _check_zones(key, len(key), len(key))
+    if extras:
+        shapes.unpack(key, value, extras)
+    return key, value, extras

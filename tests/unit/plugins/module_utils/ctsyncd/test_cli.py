@@ -264,7 +264,7 @@ VIPS = {bytes((192, 168, 0, 100)), bytes((192, 168, 1, 100))}
 
 
 @pytest.mark.parametrize(
-    ("held", "after"), [(set(), "1\n"), (VIPS, "0\n"), ({bytes((192, 168, 0, 100))}, "1\n"), (None, "1\n")]
+    ("held", "after"), [(set(), "2\n"), (VIPS, "0\n"), ({bytes((192, 168, 0, 100))}, "2\n"), (None, "2\n")]
 )
 def test_gate(
     tmp_path: pathlib.Path, run: Run, monkeypatch: pytest.MonkeyPatch, held: set[bytes] | None, after: str
@@ -297,7 +297,7 @@ def test_gate_is_on_the_safe_side(tmp_path: pathlib.Path, run: Run) -> None:
     code, _out, err = run("gate", "--not-ready")
     assert code == 0
     assert "virtual_ips" in err
-    assert (tmp_path / "not-ready").read_text() == "1\n"
+    assert (tmp_path / "not-ready").read_text() == "2\n"
 
 
 def test_a_reader_that_leaves_is_no_error(daemon: Daemon, tmp_path: pathlib.Path) -> None:
@@ -324,4 +324,5 @@ def test_client_commands_do_without_the_daemons_rooms() -> None:
     )
     done = subprocess.run([sys.executable, "-I", "-c", code], check=True, capture_output=True, text=True)
     names = {name.split(".")[1] for name in done.stdout.split()}
-    assert names == {"cli", "config", "constants", "control", "errors", "flow", "render", "service", "vrrp"}
+    light = {"cli", "config", "constants", "control", "errors", "flow", "readiness", "render", "service", "vrrp"}
+    assert names == light

@@ -242,6 +242,22 @@ def test_update_leaves_out_what_the_kernel_refuses() -> None:
     assert "CTA_STATUS" not in plain(oracle(ctnetlink.update(SSH, status=False)))
 
 
+def test_timer_of_gre_is_fixed_when_its_entry_is_made() -> None:
+    """IPS_FIXED_TIMEOUT; the kernel answers EPERM to whoever sets such a timer then."""
+    flow = Flow(
+        *(k.AF_INET, k.IPPROTO_GRE, 0),
+        ports("192.168.0.3", "192.168.1.3", 5, 0xFFFE),
+        ports("192.168.1.3", "192.168.1.100", 0xFFFE, 5),
+        SNAT_STATUS | k.IPS_ASSURED,
+        180,
+    )
+    made = plain(oracle(ctnetlink.create(flow, timeout=86_400)))
+    assert (made["CTA_STATUS"], made["CTA_TIMEOUT"]) == (0x40E, 86_400)
+    changed = plain(oracle(ctnetlink.update(flow, timeout=9)))
+    assert (changed["CTA_STATUS"], "CTA_TIMEOUT" in changed) == (0xE, False)
+    assert plain(oracle(ctnetlink.create(SSH)))["CTA_STATUS"] & k.IPS_FIXED_TIMEOUT == 0
+
+
 def test_delete_get_and_dump() -> None:
     flow = FLOWS["tcp6-dnat"]
     for data in (ctnetlink.delete(flow, 3, ident=99), ctnetlink.delete(ctnetlink.flow_of_key(flow.key), 3, ident=99)):
@@ -381,7 +397,7 @@ def test_flows_that_cannot_be_said(bad: Flow) -> None:
         ctnetlink.create(bad)
 
 
-@pytest.mark.parametrize("key", [b"", b"\2\6\0", b"\7\6\0\0" + bytes(12), SSH.key[:-1], SSH.key + b"0"])
+@pytest.mark.parametrize("key", [b"", b"\6\0\0", bytes(17), SSH.key[:-3], SSH.key + b"0"])
 def test_malformed_keys(key: bytes) -> None:
     with pytest.raises(NetlinkError):
         ctnetlink.flow_of_key(key)
@@ -459,6 +475,8 @@ def test_every_flow_survives_the_round_trip(flow: Flow) -> None:
     assert got is not None
     if flow.proto == k.IPPROTO_TCP and flow.assured:
         got = got._replace(state=None, tcp_flags=None)  # an assured flow without a state is said to be established
+    if flow.proto == k.IPPROTO_GRE:
+        got = got._replace(status=got.status & ~k.IPS_FIXED_TIMEOUT)
     assert got == flow
     assert ctnetlink.flow_of_key(flow.key).orig == flow.orig
 

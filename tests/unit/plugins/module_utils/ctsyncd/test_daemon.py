@@ -1,14 +1,20 @@
 # Copyright: (c) 2026, The ctsync authors
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What the daemon makes of the engine's requests."""
+"""What the daemon makes of the engine's requests, and when it reads events."""
 
 from __future__ import annotations
+
+import errno
 
 import pytest
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import constants as k
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import ctnetlink, daemon, engine
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.control import ControlError
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.engine import Request
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.errors import NetlinkError
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import Flow
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.rows import pack
 from unit.simulation import tcp
 
 
@@ -36,3 +42,122 @@ def test_update_makes_window_tracking_liberal_even_where_the_status_stays(operat
     assert all(one & k.TCP_FLAG_BE_LIBERAL for one in flags)
     assert (ctnetlink.CTA_STATUS in said) == (operation == engine.UPDATE)
     assert said[ctnetlink.CTA_MARK] == b"\0\0\0\7"
+
+
+# --- the window ------------------------------------------------------------------------------------------------------
+
+
+def reads(rate: float, longest: float) -> int:
+    """How often in a second events are read that come at a steady rate (per second), once the rate is known."""
+    window = daemon.Window()
+    count, now, interval = 0, 100.0, 1 / rate
+    while now < 102.0:
+        moment = now + window.opens(now, longest)
+        events = int((moment - now) / interval) + 1
+        window.read(events, moment)
+        count += now >= 101.0
+        now += events * interval
+    return count
+
+
+def test_first_event_after_a_quiet_spell_is_read_at_once() -> None:
+    window = daemon.Window()
+    assert window.opens(100.0, 0.02) == 0.0
+    window.read(100, 100.001)  # a burst: more may follow
+    assert window.opens(100.002, 0.02) > 0.0
+    window.read(100, 100.022)
+    assert window.opens(100.023, 0.02) == 0.02
+    window.read(3, 100.043)
+    assert window.opens(100.094, 0.02) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("rate", "longest", "fewest", "most"),
+    [
+        (10, 0.02, 9, 11),  # every one is the first after a quiet spell
+        (100, 0.02, 99, 101),  # a window would gather two: each is read at once
+        (300, 0.02, 40, 50),
+        (1000, 0.02, 45, 50),
+        (8000, 0.02, 48, 50),
+        (20_000, 0.02, 380, 400),  # 2.5 ms
+        (200_000, 0.02, 490, 500),  # not below 2 ms
+        (1000, 0.0, 999, 1001),  # switched off
+        (1000, 0.001, 450, 1001),  # shorter than the shortest: as it is configured
+    ],
+)
+def test_window_follows_the_rate(rate: float, longest: float, fewest: int, most: int) -> None:
+    assert fewest <= reads(rate, longest) <= most
+
+
+# --- work for the kernel ---------------------------------------------------------------------------------------------
+
+
+class Requests:
+    """A request socket that cannot express a row whose protocol is not TCP."""
+
+    def __init__(self) -> None:
+        self.sent: list[bytes] = []
+
+    def create_rows(self, _key_len: int, keys: list[bytes], *_rest: object) -> list[tuple[int, int]]:
+        if any(key[0] != k.IPPROTO_TCP for key in keys):
+            raise NetlinkError("no such protocol here", errno.EINVAL)
+        return [(index, errno.EEXIST) for index in range(len(keys))]
+
+    def inject(self, messages: list[bytes]) -> list[tuple[int, int]]:
+        self.sent += messages
+        return [(1, errno.ENOMEM)]
+
+
+def test_work_with_a_row_that_cannot_be_expressed_is_carried_out_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, values, _extras = zip(*(pack(tcp(port)) for port in (1001, 1002, 1003)))
+    one = daemon.Daemon.__new__(daemon.Daemon)
+    requests = Requests()
+    one._requests = requests  # type: ignore[assignment]
+    good = engine.Work(engine.CREATE, 13, list(keys), list(values), [55] * 3)
+    assert one._carry_out(good) == [(0, errno.EEXIST), (1, errno.EEXIST), (2, errno.EEXIST)]
+    assert requests.sent == []
+    bad = good._replace(keys=[keys[0], b"\x11" + keys[1][1:], keys[2]])
+
+    def refuse(flow: Flow, **_options: object) -> bytes:
+        if flow.proto != k.IPPROTO_TCP:
+            raise NetlinkError("no such protocol here")
+        return b"message %d" % flow.orig.l4[1]
+
+    monkeypatch.setattr(ctnetlink, "create", refuse)
+    assert sorted(one._carry_out(bad)) == [(1, errno.EINVAL), (2, errno.ENOMEM)]
+    assert len(requests.sent) == 2
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_dump_for_people_says_when_it_may_not_be_whole(monkeypatch: pytest.MonkeyPatch, interrupted: bool) -> None:
+    class Dump:
+        done = False
+
+        def __init__(self) -> None:
+            self.interrupted = interrupted
+
+        def __enter__(self) -> Dump:
+            return self
+
+        def __exit__(self, *_exc: object) -> None:
+            pass
+
+        def read_flows(self) -> list[Flow]:
+            self.done = True
+            return [tcp(1001)]
+
+    class Everything:
+        @staticmethod
+        def internal(_flow: Flow) -> bool:
+            return True
+
+    monkeypatch.setattr(daemon.netlink, "TableDump", Dump)
+    one = daemon.Daemon.__new__(daemon.Daemon)
+    one._engine = Everything()  # type: ignore[assignment]
+    answer = one._internal(lambda _flow, _age: "line")
+    assert next(answer) == b"line\n"
+    if interrupted:
+        with pytest.raises(ControlError, match="ask again"):
+            next(answer)
+    else:
+        assert list(answer) == []

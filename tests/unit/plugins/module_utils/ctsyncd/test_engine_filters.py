@@ -13,6 +13,7 @@ from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import 
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.config import Filter as Selection
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.config import Mark
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.engine import EXTERNAL_CACHE, Settings
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.rows import Changes
 from unit.simulation import Node, Simulation, tcp, udp
 
 MARKED = Settings(filter=Selection(marks=(Mark(1, 0xFF),)))
@@ -57,10 +58,10 @@ def test_bulk_and_listing_are_filtered() -> None:
     sim.start()
     sim.run(1.0)
     assert keys(sim.fw2) == ({one.key}, {one.key})
-    assert (sim.fw1.up.is_announced(one), sim.fw1.up.is_announced(two)) == (True, False)
+    assert (sim.fw1.up.internal(one), sim.fw1.up.internal(two)) == (True, False)
 
 
-@pytest.mark.parametrize("command", ["resync", "flush_kernel", "kernel_overrun"])
+@pytest.mark.parametrize("command", ["resync", "flush_kernel", "lose_events"])
 def test_backup_removes_nothing_that_the_filter_excludes(command: str) -> None:
     states = (k.TCP_ESTABLISHED, k.TCP_TIME_WAIT)
     sim = Simulation(settings=Settings(filter=Selection(marks=(Mark(1, 0xFF),), tcp_states=states))).start()
@@ -75,7 +76,7 @@ def test_backup_removes_nothing_that_the_filter_excludes(command: str) -> None:
         )
     }
     stale = sim.fw2.kernel.open(tcp(6, mark=1)).key
-    getattr(sim.fw2.up, command)()
+    getattr(sim.fw2.up if command != "lose_events" else sim.fw2.kernel, command)()
     sim.run_until(lambda: stale not in sim.fw2.kernel.table)
     sim.run(1.0)
     assert set(sim.fw2.kernel.table) == others
@@ -94,20 +95,24 @@ def test_entry_in_the_way_of_a_replica_is_adopted_though_the_filter_excludes_it(
 def test_event_that_brings_the_mark_but_not_the_state_is_looked_up() -> None:
     sim = Simulation(settings=MARKED).start()
     engine = sim.fw1.up
-    for flow in (
-        tcp(1001, mark=1, state=None),
-        tcp(1002, mark=2, state=None),  # not selected anyway
-        udp(1003, mark=1),  # has no state
-    ):
-        engine.kernel_event(flow, False, sim.now)
-    (unclear,) = engine.take_unclear()
-    assert (unclear.key, engine.take_unclear()) == (tcp(1001).key, [])
-    engine.kernel_event(tcp(1001, mark=1), False, sim.now)
+    told = Changes(
+        {},
+        [
+            tcp(1001, mark=1, state=None),
+            tcp(1002, mark=2, state=None),  # not selected anyway
+            udp(1003, mark=1, timeout=None),  # has no state
+        ],
+        [],
+    )
+    engine.kernel_changes(told, sim.now)
+    (unclear,) = engine.take_questions()
+    assert (unclear.flow.key, engine.take_questions()) == (tcp(1001).key, [])
+    engine.answer(unclear, tcp(1001, mark=1), sim.now)
     sim.run(1.0)
     assert keys(sim.fw2)[1] == {tcp(1001).key, udp(1003).key}
-    engine.kernel_event(tcp(1001, mark=1, state=None), False, sim.now)
-    Simulation().start().fw1.up.kernel_event(tcp(1001, state=None), False, sim.now)
-    assert engine.take_unclear() == []
+    engine.kernel_changes(Changes({}, [tcp(1001, mark=1, state=None)], []), sim.now)
+    Simulation().start().fw1.up.kernel_changes(Changes({}, [tcp(1001, state=None)], []), sim.now)
+    assert engine.take_questions() == []
 
 
 @pytest.mark.parametrize("mode", ["hot-standby", EXTERNAL_CACHE])
@@ -143,7 +148,7 @@ def test_records_that_the_filter_excludes_are_refused_and_the_reason_goes_with_t
     assert sim.fw2.up.verdict(sim.now).reasons == (EXCLUDED,)
     sim.fw1.up.reconfigure(UDP_ONLY, sim.now)
     sim.run(1.0)
-    assert sim.fw2.up.verdict(sim.now) == readiness.Verdict(readiness.READY, (), False)
+    assert sim.fw2.up.verdict(sim.now) == readiness.Verdict(readiness.READY, (), readiness.OPEN)
 
 
 def test_same_filter_again_sends_nothing_and_other_limits_hold_at_once() -> None:

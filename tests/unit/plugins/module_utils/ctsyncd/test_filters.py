@@ -15,8 +15,9 @@ from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import 
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.config import Filter as Selection
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.config import Mark
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.filters import EventFilter, Filter, Prefixes
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import Flow
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import Flow, Tuple
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.netlink import event_filter
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.rows import pack, unpack
 from hypothesis import given
 from hypothesis import strategies as st
 from unit.simulation import address, tcp, udp
@@ -105,6 +106,70 @@ def test_own_addresses_and_ignored_networks_never_pass() -> None:
     assert not judge.passes_through(udp(1))
 
 
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+# few of each, so that filters and flows meet
+_V4 = ("10.0.0.1", "10.0.0.2", "10.0.1.1", "10.1.0.77", "127.0.0.1", "128.0.0.1", "224.0.0.5", "255.1.2.3", "192.0.2.9")
+_V6 = ("fd00::1", "fd00::2", "fd00:1::1", "fe80::1", "fea0::1", "ff02::1", "2001:db8::9")
+_NETS = ("10.0.0.0/24", "10.0.0.0/15", "10.0.0.2/32", "0.0.0.0/0", "192.0.2.8/29", "fd00::/64", "fd00::2/127", "::/0")
+_MANY = tuple(f"10.0.{number}.0/30" for number in range(20)) + tuple(f"fd00:{number:x}::/64" for number in range(20))
+
+
+@st.composite
+def flows_of_one_shape(draw: st.DrawFn) -> list[Flow]:
+    family = draw(st.sampled_from((k.AF_INET, k.AF_INET6)))
+    ends = st.sampled_from([address(text) for text in (_V4 if family == k.AF_INET else _V6)])
+    ports = st.binary(min_size=4, max_size=4) if draw(st.booleans()) else st.just(b"")
+    zone, direction = draw(st.sampled_from(((0, 3), (7, 3), (300, 3), (7, 1))))
+    tuples = st.tuples(ends, ends, ports).map(lambda parts: Tuple(*parts))
+    parts = st.tuples(
+        st.sampled_from((1, 6, 6, 6, 17, 33, 58, 112, 132)),
+        st.sampled_from((7, 8, 300)) if zone else st.just(0),
+        tuples,
+        tuples,
+        st.integers(0, 0xFFFF),
+        st.none() | st.integers(1, 10),
+        st.sampled_from((0, 1, 2, 0x101, 0x1FF, 0xFFFFFFFF)),
+    )
+    flow = parts.map(lambda one: Flow(family, *one[:5], timeout=30, state=one[5], mark=one[6], zone_dir=direction))
+    return draw(st.lists(flow, max_size=40, unique_by=lambda one: one.key))
+
+
+@given(
+    flows_of_one_shape(),
+    st.builds(
+        Selection,
+        protocols=st.lists(st.sampled_from((1, 6, 17, 58, 132)), max_size=3).map(tuple),
+        addresses=st.lists(st.sampled_from(_NETS), max_size=2).map(lambda names: networks(*names))
+        | st.just(networks(*_MANY)),
+        zones=st.lists(st.sampled_from((0, 7, 300)), max_size=2).map(tuple),
+        tcp_states=st.lists(st.integers(3, 8), max_size=3).map(tuple),
+        marks=st.lists(st.sampled_from((Mark(0, 255), Mark(1, 255), Mark(0x100, 0x100), Mark(1, 2))), max_size=2).map(
+            tuple
+        ),
+    ),
+    st.lists(st.sampled_from(_NETS), max_size=2).map(tuple) | st.just(_MANY),
+    st.lists(st.sampled_from(_V4 + _V6), max_size=3),
+    st.booleans(),
+)
+def test_rows_are_judged_as_flows_are(
+    flows: list[Flow], selection: Selection, ignore: tuple[str, ...], own: list[str], unreplied: bool
+) -> None:
+    judge = Filter(selection, ignore, unreplied)
+    judge.own = frozenset(map(address, own))
+    rows = {key: value for key, value, _extras in map(pack, flows)}
+    key_len = len(flows[0].key) if flows else 13
+    for by_rows, by_flow in (
+        (judge.select_rows, judge.matches),
+        (judge.keep_rows, judge.keeps),
+        (judge.passing_rows, judge.passes_through),
+        (judge.selected_rows, judge.selects),
+        (judge.concerned_rows, judge.concerns),
+    ):
+        wanted = [key for key, value in rows.items() if by_flow(unpack(key, value))]
+        assert list(by_rows(key_len, rows).items()) == [(key, rows[key]) for key in wanted]
+
+
 # --- what the kernel decides -----------------------------------------------------------------------------------------
 
 
@@ -123,6 +188,7 @@ def message(
     state: int | None = None,
     zone: int | None = None,
     half_zone: int | None = None,
+    once: int | None = None,
 ) -> bytes:
     """An event with attributes in the kernel's order (ctnetlink_conntrack_event of nf_conntrack_netlink.c)."""
     ends = attribute(1, b"\x0a\0\0\1"), attribute(2, b"\x0a\0\0\2")
@@ -142,6 +208,13 @@ def message(
     body += attribute(7, b"\0\0\0\x1e")
     if state is not None:
         body += attribute(4, attribute(1, attribute(1, bytes((state,))), attribute(2, b"\7"), nested=True), nested=True)
+    if once is not None:
+        body += {
+            ctnetlink.CTA_LABELS: attribute(ctnetlink.CTA_LABELS, b"\1" + bytes(15)),
+            ctnetlink.CTA_TUPLE_MASTER: attribute(ctnetlink.CTA_TUPLE_MASTER, body[4 : len(tuples[1])], nested=True),
+            ctnetlink.CTA_SEQ_ADJ_ORIG: attribute(ctnetlink.CTA_SEQ_ADJ_ORIG, nested=True),
+            ctnetlink.CTA_HELP: attribute(ctnetlink.CTA_HELP, attribute(1, b"ftp\0"), nested=True),
+        }[once]
     payload = b"\2\0\0\0" + body
     return struct.pack("=IHHII", 16 + len(payload), kind, 0, 0, portid) + payload
 
@@ -206,6 +279,8 @@ def wanted(unwanted: EventFilter, event: dict[str, Any]) -> bool:
         return False
     if unwanted.protocols and event["proto"] not in unwanted.protocols:
         return False
+    if event["once"] in (ctnetlink.CTA_LABELS, ctnetlink.CTA_TUPLE_MASTER, ctnetlink.CTA_SEQ_ADJ_ORIG):
+        return True
     if event["proto"] == k.IPPROTO_TCP:
         return event["state"] not in unwanted.tcp_states
     if event["proto"] == k.IPPROTO_SCTP or not unwanted.replied_only or event["status"] is None:
@@ -224,6 +299,10 @@ EVENTS = st.fixed_dictionaries(
         "state": st.none() | st.integers(0, 10),
         "zone": st.none() | ZONES,
         "half_zone": st.none() | ZONES,
+        "once": st.none()
+        | st.sampled_from(
+            (ctnetlink.CTA_LABELS, ctnetlink.CTA_TUPLE_MASTER, ctnetlink.CTA_SEQ_ADJ_ORIG, ctnetlink.CTA_HELP)
+        ),
     }
 )
 

@@ -59,6 +59,16 @@ def test_datagrams_go_both_ways(link: Link, peer: socket.socket, port: int) -> N
     assert link.counters["bytes_received"] == 5
 
 
+def test_a_window_of_blocks_fits_into_the_socket(link: Link, peer: socket.socket) -> None:
+    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as plain:
+            assert link._sock.getsockopt(socket.SOL_SOCKET, option) > plain.getsockopt(socket.SOL_SOCKET, option)  # type: ignore[union-attr]
+    for number in range(512):
+        peer.sendto(number.to_bytes(1400, "big"), link._local)
+    wait(link)
+    assert [int.from_bytes(datagram, "big") for datagram in link.receive(1000)] == list(range(512))
+
+
 def test_strangers_are_counted_and_not_heard(link: Link, peer: socket.socket, port: int) -> None:
     for where in ((STRANGER, port), (THERE, 0)):  # another host, and the peer's host from another port
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:

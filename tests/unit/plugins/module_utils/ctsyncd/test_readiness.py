@@ -47,8 +47,8 @@ INCOMPLETE = {"complete": False}
 
 
 def test_all_is_well() -> None:
-    assert judge(GOOD) == (READY, (), False)
-    assert judge(ACTIVE_GOOD) == (READY, (), False)
+    assert judge(GOOD) == (READY, (), 0)
+    assert judge(ACTIVE_GOOD) == (READY, (), 0)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +61,8 @@ def test_all_is_well() -> None:
         ({**INCOMPLETE, "peer_replicates": False}, NOT_READY, "replication is off on fw2"),
         ({**INCOMPLETE, "peer_role": BACKUP}, NOT_READY, "nobody has a table to give"),
         (INCOMPLETE, NOT_READY, "the table of fw2 is not complete here yet"),
+        ({**INCOMPLETE, "progress": (70, 100)}, NOT_READY, "yet: receiving, 70 of about 100 flows so far"),
+        ({**INCOMPLETE, "progress": (70, 0)}, NOT_READY, "yet: receiving, 70 flows so far"),
         ({"peer_alive": False, "peer_silent_s": 3.25}, DEGRADED, "fw2 is silent for 3.2 s"),
         ({"peer_left": True}, DEGRADED, "ctsyncd on fw2 has stopped: the table is as old as that"),
         ({**INCOMPLETE, "peer_left": True}, NOT_READY, "ctsyncd on fw2 stopped before its table was here"),
@@ -71,6 +73,7 @@ def test_all_is_well() -> None:
             "the kernel refuses 6 flows (3: its table is full (net.netfilter.nf_conntrack_max); "
             "2: their translated addresses and ports are taken; 1: Invalid argument)",
         ),
+        ({"reread_s": 4.6}, DEGRADED, "kernel events were lost: the table is read again in 5 s"),
         ({"impaired": ("no FIFO",)}, DEGRADED, "no FIFO"),
     ],
 )
@@ -79,7 +82,14 @@ def test_standby(role: str, changes: dict[str, Any], verdict: str, reason: str) 
     judged = judge(GOOD._replace(role=role, **changes))
     assert judged.verdict == verdict
     assert reason in judged.reasons[0]
-    assert judged.gate == (verdict == NOT_READY)
+    assert judged.gate == (2 if verdict == NOT_READY else 0)
+
+
+@pytest.mark.parametrize("changes", [INCOMPLETE, {"problem": "no socket"}])
+def test_of_two_that_are_not_ready_the_one_that_holds_flows_is_better(changes: dict[str, Any]) -> None:
+    assert judge(GOOD._replace(**changes, holds=True)).gate == 1
+    assert judge(GOOD._replace(**changes, holds=False)).gate == 2
+    assert judge(GOOD._replace(replicate=False, holds=True)).gate == 2  # what it holds is old
 
 
 @pytest.mark.parametrize(
@@ -93,6 +103,8 @@ def test_standby(role: str, changes: dict[str, Any], verdict: str, reason: str) 
         ({"peer_role": ACTIVE}, "split brain"),
         ({"peer_replicates": False}, "replication is off on fw2"),
         ({"peer_complete": False}, "does not hold the complete table yet"),
+        ({"learning": True, "peer_complete": False}, "this node may lack flows: fw2 is asked for what it holds"),
+        ({"reread_s": 0.0}, "kernel events were lost: the table is read again"),
         ({"lag_s": 2.5}, "lags 2.5 s behind"),
         ({"impaired": ("no FIFO",)}, "no FIFO"),
     ],
@@ -103,7 +115,7 @@ def test_active(changes: dict[str, Any], reason: str) -> None:
     assert any(reason in text for text in judged.reasons)
 
 
-_BOOLEANS = ("replicate", "session", "peer_alive", "peer_left", "peer_replicates", "peer_complete", "complete")
+_BOOLEANS = ("replicate", "session", "peer_alive", "peer_left", "peer_replicates", "peer_complete", "complete", "holds")
 
 
 @given(
@@ -114,6 +126,7 @@ _BOOLEANS = ("replicate", "session", "peer_alive", "peer_left", "peer_replicates
             "refused": st.dictionaries(st.sampled_from([errno.EEXIST, errno.EINVAL]), st.integers(1, 2)),
             "lag_s": st.floats(0, 10),
             "problem": st.sampled_from(("", "broken")),
+            "reread_s": st.none() | st.floats(0, 60),
             **{name: st.booleans() for name in _BOOLEANS},
         }
     )
@@ -122,7 +135,7 @@ def test_gate_and_reasons(changes: dict[str, Any]) -> None:
     facts = GOOD._replace(**changes)
     judged = judge(facts)
     assert bool(judged.reasons) == (judged.verdict != READY)
-    assert judged.gate == (judged.verdict == NOT_READY)
+    assert bool(judged.gate) == (judged.verdict == NOT_READY)
     if facts.role == ACTIVE:
         assert not judged.gate  # never moves the virtual IPs away from the node that knows the flows
     elif not facts.complete or not facts.replicate:

@@ -12,7 +12,12 @@ from xml.etree import ElementTree
 import pytest
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import constants as c
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import render
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import Flow, Tuple
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import (
+    ZONE_ORIGINAL,
+    ZONE_REPLY,
+    Flow,
+    Tuple,
+)
 
 SEEN = c.IPS_SEEN_REPLY | c.IPS_CONFIRMED
 
@@ -111,6 +116,20 @@ GRE = Flow(
             id="unreplied, zone",
         ),
         pytest.param(
+            SSH._replace(zone=5, zone_dir=ZONE_ORIGINAL),
+            None,
+            "tcp      6 ESTABLISHED src=192.168.0.3 dst=192.168.1.3 sport=51356 dport=22 zone-orig=5 "
+            "src=192.168.1.3 dst=192.168.1.100 sport=22 dport=51356 [ASSURED] mark=0",
+            id="zone of the original direction",
+        ),
+        pytest.param(
+            SSH._replace(zone=6, zone_dir=ZONE_REPLY, status=c.IPS_CONFIRMED),
+            None,
+            "tcp      6 ESTABLISHED src=192.168.0.3 dst=192.168.1.3 sport=51356 dport=22 [UNREPLIED] "
+            "src=192.168.1.3 dst=192.168.1.100 sport=22 dport=51356 zone-reply=6 mark=0",
+            id="zone of the reply direction",
+        ),
+        pytest.param(
             SSH._replace(helper="ftp", labels=bytes((1, 0, 0, 0)), status=414 | c.IPS_OFFLOAD),
             0,
             "tcp      6 ESTABLISHED src=192.168.0.3 dst=192.168.1.3 sport=51356 dport=22 "
@@ -180,6 +199,9 @@ def test_json_is_the_contract() -> None:
     assert render.as_dict(GRE)["orig"] == {"src": "10.0.0.1", "dst": "10.0.0.2", "srckey": 5, "dstkey": 65535}
     assert render.as_dict(GRE)["reply"] == {"src": "10.0.0.2", "dst": "10.0.0.9", "srckey": 65535, "dstkey": 0}
     assert render.as_dict(SSH._replace(helper="ftp"))["helper"] == "ftp"
+    assert "zone_direction" not in render.as_dict(SSH._replace(zone=5))
+    assert render.as_dict(SSH._replace(zone=5, zone_dir=ZONE_ORIGINAL))["zone_direction"] == "orig"
+    assert render.as_dict(SSH._replace(zone=5, zone_dir=ZONE_REPLY))["zone_direction"] == "reply"
 
 
 def test_xml_is_one_element_per_flow() -> None:
@@ -198,6 +220,13 @@ def test_xml_is_one_element_per_flow() -> None:
     text = render.xml(GRE)
     assert layer4.format(5, 0xFFFF) in text
     assert layer4.format(0xFFFF, 0) in text
+    assert "<mark>0</mark><zone>5</zone>" in render.xml(SSH._replace(zone=5))
+    original, reply = (
+        ElementTree.fromstring(render.xml(SSH._replace(zone=5, zone_dir=direction)))
+        for direction in (ZONE_ORIGINAL, ZONE_REPLY)
+    )
+    assert [one.get("direction") for one in original.iterfind("meta[zone='5']")] == ["original"]
+    assert [one.get("direction") for one in reply.iterfind("meta[zone='5']")] == ["reply"]
 
 
 STATUS = {
@@ -219,6 +248,7 @@ STATUS = {
             "last_seen_s": 0.2,
             "lag": {"events": 3, "age_s": 0.5},
             "bulk": "complete",
+            "table": "holds the whole table",
         }
     ],
     "flows": {"kernel": 12, "external": None},
@@ -232,7 +262,7 @@ def test_status_begins_with_the_verdict() -> None:
     assert lines[0] == "DEGRADED: peer fw2 is down; 2 events were lost"
     assert "  node        fw1 (active)" in lines
     assert "  virtual IP  192.168.0.100 on eth1, held" in lines
-    peer = "fw2 (192.168.100.2) is up, backup, seen 0.2 s ago, lag 3 changes, 0.5 s, bulk complete"
+    peer = "fw2 (192.168.100.2) is up, backup, seen 0.2 s ago, lag 3 changes, 0.5 s, holds the whole table"
     assert f"  peer        {peer}" in lines
     assert "  flows       12 kernel, unknown external" in lines
     assert "  transition  to active, 12.1 s ago" in lines

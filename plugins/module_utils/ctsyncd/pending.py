@@ -1,0 +1,279 @@
+# Copyright: (c) 2026, The ctsync authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Changes that wait to be sent: the last state of a flow only, packed into blocks of columns when there is credit.
+
+Changes stand in *generations*.  The last generation is open and takes what comes up; a mark closes it, and so does
+:meth:`Pending.take` when it begins to send it.  What a generation holds is sent in this order: ends, flows, rows, the
+mark.  So the receiver, that applies one after the other, ends with what it would have after all changes one by one.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+
+from . import rows as shapes
+from . import wire
+
+FIXED_BYTES = 60  # about what a record of columns costs besides what grows with its rows
+FIRST_GUESS_BYTES = 12.0  # a row, before one was seen
+SLACK_BYTES = 200  # less room than this, or than an eighth of a block, is not worth another record of columns
+
+
+class _Generation:
+    """Changes between two marks."""
+
+    __slots__ = ("born", "flows", "gone", "mark", "rows")
+
+    def __init__(self, born: float) -> None:
+        self.born = born
+        self.gone: dict[int, dict[bytes, None]] = {}  # by length of the key; a dict for its order
+        self.flows: dict[bytes, tuple[bytes, bytes]] = {}
+        self.rows: dict[int, dict[bytes, bytes]] = {}
+        self.mark: bytes | None = None
+
+    def __len__(self) -> int:
+        gone = sum([len(keys) for keys in self.gone.values()])
+        rows = sum([len(rows) for rows in self.rows.values()])
+        return gone + rows + len(self.flows) + (self.mark is not None)
+
+
+class _Columns:
+    """Keys or rows of one shape on their way out."""
+
+    __slots__ = ("_kind", "_parts", "_source", "_width", "left", "rest", "shape")
+
+    def __init__(self, kind: int, key_len: int, source: Iterator[bytes], left: int) -> None:
+        self.shape = (kind, key_len)
+        self.left = left  # changes
+        self.rest = b""  # joined rows that were taken from the source and not sent
+        rows = kind == wire.RECORD_ROWS
+        self._kind = kind
+        self._width = shapes.SHAPES[key_len].row if rows else key_len
+        self._parts = 2 if rows else 1  # of a row in the source: key and value, or the key alone
+        self._source = source
+
+    def fill(self, room: int, guesses: dict[tuple[int, int], float]) -> tuple[bytes, int]:
+        """A record of as many rows as fit, and how many these are; (b"", 0) if not one fits.
+
+        ``guesses`` remembers how many bytes a row took lately.
+        """
+        guess = guesses.get(self.shape, FIRST_GUESS_BYTES)
+        count = min(self.left, wire.MAX_ROWS, max(1, int((room - FIXED_BYTES) / guess)))
+        self._read(count)
+        while True:
+            record = self._encode(count)
+            if len(record) <= room:
+                break
+            if count == 1:
+                return b"", 0
+            count = max(1, min(count - 1, int(count * 0.97 * (room - FIXED_BYTES) / (len(record) - FIXED_BYTES))))
+        if count < self.left and 2 * len(record) > min(room, 50 * guess):
+            guesses[self.shape] = max(1.0, (len(record) - FIXED_BYTES) / count * 1.02)
+        self.rest = self.rest[count * self._width :]
+        self.left -= count
+        return record, count
+
+    def skip(self) -> None:
+        """Forget the first row."""
+        self.rest = self.rest[self._width :]
+        self.left -= 1
+
+    def _read(self, count: int) -> None:
+        missing = count - len(self.rest) // self._width
+        if missing > 0:
+            self.rest += b"".join(itertools.islice(self._source, missing * self._parts))
+
+    def _encode(self, count: int) -> bytes:
+        encode = wire.encode_rows if self._kind == wire.RECORD_ROWS else wire.encode_gone
+        return wire.tlv(self._kind, encode(self.shape[1], self.rest[: count * self._width]))
+
+
+class _Singles:
+    """Records that are ready, one by one: flows and the mark."""
+
+    __slots__ = ("_next", "_source", "left")
+
+    def __init__(self, records: Iterator[bytes], left: int) -> None:
+        self.left = left
+        self._source = records
+        self._next: bytes | None = None
+
+    def fill(self, room: int, _guesses: dict[tuple[int, int], float]) -> tuple[bytes, int]:
+        """As many records as fit, and how many these are."""
+        out: list[bytes] = []
+        while self.left:
+            record = next(self._source) if self._next is None else self._next
+            room -= len(record)
+            if room < 0:
+                self._next = record
+                break
+            self._next = None
+            self.left -= 1
+            out.append(record)
+        return b"".join(out), len(out)
+
+    def skip(self) -> None:
+        self._next = None
+        self.left -= 1
+
+
+class Pending:
+    """Changes that wait for credit, at most about ``limit`` (the caller asks ``full`` before a batch, not for each).
+
+    ``oldest`` is when the oldest change that still waits came up, or a little before; None when none waits.  A flow
+    whose reply tuple changes ended in between: say so with :meth:`remove` first.  ``too_long`` counts records that
+    were dropped because no block could hold them.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.too_long = 0
+        self._closed: collections.deque[_Generation] = collections.deque()
+        self._open: _Generation | None = None
+        self._stages: collections.deque[_Columns | _Singles] = collections.deque()  # of the generation being sent
+        self._born = 0.0  # of that generation
+        self._waiting = 0  # changes in closed generations, that being sent included
+        self._guesses: dict[tuple[int, int], float] = {}
+
+    def __len__(self) -> int:
+        return self._waiting + (len(self._open) if self._open is not None else 0)
+
+    @property
+    def full(self) -> bool:
+        return len(self) >= self.limit
+
+    @property
+    def oldest(self) -> float | None:
+        if self._stages:
+            return self._born
+        if self._closed:
+            return self._closed[0].born
+        return None if self._open is None else self._open.born
+
+    def clear(self) -> None:
+        self._closed.clear()
+        self._stages.clear()
+        self._open = None
+        self._waiting = 0
+
+    # --- changes come in ---------------------------------------------------------------------------------------------
+
+    def put_rows(self, key_len: int, rows: Mapping[bytes, bytes], now: float) -> None:
+        """The flows are so now: key to value, complete."""
+        if not rows:
+            return
+        table = self._opened(now).rows
+        known = table.get(key_len)
+        if known is None:
+            table[key_len] = dict(rows)
+        else:
+            known.update(rows)
+
+    def put_flow(self, key: bytes, value: bytes, extras: bytes, now: float) -> None:
+        """The flow is so now.  What it does not say is as before.  Raises WireError ``malformed`` for bad extras."""
+        generation = self._opened(now)
+        rows = generation.rows.get(len(key), {})
+        known, before = rows.get(key), generation.flows.get(key)
+        if before is not None:
+            known, extras = known or before[0], shapes.merge_extras(before[1], extras)
+        if known is not None:
+            value = shapes.merge_value(known, value)
+        generation.flows[key] = value, extras
+        rows.pop(key, None)
+
+    def remove(self, keys: Iterable[bytes], now: float) -> None:
+        """The flows ended: what waits of them is forgotten, their end is told."""
+        generation: _Generation | None = None
+        for key in keys:
+            if generation is None:
+                generation = self._opened(now)
+                gone, flows, rows = generation.gone, generation.flows, generation.rows
+            length = len(key)
+            waiting = rows.get(length)
+            if waiting:
+                waiting.pop(key, None)
+            if flows:
+                flows.pop(key, None)
+            ended = gone.get(length)
+            if ended is None:
+                ended = gone[length] = {}
+            ended[key] = None
+
+    def mark(self, record: bytes, now: float) -> None:
+        """A whole record that goes behind all that came before it and before all that comes after."""
+        self._opened(now).mark = record
+        self._close()
+
+    def _opened(self, now: float) -> _Generation:
+        if self._open is None:
+            self._open = _Generation(now)
+        return self._open
+
+    def _close(self) -> None:
+        if self._open is not None:
+            self._waiting += len(self._open)
+            self._closed.append(self._open)
+            self._open = None
+
+    # --- blocks go out -----------------------------------------------------------------------------------------------
+
+    def take(self, room: int) -> tuple[bytes, int, float]:
+        """The next block: its records (at most ``room`` bytes), how many changes, when the oldest came up.
+
+        ``(b"", 0, 0.0)`` if nothing waits.
+        """
+        out: list[bytes] = []
+        changes, born = 0, 0.0
+        left = room
+        while self._stages or self._begin():
+            stage = self._stages[0]
+            record, count = stage.fill(left, self._guesses)
+            if count:
+                if not out:
+                    born = self._born
+                out.append(record)
+                left -= len(record)
+                changes += count
+                self._waiting -= count
+            elif not out:
+                self._drop(stage)
+            if not stage.left:
+                self._stages.popleft()
+            elif out and (not count or left < max(SLACK_BYTES, room // 8)):
+                break
+        return b"".join(out), changes, born
+
+    def _begin(self) -> bool:
+        """Begin to send the next generation; False if there is none."""
+        if not self._closed:
+            self._close()
+        while self._closed and not self._stages:
+            self._stage(self._closed.popleft())
+        return bool(self._stages)
+
+    def _stage(self, generation: _Generation) -> None:
+        self._born = generation.born
+        stages = self._stages
+        for key_len, keys in generation.gone.items():
+            stages.append(_Columns(wire.RECORD_GONE, key_len, iter(keys), len(keys)))
+        if generation.flows:
+            flows = (
+                wire.tlv(wire.RECORD_FLOW, wire.encode_flow_record(key, *flow))
+                for key, flow in generation.flows.items()
+            )
+            stages.append(_Singles(flows, len(generation.flows)))
+        for key_len, rows in generation.rows.items():
+            if rows:
+                parts = itertools.chain.from_iterable(rows.items())
+                stages.append(_Columns(wire.RECORD_ROWS, key_len, parts, len(rows)))
+        if generation.mark is not None:
+            stages.append(_Singles(iter((generation.mark,)), 1))
+
+    def _drop(self, stage: _Columns | _Singles) -> None:
+        """Nothing fits into an empty block: the first record never will."""
+        self.too_long += 1
+        self._waiting -= 1
+        stage.skip()

@@ -1,0 +1,348 @@
+# Copyright: (c) 2026, The ctsync authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The engine when events are lost for long, when both nodes are active, and when the node that knows less is active."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import constants as k
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import engine as engines
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import readiness
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.engine import Engine, Settings
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import SeqAdj, Tuple
+from unit.simulation import Node, Simulation, address, tcp, udp
+
+KERNEL_TIMEOUTS = {"tcp_timeout_established": 432_000, "udp_timeout": 40, "udp_timeout_stream": 150}
+
+
+def opened(node: Node, ports: range) -> set[bytes]:
+    return {node.kernel.open(tcp(port, port + 30_000) if port % 2 else udp(port)).key for port in ports}
+
+
+# --- lost events -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("every_s", [0.02, 0.5, 7.0])
+def test_table_arrives_though_events_are_lost_all_the_time(every_s: float) -> None:
+    """Each loss asks for the table again, and must not cut off the one that is on its way."""
+    sim = Simulation()
+    keys = opened(sim.fw1, range(1000, 1400))
+    sim.fw1.role = readiness.ACTIVE
+    sim.fw1.start(sim.now)
+    sim.fw2.start(sim.now)
+    sim.run_until(lambda: sim.fw1.up.dump)
+    reasons = set()
+    end = sim.now + 60.0
+    while sim.now < end:
+        sim.fw1.kernel.lose_events()
+        sim.run(every_s)
+        reasons.update(sim.fw1.up.verdict(sim.now).reasons)
+    assert sim.fw2.up.complete
+    assert set(sim.fw2.kernel.table) == keys
+    # 5, 10, 20 and 40 s, and the time that reading takes
+    assert 3 <= sim.fw1.up.counters["bulks_sent"] <= 6
+    assert any(reason.startswith("kernel events were lost: the table is read again") for reason in reasons)
+    sim.fw1.kernel.table.pop(tcp(1001).key)  # what was lost with the last events
+    sim.fw1.kernel.table[tcp(2001).key] = tcp(2001)
+    sim.converge(sim.fw1, sim.fw2)
+
+
+def test_first_loss_is_made_good_for_at_once() -> None:
+    sim = Simulation().start()
+    opened(sim.fw1, range(1000, 1010))
+    sim.converge(sim.fw1, sim.fw2)
+    sim.fw1.kernel.table[tcp(2001).key] = tcp(2001)
+    sim.fw1.kernel.lose_events()
+    sim.run(1.0)
+    assert tcp(2001).key in sim.fw2.kernel.table
+
+
+def test_backup_that_loses_events_all_the_time_becomes_complete_and_goes_on_comparing() -> None:
+    sim = Simulation()
+    opened(sim.fw1, range(1000, 1100))
+    sim.fw1.role = readiness.ACTIVE
+    sim.fw1.start(sim.now)
+    sim.fw2.start(sim.now)
+    for _number in range(1000):
+        sim.fw2.kernel.lose_events()
+        sim.run(0.02)
+    assert sim.fw2.up.complete
+    assert "kernel events were lost" in sim.fw2.up.verdict(sim.now).reasons[0]
+    assert sim.fw2.up.counters["dumps"] <= 5
+    del sim.fw2.kernel.table[tcp(1001).key]
+    sim.converge(sim.fw1, sim.fw2)
+
+
+def test_queue_that_overflows_cuts_the_bulk_short_and_another_one_follows() -> None:
+    sim = Simulation().start()
+    opened(sim.fw1, range(1000, 1100))
+    sim.converge(sim.fw1, sim.fw2)
+    sim.fw1.up.resync()
+    sim.run_until(lambda: sim.fw1.up.dump)
+    sim.fw1.up.pending.limit = len(sim.fw1.up.pending) + 1
+    opened(sim.fw1, range(2000, 2100))
+    sim.turn()
+    assert sim.fw1.up.counters["pending_overflows"] >= 1
+    sim.fw1.up.pending.limit = 100_000
+    sim.converge(sim.fw1, sim.fw2)
+
+
+# --- refused ---------------------------------------------------------------------------------------------------------
+
+
+def test_refused_flows_are_tried_again_without_reading_the_table() -> None:
+    sim = Simulation().start()
+    opened(sim.fw1, range(1000, 1010))
+    full = sim.fw1.kernel.open(tcp(2001))
+    sim.fw2.kernel.refuse[full.key] = errno.ENOMEM
+    stale = tcp(9, 40_000)
+    sim.fw2.kernel.table[stale.key] = stale
+    taken = sim.fw1.kernel.open(tcp(2003, 40_000))
+    sim.run(1.0)
+    dumps = sim.fw2.up.counters["dumps"]
+    sim.fw2.kernel.refuse.clear()
+    sim.run(15.0)
+    assert {full.key, taken.key} <= set(sim.fw2.kernel.table)
+    assert stale.key not in sim.fw2.kernel.table
+    assert sim.fw2.up.counters["dumps"] == dumps
+    sim.converge(sim.fw1, sim.fw2)
+
+
+def test_entry_in_the_way_that_the_peer_has_too_or_the_filter_excludes_is_not_removed() -> None:
+    sim = Simulation().start()
+    own = tcp(9, 40_000)
+    own = own._replace(orig=own.orig._replace(src=address("192.168.1.2")))  # this node's own connection
+    sim.fw2.kernel.table[own.key] = own
+    sim.fw1.kernel.open(tcp(1001, 40_000))
+    sim.fw1.kernel.open(tcp(1003, 50_000))
+    replica = tcp(1005, 50_000)  # two flows of the peer with the same translation: a restart in between, say
+    sim.fw1.kernel.table[replica.key] = replica
+    sim.fw1.up.resync()
+    sim.run(70.0)
+    assert own.key in sim.fw2.kernel.table
+    assert len({tcp(1003).key, tcp(1005).key} & set(sim.fw2.kernel.table)) == 1
+    assert sim.fw2.up.counters["stale_removed"] == 0
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+def test_scheduled_flush_in_classic_mode_empties_the_backups_kernel_of_what_it_replicates() -> None:
+    sim = Simulation(settings=Settings(mode=engines.EXTERNAL_CACHE)).start()
+    opened(sim.fw1, range(1000, 1010))
+    own = tcp(9)._replace(orig=Tuple(address("192.168.1.3"), address("192.168.1.2"), b"\1\1\0\x16"))
+    own = own._replace(reply=Tuple(own.orig.dst, own.orig.src, b"\0\x16\1\1"))
+    for flow in (own, tcp(2001), udp(2002)):
+        sim.fw2.kernel.table[flow.key] = flow
+    sim.converge(sim.fw1, sim.fw2)
+    sim.fw2.up.purge_later(sim.now)
+    sim.run(59.0)
+    assert len(sim.fw2.kernel.table) == 3
+    sim.run(3.0)
+    assert set(sim.fw2.kernel.table) == {own.key}
+    assert len(sim.fw2.up.cache) == 10
+
+
+# --- both active -----------------------------------------------------------------------------------------------------
+
+
+def test_of_two_active_nodes_none_takes_flows_of_the_other_and_the_one_that_yields_adopts() -> None:
+    sim = Simulation().start()
+    opened(sim.fw1, range(1000, 1010))
+    sim.converge(sim.fw1, sim.fw2)
+    sim.fw2.set_role(readiness.ACTIVE, sim.now)
+    sim.fw1.kernel.open(tcp(2001))
+    sim.run(2.0)
+    assert tcp(2001).key in sim.fw2.kernel.table  # for a moment both are active at every move
+    sim.run(3.0)
+    sim.fw1.kernel.open(tcp(2003))
+    sim.fw1.up.resync()
+    sim.fw2.kernel.open(tcp(2005))
+    sim.run(2.0)
+    assert tcp(2003).key not in sim.fw2.kernel.table
+    assert tcp(2005).key not in sim.fw1.kernel.table
+    assert sim.fw2.up.counters["refused_split_brain"] >= 10
+    assert sim.fw1.up.counters["refused_split_brain"] == 1
+    sim.fw1.set_role(readiness.BACKUP, sim.now)
+    sim.converge(sim.fw2, sim.fw1)
+    assert tcp(2005).key in sim.fw1.kernel.table
+
+
+def test_late_flows_are_taken_again_when_the_other_has_yielded() -> None:
+    sim = Simulation().start()
+    sim.fw2.set_role(readiness.ACTIVE, sim.now)
+    sim.run(6.0)
+    sim.fw1.set_role(readiness.BACKUP, sim.now)
+    sim.run(1.0)
+    sim.fw2.up._receive_flow(*engines.pack(tcp(2001)), sim.now)
+    sim.run(1.0)
+    assert tcp(2001).key in sim.fw2.kernel.table
+
+
+# --- the node that knows less is active ------------------------------------------------------------------------------
+
+
+def blackout(sim: Simulation) -> set[bytes]:
+    """fw1 lost power; fw2 served for a moment; then fw1, that knows nothing, gets the virtual IPs."""
+    sim.start()
+    keys = opened(sim.fw1, range(1000, 1040))
+    sim.fw1.kernel.change(tcp(1001).key, labels=b"\1" * 16, seqadj=(SeqAdj(1, 0, 5), SeqAdj(0, 0, 0)))
+    sim.converge(sim.fw1, sim.fw2)
+    sim.fw1.crash()
+    sim.fw2.set_role(readiness.ACTIVE, sim.now)
+    sim.run(5.0)
+    keys |= opened(sim.fw2, range(2000, 2010))
+    sim.fw1.role = readiness.ACTIVE
+    sim.fw1.start(sim.now)
+    sim.fw1.up.timeouts = KERNEL_TIMEOUTS
+    sim.fw2.set_role(readiness.BACKUP, sim.now)
+    return keys
+
+
+def test_active_node_without_a_table_learns_that_of_its_peer_before_it_tells_its_own() -> None:
+    sim = Simulation()
+    keys = blackout(sim)
+    said = []
+    for _number in range(200):
+        sim.turn()
+        said += sim.fw1.up.verdict(sim.now).reasons
+        assert keys <= set(sim.fw2.kernel.table)  # nothing is lost on the way
+    assert "this node may lack flows: fw2 is asked for what it holds" in said
+    sim.converge(sim.fw1, sim.fw2)
+    assert set(sim.fw1.kernel.table) == keys
+    assert sim.fw1.up.counters["tables_learned"] == 1
+    held = sim.fw1.kernel.table
+    assert held[tcp(1001).key].labels == b"\1" * 16
+    assert held[tcp(1003).key].timeout == 432_000  # as at a take-over
+    assert held[udp(1000).key].timeout == 40
+    assert sim.fw1.up.counters["bulks_sent"] == 1
+    bulks = sim.fw2.up.counters["bulks_given"]
+    sim.run(30.0)
+    assert sim.fw2.up.counters["bulks_given"] == bulks == 1  # once
+
+
+def test_without_learning_the_sessions_of_the_blackout_are_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control."""
+    monkeypatch.setattr(Engine, "_learn_from_peer", lambda self, _now: setattr(self, "_learn", ""))
+    sim = Simulation()
+    blackout(sim)
+    sim.converge(sim.fw1, sim.fw2)
+    assert sim.fw1.kernel.table == sim.fw2.kernel.table == {}
+
+
+@pytest.mark.parametrize("mode", [engines.HOT_STANDBY, engines.EXTERNAL_CACHE])
+def test_complete_backup_gives_a_rebooted_active_node_its_cache(mode: str) -> None:
+    """The virtual IPs came back so fast that the backup never had them."""
+    sim = Simulation(settings=Settings(mode=mode)).start()
+    keys = opened(sim.fw1, range(1000, 1040))
+    sim.fw1.kernel.change(tcp(1001).key, state=k.TCP_TIME_WAIT, timeout=100)
+    sim.converge(sim.fw1, sim.fw2)
+    sim.fw1.crash()
+    sim.run(0.5)
+    sim.fw1.role = readiness.ACTIVE
+    sim.fw1.start(sim.now)
+    sim.fw1.up.timeouts = KERNEL_TIMEOUTS
+    sim.converge(sim.fw1, sim.fw2)
+    assert set(sim.fw1.kernel.table) == keys
+    assert (sim.fw1.kernel.table[tcp(1001).key].state, sim.fw1.kernel.table[tcp(1001).key].timeout) == (
+        k.TCP_TIME_WAIT,
+        100,
+    )
+    assert sim.fw1.kernel.table[udp(1000).key].timeout == 40
+
+
+def test_own_flows_are_kept_when_the_peers_table_comes() -> None:
+    sim = Simulation()
+    blackout(sim)
+    mine = tcp(1003, 7, mark=5)
+    sim.fw1.kernel.open(mine)
+    sim.converge(sim.fw1, sim.fw2)
+    assert sim.fw1.kernel.table[mine.key].reply == mine.reply
+    assert sim.fw1.up.counters["kept_own"] == 1
+
+
+def test_take_over_while_not_ready_asks_the_former_active_node() -> None:
+    sim = Simulation()
+    keys = opened(sim.fw1, range(1000, 1200))
+    sim.fw1.role = readiness.ACTIVE
+    sim.fw1.start(sim.now)
+    sim.fw2.start(sim.now)
+    sim.run_until(lambda: len(sim.fw2.up.cache) > 50)
+    assert not sim.fw2.up.complete
+    sim.move(sim.fw2)
+    sim.converge(sim.fw2, sim.fw1)
+    assert set(sim.fw2.kernel.table) == keys
+
+
+def test_restarted_daemon_on_the_active_node_and_a_short_loss_of_the_virtual_ips_ask_nobody() -> None:
+    """The kernel's table is the truth: what the peer still has in addition ended."""
+    sim = Simulation().start()
+    opened(sim.fw1, range(1000, 1010))
+    sim.converge(sim.fw1, sim.fw2)
+    sim.fw1.kill()
+    sim.fw1.kernel.close(tcp(1001).key)
+    sim.fw1.start(sim.now)
+    sim.converge(sim.fw1, sim.fw2)
+    sim.fw1.set_role(readiness.BACKUP, sim.now)
+    sim.fw1.kernel.close(tcp(1003).key)
+    sim.run(0.5)
+    sim.fw1.set_role(readiness.ACTIVE, sim.now)
+    sim.converge(sim.fw1, sim.fw2)
+    assert len(sim.fw1.kernel.table) == len(sim.fw2.kernel.table) == 8
+    assert sim.fw2.up.counters["bulks_given"] == 0
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_peer_that_gives_nothing_holds_up_the_own_table_for_a_bounded_time_only(cut: bool) -> None:
+    sim = Simulation()
+    blackout(sim)
+    sim.run_until(lambda: sim.fw1.up._learn == "asked")
+    sim.wire.deaf = "fw2" if cut else ""
+    if not cut:
+        sim.fw2.kill()
+        sim.run(2.0)
+        sim.fw2.crash()
+        sim.fw2.start(sim.now)
+    sim.run(engines.LEARN_S + 3.0)
+    assert sim.fw1.up._learn == ""
+    sim.heal()
+    opened(sim.fw1, range(5000, 5010))
+    sim.run(3.0)
+    sim.converge(sim.fw1, sim.fw2)
+
+
+# --- what keepalived and people are told -----------------------------------------------------------------------------
+
+
+def test_of_two_that_are_not_ready_the_one_with_flows_has_the_better_grade() -> None:
+    sim = Simulation().start()
+    opened(sim.fw1, range(1000, 1010))
+    sim.converge(sim.fw1, sim.fw2)
+    assert sim.fw2.up.verdict(sim.now).gate == readiness.OPEN
+    sim.fw1.crash()
+    sim.fw1.role = readiness.BACKUP
+    sim.fw1.start(sim.now)
+    sim.run(2.0)
+    assert sim.fw1.up.verdict(sim.now).gate == readiness.KNOWS_NOTHING
+    assert sim.fw2.up.verdict(sim.now).gate == readiness.KNOWS_SOME  # the new session made it incomplete
+    assert sim.fw2.up.verdict(sim.now).verdict == readiness.NOT_READY
+
+
+def test_progress_of_the_table_that_comes_in_is_said() -> None:
+    sim = Simulation()
+    opened(sim.fw1, range(1000, 1600))
+    sim.start()
+    sim.fw2.kill()
+    sim.run(2.0)
+    sim.fw2.start(sim.now)
+    sim.run_until(lambda: sim.fw2.up.cache.bulk_running and len(sim.fw2.up.cache) > 100)
+    status = sim.fw2.up.peer_status(sim.now)
+    assert status["bulk"] == "receiving"
+    assert status["progress"] == {"flows": len(sim.fw2.up.cache), "expected": 600}
+    assert status["table"] == f"its table is coming in: {len(sim.fw2.up.cache)} of about 600 flows"
+    (reason,) = sim.fw2.up.verdict(sim.now).reasons
+    assert f"receiving, {len(sim.fw2.up.cache)} of about 600 flows so far (if fw1 fails, this node serves" in reason
+    assert sim.fw1.up.peer_status(sim.now)["table"] == "is being sent the table"
