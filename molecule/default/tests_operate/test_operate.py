@@ -49,6 +49,7 @@ def play(name, variables=None, collections=None):
             **os.environ,
             "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
             "ANSIBLE_COLLECTIONS_PATH": f"{collections or ROOT / 'collections'}:{ROOT / '.vendor'}",
+            "ANSIBLE_FORCE_COLOR": "0",  # molecule forces it
             "ANSIBLE_NOCOLOR": "1",
         },
         cwd=ROOT,
