@@ -167,10 +167,10 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "window_ms",
         "integer",
-        20,
+        30,
         "Longest time that changes are gathered before they are sent.",
         0,
-        20,
+        50,
         live=True,
     ),
     Option(
@@ -255,7 +255,7 @@ class Config:
     udp: str = "replied"
     hello_interval_ms: int = 400
     dead_after_ms: int = 1000
-    window_ms: int = 20
+    window_ms: int = 30
     lag_limit_ms: int = 2000
     datagram_bytes: int = 1400
     netlink_buffer_bytes: int = 64 << 20
