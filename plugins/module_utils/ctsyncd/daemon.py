@@ -228,8 +228,8 @@ class Daemon:
             self._control.tick(now)
         if engine_.dump is not None or self._dump is not None:
             self._feed_dump(now)
+        self._work_for_kernel()  # before an acknowledgement, which is less urgent
         self._link.send(engine_.poll(now))
-        self._work_for_kernel()
         self._answer_questions(now)
         self._watch_link()
         self._look_for_news(now)
