@@ -22,7 +22,7 @@ options:
   dead_after_ms:
     description: Silence after which the peer counts as dead, in milliseconds. At least twice O(hello_interval_ms).
     type: int
-    default: 1000
+    default: 1500
   datagram_bytes:
     description: Largest UDP payload sent on the sync link, in bytes.
     type: int
@@ -76,7 +76,7 @@ options:
   hello_interval_ms:
     description: Time between two signs of life on an idle link, in milliseconds.
     type: int
-    default: 400
+    default: 500
   ignore_addresses:
     description:
       - Networks whose flows are not replicated, besides loopback, all addresses of the node itself, VRRP and the sync
@@ -208,9 +208,9 @@ options:
         type: str
         required: true
   window_ms:
-    description: Longest time that changes are gathered before they are sent, in milliseconds (0 to 20).
+    description: Longest time that changes are gathered before they are sent, in milliseconds (0 to 50).
     type: int
-    default: 20
+    default: 30
 notes:
   - The keys never appear in results, diffs or messages. Keep them in Ansible Vault.
   - Runtime files are made by C(systemd-tmpfiles) in C(/run/ctsync), which outlives the daemon and keepalived.
@@ -347,7 +347,7 @@ print(json.dumps(found))
 
 def argument_spec() -> dict[str, Any]:
     return {
-        "dead_after_ms": {"type": "int", "default": 1000},
+        "dead_after_ms": {"type": "int", "default": 1500},
         "datagram_bytes": {"type": "int", "default": 1400},
         "enabled": {"type": "bool", "default": True},
         "filter": {
@@ -374,7 +374,7 @@ def argument_spec() -> dict[str, Any]:
                 "zones": {"type": "list", "elements": "int", "default": []},
             },
         },
-        "hello_interval_ms": {"type": "int", "default": 400},
+        "hello_interval_ms": {"type": "int", "default": 500},
         "ignore_addresses": {"type": "list", "elements": "str", "default": []},
         "interpreter": {"type": "path", "default": "/usr/bin/python3"},
         "keys": {
@@ -422,7 +422,7 @@ def argument_spec() -> dict[str, Any]:
                 "interface": {"type": "str", "required": True},
             },
         },
-        "window_ms": {"type": "int", "default": 20},
+        "window_ms": {"type": "int", "default": 30},
     }
 
 

@@ -134,7 +134,9 @@ class Run:
                 with topology.table_room(flows):
                     if session.variant == "none":
                         stand.reset()
+                        stand.hold(stand.fw1, True)  # translated connections are answered there
                         self._steps(session, bench, None)
+                        stand.reset()
                     else:
                         with daemons.pair(stand, session.variant, home / "run", application, flows) as pair:
                             self._steps(session, bench, pair)

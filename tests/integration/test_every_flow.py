@@ -503,7 +503,7 @@ def timers(firewall: Namespace) -> dict[int, tuple[str, int]]:
     return {int(line[6].partition("=")[2]): (line[3], int(line[2])) for line in words}
 
 
-CLOSING_S = {"close_wait": 300, "time_wait": 400, "close": 200}
+CLOSING_S = {"fin_wait": 300, "time_wait": 400, "close": 200}
 
 
 def test_closing_connections_get_their_short_timers(cluster: Callable[..., Cluster]) -> None:
@@ -526,7 +526,7 @@ def test_closing_connections_get_their_short_timers(cluster: Callable[..., Clust
     reset.client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     reset.close()
     nothing_new(lab)
-    wanted = {"established": "ESTABLISHED", "half closed": "CLOSE_WAIT", "closed": "TIME_WAIT", "reset": "CLOSE"}
+    wanted = {"established": "ESTABLISHED", "half closed": "FIN_WAIT", "closed": "TIME_WAIT", "reset": "CLOSE"}
 
     def told() -> bool:
         replicas = (json.loads(line) for line in lab.fw2.ask("-e", "--json").splitlines())

@@ -438,6 +438,23 @@ def test_unwanted_tcp_states_are_not_reported(pair: Pair) -> None:
         assert [e.kind for e in filtered if e.flow and e.flow.proto == k.IPPROTO_UDP] == [Kind.NEW]
 
 
+def test_system_calls_of_a_thousand_events(net: Net) -> None:
+    """256 events per system call, and none to find that there are no more."""
+    space = firewall(net)
+    with contextlib.ExitStack() as stack:
+        with space.inside():
+            events = stack.enter_context(netlink.EventSocket())
+        inject(space, [ctnetlink.create(flow_number(number), timeout=600) for number in range(1000)])
+        calls = []
+        receive = events._receiver.receive
+        events._receiver.receive = lambda limit: calls.append(limit) or receive(limit)  # type: ignore[method-assign, func-returns-value]
+        changes = events.read()
+        assert changes.events == 1000
+        assert sum(map(len, changes.rows.values())) == 1000
+        assert (changes.lost, changes.more) == (False, False)
+        assert len(calls) == 4
+
+
 def test_an_overrun_is_reported_once_and_events_go_on(net: Net) -> None:
     space = firewall(net)
     with contextlib.ExitStack() as stack:

@@ -161,16 +161,16 @@ OPTIONS: tuple[Option, ...] = (
         live=True,
     ),
     Option(
-        "hello_interval_ms", "integer", 400, "Time between two signs of life on an idle link.", 20, 10_000, live=True
+        "hello_interval_ms", "integer", 500, "Time between two signs of life on an idle link.", 20, 10_000, live=True
     ),
-    Option("dead_after_ms", "integer", 1000, "Silence after which the peer counts as dead.", 100, 60_000, live=True),
+    Option("dead_after_ms", "integer", 1500, "Silence after which the peer counts as dead.", 100, 60_000, live=True),
     Option(
         "window_ms",
         "integer",
-        20,
+        30,
         "Longest time that changes are gathered before they are sent.",
         0,
-        20,
+        50,
         live=True,
     ),
     Option(
@@ -253,9 +253,9 @@ class Config:
     filter: Filter = EVERYTHING
     replicate: bool = True
     udp: str = "replied"
-    hello_interval_ms: int = 400
-    dead_after_ms: int = 1000
-    window_ms: int = 20
+    hello_interval_ms: int = 500
+    dead_after_ms: int = 1500
+    window_ms: int = 30
     lag_limit_ms: int = 2000
     datagram_bytes: int = 1400
     netlink_buffer_bytes: int = 64 << 20

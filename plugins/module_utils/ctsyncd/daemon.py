@@ -39,7 +39,8 @@ SLACK_S = 0.3  # what is not urgent waits so long for a wake-up that is needed a
 REPORT_S = 0.1  # between two verdicts
 QUIET_S = 0.05  # without events: the next one is read at once
 SPARSE_S = 0.0066  # between two events: a window would gather a few at most, so each is read at once
-DENSE_S = 0.0001  # between two events: if it is less, the window is shorter, by the third power
+DENSE_S = 0.0001  # between two events: if it is less, the window is DENSE_WINDOW_S, shrunk by the third power
+DENSE_WINDOW_S = 0.02
 SHORTEST_WINDOW_S = 0.002
 AVERAGED_EVENTS = 64
 
@@ -64,7 +65,7 @@ class Window:
             return 0.0
         if gap >= DENSE_S:
             return longest
-        return min(longest, max(SHORTEST_WINDOW_S, longest * (gap / DENSE_S) ** 3))
+        return min(longest, max(SHORTEST_WINDOW_S, DENSE_WINDOW_S * (gap / DENSE_S) ** 3))
 
     def read(self, events: int, now: float) -> None:
         """So many events were read."""
@@ -227,8 +228,8 @@ class Daemon:
             self._control.tick(now)
         if engine_.dump is not None or self._dump is not None:
             self._feed_dump(now)
+        self._work_for_kernel()  # before an acknowledgement, which is less urgent
         self._link.send(engine_.poll(now))
-        self._work_for_kernel()
         self._answer_questions(now)
         self._watch_link()
         self._look_for_news(now)

@@ -25,7 +25,9 @@ from .constants import (
     IPS_SEEN_REPLY,
     SCTP_ESTABLISHED,
     TCP_CLOSE,
+    TCP_CLOSE_WAIT,
     TCP_ESTABLISHED,
+    TCP_LAST_ACK,
     TCP_SYN_RECV,
     TCP_SYN_SENT,
     TCP_SYN_SENT2,
@@ -410,14 +412,16 @@ class Filter:
         Half-open TCP states: no entry goes back to SYN_SENT (nf_conntrack_proto_tcp.c removes the old entry first,
         and its DESTROY passes).  One that the firewall holds for established while its ends are not may go through
         SYN_RECV; ESTABLISHED or DESTROY follows within the timeout of SYN_RECV, until then the peer keeps what it has.
-        Other TCP states pass whatever the selection is: a flow that leaves it must go on the peer, too.  So do other
-        marks.  A reply, once seen, is never unseen.
+        Between FIN_WAIT, which says that the flow is closing, and its end CLOSE_WAIT and LAST_ACK say nothing that
+        matters to the peer: FIN_WAIT takes the same packets to the same ends, and its timer is not shorter.
+        With a selection of states all but the half-open ones pass: a flow that leaves it must go on the peer, too.  So
+        do other marks.  A reply, once seen, is never unseen.
         """
         return EventFilter(
             protocols=tuple(sorted(self._protocols)) if len(self._protocols) <= COMPILED_LIMIT else (),
             zones=tuple(sorted(self._zones)) if len(self._zones) <= COMPILED_LIMIT else (),
             replied_only=not self._unreplied,
-            tcp_states=HALF_OPEN,
+            tcp_states=HALF_OPEN if self._states else (*HALF_OPEN, TCP_CLOSE_WAIT, TCP_LAST_ACK),
         )
 
 

@@ -448,7 +448,7 @@ class Session:
             number += 1
         session.early_bits >>= number - session.expected
         session.expected = number
-        if session.unacked >= ACK_BLOCKS:
+        if session.unacked >= ACK_BLOCKS or now - session.ack_sent >= ACK_DELAY_S:  # no wake-up for it alone
             session.ack_at = now
         elif session.early:
             self._ack_soon(session, now)

@@ -133,7 +133,7 @@ def test_defaults_of_the_table_are_those_of_the_object() -> None:
         ("filter", {"marks": [{"value": 3, "mask": 2}]}, ["filter.marks[0]", "0x3", "outside of mask 0x2"]),
         ("filter", {"zones": [0, 65536]}, ["filter.zones[1]", "65536", "from 0 to 65535"]),
         ("lag_limit_ms", 0, ["lag_limit_ms", "from 100 to 600000"]),
-        ("dead_after_ms", 300, ["dead_after_ms", "300", "at least 800"]),
+        ("dead_after_ms", 300, ["dead_after_ms", "300", "at least 1000"]),
         ("log_level", "trace", ["log_level", "trace", "debug, info, warning, error"]),
     ],
 )

@@ -1,0 +1,137 @@
+# Copyright: (c) 2026, The ctsync authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What fixed work costs in things that can be counted: bytes, datagrams, pieces of work, turns, wake-ups.  No clock."""
+
+from __future__ import annotations
+
+import random
+import struct
+
+import pytest
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import config, daemon, engine, wire
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import constants as k
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.crypto import LibraryCrypto
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.engine import Settings
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import Flow, Tuple
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.rows import Changes, pack
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.session import Session
+from unit.simulation import ALIVE, NATTED, SECRET, VIP, Simulation, address
+
+HEADERS = 14 + 20 + 8  # Ethernet, IPv4, UDP: what the link carries besides
+
+
+def flows(count: int, snat: bool, seed: int = 1) -> dict[bytes, bytes]:
+    """Established connections with random addresses and ports."""
+    chance = random.Random(seed)
+    rows = {}
+    while len(rows) < count:
+        source, target = b"\x14" + chance.randbytes(3), b"\xc6\x12" + chance.randbytes(2)
+        port, service = chance.randrange(1024, 65536), chance.choice((80, 443, 8443))
+        outside = (address(VIP), port if chance.random() > 1 / 8 else chance.randrange(1024, 65536))
+        seen, back = outside if snat else (source, port)
+        flow = Flow(
+            *(k.AF_INET, k.IPPROTO_TCP, 0),
+            Tuple(source, target, struct.pack("!HH", port, service)),
+            Tuple(target, seen, struct.pack("!HH", service, back)),
+            ALIVE | (NATTED if snat else 0),
+            timeout=432_000,
+            state=k.TCP_ESTABLISHED,
+            tcp_wscale=(7, 7),
+            tcp_flags=(0x23, 0x23),
+            mark=0,
+        )
+        key, value, extras = pack(flow)
+        assert not extras
+        rows[key] = value
+    return rows
+
+
+def shipped(**changes: object) -> Simulation:
+    """A pair with the shipped size of datagrams."""
+    return Simulation(settings=Settings(**changes), payload=1400).start()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("snat", "most_bytes"), [(False, 9_500), (True, 11_800)])
+def test_bytes_and_datagrams_of_a_thousand_flows(snat: bool, most_bytes: int) -> None:
+    """conntrackd needs 88 bytes for such a flow, 95 with SNAT."""
+    sim = shipped()
+    rows = flows(1000, snat)
+    sim.fw1.up.kernel_changes(Changes({13: rows}, [], [], 1000, False, False), sim.now)
+    sent = sim.fw1.up.poll(sim.now)
+    assert len(sent) <= most_bytes // 1400 + 1
+    assert sum(map(len, sent)) + HEADERS * len(sent) <= most_bytes
+
+
+def test_pieces_of_work_of_a_thousand_flows() -> None:
+    """One datagram is one batch for the backup's kernel at most; what is read in one turn is one."""
+    sim = shipped()
+    rows = flows(1000, True)
+    sim.fw1.up.kernel_changes(Changes({13: rows}, [], [], 1000, False, False), sim.now)
+    for datagram in sim.fw1.up.poll(sim.now):
+        sim.fw2.up.receive(datagram, sim.now)
+    jobs = sim.fw2.up.kernel_work(daemon.REQUESTS_PER_TURN)
+    assert [(job.operation, isinstance(job, engine.Work)) for job in jobs] == [(engine.CREATE, True)]
+    answers = sim.fw2.up.poll(sim.now)
+    assert len(answers) <= 1  # one acknowledgement
+
+
+def test_turns_of_a_commit() -> None:
+    sim = shipped(mode=engine.EXTERNAL_CACHE)
+    count, most = 10_000, daemon.REQUESTS_PER_TURN
+    sim.fw2.up.cache.add_rows(flows(count, True), sim.now)
+    assert sim.fw2.up.commit() == count
+    turns = 0
+    while not sim.fw2.up.idle:
+        jobs = sim.fw2.up.kernel_work(most)
+        assert [job.operation for job in jobs] == [engine.CREATE]
+        for job in jobs:
+            sim.fw2.up.kernel_results(job, ())
+        turns += 1
+    assert turns == -(-count // most)
+
+
+def test_wake_ups_of_an_idle_pair() -> None:
+    """Twice a second one node beats and the other answers: two wake-ups for the one, one for the other."""
+    option = {one.key: one.default for one in config.OPTIONS}
+    sessions = {
+        name: Session(
+            *(name, peer),
+            crypto=LibraryCrypto(),
+            secrets={1: SECRET},
+            send_key=1,
+            random=random.Random(number).randbytes,
+            version="0",
+            hello_interval_s=option["hello_interval_ms"] / 1000,
+            dead_after_s=option["dead_after_ms"] / 1000,
+        )
+        for number, (name, peer) in enumerate((("fw1", "fw2"), ("fw2", "fw1")))
+    }
+    for session in sessions.values():
+        session.set_status(wire.Status(wire.ROLE_BACKUP, 0, 0))
+    wakes, sent = dict.fromkeys(sessions, 0), dict.fromkeys(sessions, 0)
+    now = 0.0
+    waiting: list[tuple[str, bytes]] = []
+    while now < 62.0:
+        if now > 2.0:
+            assert all(session.alive(now) for session in sessions.values())
+        if waiting:
+            now += 0.0001
+        else:
+            now = max(now + 0.0001, min(session.next_deadline() for session in sessions.values()))
+        arrived, waiting = waiting, []
+        for name, session in sessions.items():
+            mine = [datagram for to, datagram in arrived if to == name]
+            if not mine and session.next_deadline() > now:
+                continue
+            for datagram in mine:
+                session.receive(datagram, now)
+            out = session.poll(now)
+            waiting += [(session.peer, datagram) for datagram in out]
+            if now > 2.0:
+                wakes[name] += 1
+                sent[name] += len(out)
+    assert sent["fw1"] <= 121
+    assert sent["fw2"] <= 121
+    assert wakes["fw1"] <= 242
+    assert wakes["fw2"] <= 121
