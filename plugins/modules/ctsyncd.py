@@ -210,7 +210,7 @@ options:
   window_ms:
     description: Longest time that changes are gathered before they are sent, in milliseconds (0 to 50).
     type: int
-    default: 30
+    default: 20
 notes:
   - The keys never appear in results, diffs or messages. Keep them in Ansible Vault.
   - Runtime files are made by C(systemd-tmpfiles) in C(/run/ctsync), which outlives the daemon and keepalived.
@@ -422,7 +422,7 @@ def argument_spec() -> dict[str, Any]:
                 "interface": {"type": "str", "required": True},
             },
         },
-        "window_ms": {"type": "int", "default": 30},
+        "window_ms": {"type": "int", "default": 20},
     }
 
 

@@ -167,7 +167,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "window_ms",
         "integer",
-        30,
+        20,
         "Longest time that changes are gathered before they are sent.",
         0,
         50,
@@ -255,7 +255,7 @@ class Config:
     udp: str = "replied"
     hello_interval_ms: int = 500
     dead_after_ms: int = 1500
-    window_ms: int = 30
+    window_ms: int = 20
     lag_limit_ms: int = 2000
     datagram_bytes: int = 1400
     netlink_buffer_bytes: int = 64 << 20

@@ -1480,7 +1480,7 @@ class Engine:
         if self.active:
             sending = self._bulk_due or (self.dump is not None and self.dump.purpose == BULK)
             complete = bool(self._peer.flags & wire.STATUS_COMPLETE)
-            bulk = "complete" if complete else "sending" if sending and self.session.established else "none"
+            bulk = "complete" if complete else "sending" if sending and alive else "none"
         else:
             receiving = self.cache.bulk_running or self._completing
             bulk = "complete" if self.complete else "receiving" if receiving else "none"
