@@ -30,7 +30,6 @@ class Crypto(Protocol):
 
     def derive_digest(self, secret: bytes, salt: bytes, info: bytes) -> Callable[[bytes, bytes], bytes]:
         """A digest of ``DIGEST_BYTES`` of header and plaintext, under a key of its own."""
-        ...
 
 
 class _AesGcm:

@@ -33,7 +33,7 @@ NO_TIMEOUT = 0xFFFFFFFF
 NO_SCALE = 0xFF
 
 TAIL = struct.Struct("!HIBBBI")
-TAIL_BYTES = TAIL.size
+TAIL_BYTES = 13  # of TAIL
 # Places of the parts of TAIL, counted from the end of a value
 STATUS_FROM_END = 13
 TIMEOUT_FROM_END = 11

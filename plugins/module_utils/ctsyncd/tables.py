@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 _SINCE = struct.Struct("!I")
-_SINCE_BYTES = _SINCE.size
+_SINCE_BYTES = 4
 
 WALK_WHOLE = 4096  # replicas up to which a walk takes all keys at once, in the order in which they came
 WALK_PARTS = 16
