@@ -40,7 +40,6 @@ UNIT = "ctsync-ruleset-rollback-{0}.service"
 GRACE = 30  # seconds added to the deadline until the module says that it has applied everything
 ATTEMPTS = 20  # to put the rules back, a second apart: somebody else may hold the lock of iptables
 ARMED, CONFIRMED, ROLLED_BACK, FAILED, UNKNOWN = "armed", "confirmed", "rolled back", "failed", "unknown"
-FINAL = (CONFIRMED, ROLLED_BACK, FAILED)
 
 _MAIN = "import sys\nfrom guard import _rollback\nsys.exit(_rollback.serve(sys.argv[1]))\n"
 _DATE = (1980, 1, 1, 0, 0, 0)  # the first moment that a zip archive can express
