@@ -9,7 +9,7 @@ subsets host, role, sync and vrrp; one that could not be asked has a ``problem``
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Dict, List, Mapping, NamedTuple, Sequence
 
 from ._preflight import sysctl_differences
 
@@ -222,18 +222,3 @@ def rotation_step(own: KeyState, peer: KeyState, new: int) -> KeyState:
         return KeyState(tuple(sorted(ids)), new)
     send = own.send if own.send in peer.ids else peer.send
     return KeyState(tuple(sorted(ids | {send})), send)
-
-
-def rotation_problem(nodes: Mapping[str, Mapping[str, Any]], new: int, fingerprint: str) -> Optional[str]:
-    """Why the keys cannot be rotated to ``new``; ``None`` when they can."""
-    for host, node in nodes.items():
-        known = (node.get("host") or {}).get("ctsyncd") or {}
-        if not known.get("keys"):
-            return f"{host} has no ctsyncd: deploy the pair first (playbook site)"
-        held = known["keys"].get(str(new))
-        if held and held != fingerprint:
-            return (
-                f"{host} has another key under the id {new}: give the new key an id that was not in use"
-                " (ha_firewall_key_id)"
-            )
-    return None

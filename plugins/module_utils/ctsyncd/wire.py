@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from itertools import chain, compress
+from itertools import compress
 from typing import NamedTuple
 
 from . import rows as shapes
@@ -333,21 +333,11 @@ def _layout(shape: shapes.Shape) -> _Layout:
 
 _ROWS = {length: _layout(shape) for length, shape in shapes.SHAPES.items()}
 _PAIRS = {length: struct.Struct(f"{shape.key}s{shape.value}s") for length, shape in shapes.SHAPES.items()}
-_KEYS = {length: struct.Struct(f"{shape.key}s{shape.value}x") for length, shape in shapes.SHAPES.items()}
-_VALUES = {length: struct.Struct(f"{shape.key}x{shape.value}s") for length, shape in shapes.SHAPES.items()}
 
 
 def iter_rows(key_len: int, rows: bytes) -> Iterator[tuple[bytes, bytes]]:
     """Key and value of each of the joined rows; also what ``dict`` and ``dict.update`` take."""
     return _PAIRS[key_len].iter_unpack(rows)
-
-
-def split_rows(key_len: int, rows: bytes) -> tuple[list[bytes], list[bytes]]:
-    """Keys and values of joined rows."""
-    return (
-        list(chain.from_iterable(_KEYS[key_len].iter_unpack(rows))),
-        list(chain.from_iterable(_VALUES[key_len].iter_unpack(rows))),
-    )
 
 
 def split_keys(key_len: int, keys: bytes) -> list[bytes]:

@@ -172,17 +172,3 @@ def test_the_usual_rotation_step_by_step():
 def test_the_filter_speaks_the_words_of_the_facts():
     now = {"keys": {"1": "print"}, "send_key": 1}
     assert key_rotation.key_rotation(now, now, "2") == {"ids": [1, 2], "send_key": 1}
-
-
-@pytest.mark.parametrize(
-    ("known", "said"),
-    [
-        ({"keys": {"1": "old"}}, None),
-        ({"keys": {"1": "old", "2": "new"}}, None),
-        ({"keys": {"1": "old", "2": "other"}}, "fw1 has another key under the id 2"),
-        ({"keys": {}}, "fw1 has no ctsyncd"),
-    ],
-)
-def test_a_new_key_needs_an_id_of_its_own(known, said):
-    found = _pair.rotation_problem({"fw1": {"host": {"ctsyncd": known}}}, 2, "new")
-    assert found is None if said is None else found.startswith(said)

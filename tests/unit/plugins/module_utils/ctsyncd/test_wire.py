@@ -94,7 +94,6 @@ def test_rows_round_trip(case: tuple[int, bytes]) -> None:
         (joined[at : at + key_len], joined[at + key_len : at + shape.row]) for at in range(0, len(joined), shape.row)
     ]
     assert list(wire.iter_rows(key_len, joined)) == pairs
-    assert wire.split_rows(key_len, joined) == ([key for key, _value in pairs], [value for _key, value in pairs])
 
 
 @given(columns(of_keys=True))
@@ -126,7 +125,7 @@ def test_bytes_of_a_row(snat: bytes) -> None:
     assert len(wire.encode_rows(13, public(110, snat))) <= 11.5 * 110
     assert len(wire.encode_rows(13, public(3, snat))) <= 80
     assert len(wire.encode_rows(13, public(1, snat))) <= 42
-    keys = b"".join(wire.split_rows(13, public(110))[0])
+    keys = b"".join(key for key, _value in wire.iter_rows(13, public(110)))
     assert len(wire.encode_gone(13, keys)) <= 11.5 * 110
 
 
