@@ -47,7 +47,20 @@ from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.errors 
     WireError,
 )
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import Flow, SeqAdj, Tuple
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.jobs import (
+    CREATE,
+    DELETE,
+    TIMER,
+    UPDATE,
+    Job,
+    Request,
+)
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.rows import Changes
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.situation import (
+    EXTERNAL_CACHE,
+    HOT_STANDBY,
+    Settings,
+)
 
 from .mutate import Grammar, netlink_lengths, tlv_lengths
 
@@ -163,7 +176,7 @@ def shown(flow: Flow) -> None:
     json.loads(render.json_line(flow, None))
 
 
-def requested(request: engine.Request) -> int:
+def requested(request: Request) -> int:
     """The request as the kernel would get it; 0, or the errno that the daemon takes if it cannot be expressed."""
     try:
         message = daemon._message(request)
@@ -185,9 +198,9 @@ def _batches(key_len: int, keys: Sequence[bytes], values: Sequence[bytes]) -> No
         check(sorted(batch.order) == list(range(len(keys))), "each row is one request")
 
 
-def carried_out(job: engine.Job, chance: random.Random) -> list[tuple[int, int]]:
+def carried_out(job: Job, chance: random.Random) -> list[tuple[int, int]]:
     """What the kernel refuses of a job, at random."""
-    if isinstance(job, engine.Request):
+    if isinstance(job, Request):
         error = requested(job) or chance.choice(_ERRNOS)
         return [(0, error)] if error else []
     if job.values:
@@ -283,8 +296,8 @@ def wire_runner() -> Runner:
         again = rows.unpack(*rows.pack(found))
         check(again.orig == found.orig and again.reply == found.reply, "the tuples survive")
         shown(found)
-        for operation in (engine.CREATE, engine.UPDATE, engine.TIMER, engine.DELETE):
-            requested(engine.Request(operation, found.key, found, found.timeout))
+        for operation in (CREATE, UPDATE, TIMER, DELETE):
+            requested(Request(operation, found.key, found, found.timeout))
 
     def many(data: bytes) -> None:
         key_len, joined = wire.decode_rows(data)
@@ -360,7 +373,7 @@ class OpenCrypto:
 
 
 def _engine(
-    name: str, peer: str, crypt: crypto.Crypto, seed: int, *, mode: str = engine.HOT_STANDBY, secret: bytes = SECRET
+    name: str, peer: str, crypt: crypto.Crypto, seed: int, *, mode: str = HOT_STANDBY, secret: bytes = SECRET
 ) -> engine.Engine:
     chance = random.Random(seed)
     made = session.Session(
@@ -373,7 +386,7 @@ def _engine(
         payload=PAYLOAD,
         now=0.0,
     )
-    settings = engine.Settings(mode=mode, ignore=("192.168.100.0/24", "fd00:1::/64"), table_limit=TABLE_LIMIT)
+    settings = Settings(mode=mode, ignore=("192.168.100.0/24", "fd00:1::/64"), table_limit=TABLE_LIMIT)
     one = engine.Engine(settings, made, 0.0)
     one.set_addresses(OWN)
     return one
@@ -387,7 +400,7 @@ _ERRNOS = (0, 0, 0, 0, errno.EEXIST, errno.ENOENT, errno.EBUSY, errno.EOPNOTSUPP
 class Peer:
     """The other end of an engine's session, without cryptography, and the engine's kernel."""
 
-    def __init__(self, mode: str = engine.HOT_STANDBY) -> None:
+    def __init__(self, mode: str = HOT_STANDBY) -> None:
         self.now = 1.0
         self.engine = _engine("fw1", "fw2", OpenCrypto(), 1, mode=mode)
         self.engine.set_role(readiness.BACKUP, 0.0)
@@ -435,7 +448,7 @@ class Peer:
     def bounded(self) -> None:
         one, known = self.engine, self.engine.session._established
         check(len(one.cache) <= TABLE_LIMIT and len(one.pending) <= TABLE_LIMIT, "the tables keep their bounds")
-        check(len(one._announced) <= 1000 + TABLE_LIMIT, "so does the set of what was announced")
+        check(len(one.source.announced) <= 1000 + TABLE_LIMIT, "so does the set of what was announced")
         noted = (one.copies.asked, one.copies.outdated, one.copies.refused, one.copies._others)
         check(all(len(keys) <= TABLE_LIMIT for keys in noted), "and what is noted of the kernel's copies")
         check(len(one.counters) < 120 and len(one.session.counters) < 40, "no input makes up counters")
@@ -597,7 +610,15 @@ def _state(one: engine.Engine) -> tuple[Any, ...]:
     return (
         *part,
         [(replica, one.copies.held(replica.key)) for replica in one.cache.items()],
-        *(len(one.pending), len(one._kernel), one.dump, one.complete, one.role, one._peer, one.session.last_seen),
+        *(
+            len(one.pending),
+            len(one.replicas.jobs),
+            one.dump,
+            one.complete,
+            one.role,
+            one.peer.status,
+            one.session.last_seen,
+        ),
         one.session._hello.nonce,
     )
 
@@ -734,14 +755,14 @@ def netlink_runner() -> Runner:
         for flow in flows:
             check(rows.unpack(*rows.pack(flow)).key == flow.key, f"{flow!r} does not survive the sync link")
             shown(flow)
-            requested(engine.Request(engine.CREATE, flow.key, flow, flow.timeout))
+            requested(Request(CREATE, flow.key, flow, flow.timeout))
         for key_len, table in changes.rows.items():
             _batches(key_len, list(table), list(table.values()))
         if changes.events:
             peer.engine.kernel_changes(changes, peer.now)
             peer.turn(random.Random(zlib.crc32(data)))
             peer.data(wire.encode_ack(_all_received(peer.engine)))
-            if len(peer.engine._announced) > 900:
+            if len(peer.engine.source.announced) > 900:
                 peer.engine.set_role(readiness.BACKUP, peer.now)
                 peer.engine.set_role(readiness.ACTIVE, peer.now)
             peer.bounded()
@@ -1018,7 +1039,7 @@ def config_runner() -> Runner:
             check(sum(map(len, error.problems)) <= 2000 + 400 * len(data), "it says so in reasonable length")
             str(error).encode("utf-8", "backslashreplace")
             return False
-        engine.Engine(engine.Settings(ignore=tuple(map(str, found.ignore_addresses))), _QUIET, 0.0)
+        engine.Engine(Settings(ignore=tuple(map(str, found.ignore_addresses))), _QUIET, 0.0)
         for vip in (*found.virtual_ips, found.link):
             check(1 <= len(vip.interface.encode()) <= 15 and len(vip.packed) in (4, 16), "interfaces and addresses fit")
         for file in (found.control_socket, found.notify_fifo, found.track_file, *found.keys.values()):
@@ -1093,11 +1114,9 @@ TARGETS = {
     target.name: target
     for target in (
         Target("wire", wire_grammar, wire_runner, 1000, 28, (4000, 120)),
+        Target("session", session_grammar, functools.partial(_session_runner, HOT_STANDBY), 400, 14, (300_000, 300)),
         Target(
-            "session", session_grammar, functools.partial(_session_runner, engine.HOT_STANDBY), 400, 14, (300_000, 300)
-        ),
-        Target(
-            *("session-classic", session_grammar, functools.partial(_session_runner, engine.EXTERNAL_CACHE)),
+            *("session-classic", session_grammar, functools.partial(_session_runner, EXTERNAL_CACHE)),
             *(400, 4, (300_000, 300)),
         ),
         Target("sealed", sealed_grammar, sealed_runner, 2000, 12, (3000, 5)),

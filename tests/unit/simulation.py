@@ -20,14 +20,15 @@ from collections import Counter
 from typing import Any, Callable, Dict, Iterable, NamedTuple
 
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import constants as k
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import engine as engines
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import readiness, wire
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.columns import Gathering
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.crypto import Aead, LibraryCrypto
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.engine import Engine, Request, Settings
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.engine import Engine
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import Flow, Tuple
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.jobs import CREATE, DELETE, TIMER, Job, Request
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.rows import Changes
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.session import Session
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.situation import HOT_STANDBY, Settings
 
 SECRET = bytes(range(32))
 KEPT_BITS = k.IPS_SEEN_REPLY | k.IPS_ASSURED | k.IPS_SRC_NAT | k.IPS_DST_NAT
@@ -221,7 +222,7 @@ class Kernel:
         wanted = (flow.proto, flow.zone, flow.orig)
         return next((other for other in self.table.values() if wanted in _ends(other)), None)
 
-    def carry_out(self, job: engines.Job) -> list[tuple[int, int]]:
+    def carry_out(self, job: Job) -> list[tuple[int, int]]:
         """Index and errno of what failed."""
         if isinstance(job, Request):
             results = [self.request(job)]
@@ -234,7 +235,7 @@ class Kernel:
         self.done.append(request)
         operation, key, flow, timeout, _attempt = request
         have = self.table.get(key)
-        if operation == engines.CREATE:
+        if operation == CREATE:
             if key in self.refuse:
                 return self.refuse[key]
             if flow.helper is not None and flow.helper not in self.helpers:
@@ -248,9 +249,9 @@ class Kernel:
             return 0
         if have is None:
             return errno.ENOENT
-        if operation == engines.DELETE:
+        if operation == DELETE:
             del self.table[key]
-        elif operation == engines.TIMER:
+        elif operation == TIMER:
             self.table[key] = have._replace(timeout=timeout)
         else:
             if have.status & ~flow.status & (k.IPS_SEEN_REPLY | k.IPS_ASSURED):
@@ -437,7 +438,7 @@ class Simulation:
         cache = {flow.key: flow for flow, _since in backup.up.external_flows()}
         mine = {key: flow for key, flow in backup.kernel.table.items() if replicable(flow) or key in wanted}
         out = list(_compare("cache", wanted, cache, True))
-        if backup.up.settings.mode == engines.HOT_STANDBY:
+        if backup.up.settings.mode == HOT_STANDBY:
             out.extend(_compare("kernel", wanted, mine, False))
         return out
 

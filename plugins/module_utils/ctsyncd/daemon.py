@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from . import __version__, control, ctnetlink, engine, netlink, readiness, render, service, vrrp
+from . import __version__, control, ctnetlink, engine, jobs, netlink, readiness, render, service, situation, vrrp
 from .config import Config, parse, read
 from .control import ControlError
 from .crypto import LibraryCrypto
@@ -451,9 +451,9 @@ class Daemon:
         for job in self._engine.kernel_work(REQUESTS_PER_TURN):
             self._engine.kernel_results(job, self._carry_out(job))
 
-    def _carry_out(self, job: engine.Job) -> list[tuple[int, int]]:
+    def _carry_out(self, job: jobs.Job) -> list[tuple[int, int]]:
         """Index and errno of what failed."""
-        if isinstance(job, engine.Work):
+        if isinstance(job, jobs.Work):
             try:
                 return self._carry_out_many(job)
             except NetlinkError as error:
@@ -471,13 +471,13 @@ class Daemon:
                 failures.append((place, error.errno or errno.EINVAL))
         return failures + [(places[index], number) for index, number in self._requests.inject(messages)]
 
-    def _carry_out_many(self, work: engine.Work) -> list[tuple[int, int]]:
+    def _carry_out_many(self, work: jobs.Work) -> list[tuple[int, int]]:
         """Raises NetlinkError, with nothing done, where the interface to the kernel cannot express one of them."""
-        if work.operation == engine.CREATE:
+        if work.operation == jobs.CREATE:
             return self._requests.create_rows(work.key_len, work.keys, work.values, work.timeouts)
-        if work.operation == engine.UPDATE:
+        if work.operation == jobs.UPDATE:
             return self._requests.update_rows(work.key_len, work.keys, work.values, work.timeouts)
-        if work.operation == engine.TIMER:
+        if work.operation == jobs.TIMER:
             return self._requests.set_timers(work.key_len, work.keys, work.timeouts)
         return self._requests.delete_keys(work.key_len, work.keys)
 
@@ -700,22 +700,22 @@ def _renderer(request: dict[str, Any]) -> Any:
     return chosen
 
 
-def _message(request: engine.Request) -> bytes:
+def _message(request: jobs.Request) -> bytes:
     flow: Flow = request.flow
-    if request.operation == engine.CREATE:
+    if request.operation == jobs.CREATE:
         return ctnetlink.create(flow, timeout=request.timeout)
-    if request.operation == engine.UPDATE:
+    if request.operation == jobs.UPDATE:
         return ctnetlink.update(flow, timeout=request.timeout)
-    if request.operation == engine.TIMER and request.attempt:  # an update that could not set the status
+    if request.operation == jobs.TIMER and request.attempt:  # an update that could not set the status
         return ctnetlink.update(flow, timeout=request.timeout, status=False)
-    if request.operation == engine.TIMER:
+    if request.operation == jobs.TIMER:
         bare = flow._replace(status=0, state=None, sctp_vtags=None, mark=None, labels=None, seqadj=None)
         return ctnetlink.update(bare, timeout=request.timeout, status=False)
     return ctnetlink.delete(flow)
 
 
-def _settings(config: Config) -> engine.Settings:
-    return engine.Settings(
+def _settings(config: Config) -> situation.Settings:
+    return situation.Settings(
         mode=config.mode,
         replicate=config.replicate,
         unreplied=config.udp == "all",

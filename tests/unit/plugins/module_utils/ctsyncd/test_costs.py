@@ -9,13 +9,14 @@ import random
 import struct
 
 import pytest
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import config, daemon, engine, wire
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import config, daemon, wire
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import constants as k
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.crypto import LibraryCrypto
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.engine import Settings
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import Flow, Tuple
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.jobs import CREATE, Work
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.rows import Changes, pack
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.session import Session
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.situation import EXTERNAL_CACHE, Settings
 from unit.simulation import ALIVE, NATTED, SECRET, VIP, Simulation, address
 
 HEADERS = 14 + 20 + 8  # Ethernet, IPv4, UDP: what the link carries besides
@@ -71,20 +72,20 @@ def test_pieces_of_work_of_a_thousand_flows() -> None:
     for datagram in sim.fw1.up.poll(sim.now):
         sim.fw2.up.receive(datagram, sim.now)
     jobs = sim.fw2.up.kernel_work(daemon.REQUESTS_PER_TURN)
-    assert [(job.operation, isinstance(job, engine.Work)) for job in jobs] == [(engine.CREATE, True)]
+    assert [(job.operation, isinstance(job, Work)) for job in jobs] == [(CREATE, True)]
     answers = sim.fw2.up.poll(sim.now)
     assert len(answers) <= 1  # one acknowledgement
 
 
 def test_turns_of_a_commit() -> None:
-    sim = shipped(mode=engine.EXTERNAL_CACHE)
+    sim = shipped(mode=EXTERNAL_CACHE)
     count, most = 10_000, daemon.REQUESTS_PER_TURN
     sim.fw2.up.cache.add_rows(flows(count, True), sim.now)
     assert sim.fw2.up.commit() == count
     turns = 0
     while not sim.fw2.up.idle:
         jobs = sim.fw2.up.kernel_work(most)
-        assert [job.operation for job in jobs] == [engine.CREATE]
+        assert [job.operation for job in jobs] == [CREATE]
         for job in jobs:
             sim.fw2.up.kernel_results(job, ())
         turns += 1

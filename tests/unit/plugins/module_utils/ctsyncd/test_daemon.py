@@ -9,11 +9,17 @@ import errno
 
 import pytest
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import constants as k
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import ctnetlink, daemon, engine
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import ctnetlink, daemon
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.control import ControlError
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.engine import Request
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.errors import NetlinkError
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import Flow
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.jobs import (
+    CREATE,
+    TIMER,
+    UPDATE,
+    Request,
+    Work,
+)
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.rows import pack
 from unit.simulation import tcp
 
@@ -27,12 +33,12 @@ def meant(operation: str, attempt: int = 0) -> dict[int, bytes]:
 
 def test_timer_request_says_nothing_but_the_timer() -> None:
     """At a take-over packets may have changed everything else meanwhile."""
-    said = meant(engine.TIMER)
+    said = meant(TIMER)
     assert set(said) == {ctnetlink.CTA_TUPLE_ORIG, ctnetlink.CTA_TIMEOUT}
     assert said[ctnetlink.CTA_TIMEOUT] == b"\0\0\0\x37"
 
 
-@pytest.mark.parametrize(("operation", "attempt"), [(engine.TIMER, 1), (engine.UPDATE, 0), (engine.UPDATE, 1)])
+@pytest.mark.parametrize(("operation", "attempt"), [(TIMER, 1), (UPDATE, 0), (UPDATE, 1)])
 def test_update_makes_window_tracking_liberal_even_where_the_status_stays(operation: str, attempt: int) -> None:
     """An adopted entry has the sequence numbers of the past: without this the kernel drops its packets as invalid."""
     said = meant(operation, attempt)
@@ -40,7 +46,7 @@ def test_update_makes_window_tracking_liberal_even_where_the_status_stays(operat
     assert state == k.TCP_ESTABLISHED
     assert flags is not None
     assert all(one & k.TCP_FLAG_BE_LIBERAL for one in flags)
-    assert (ctnetlink.CTA_STATUS in said) == (operation == engine.UPDATE)
+    assert (ctnetlink.CTA_STATUS in said) == (operation == UPDATE)
     assert said[ctnetlink.CTA_MARK] == b"\0\0\0\7"
 
 
@@ -113,7 +119,7 @@ def test_work_with_a_row_that_cannot_be_expressed_is_carried_out_one_by_one(monk
     one = daemon.Daemon.__new__(daemon.Daemon)
     requests = Requests()
     one._requests = requests  # type: ignore[assignment]
-    good = engine.Work(engine.CREATE, 13, list(keys), list(values), [55] * 3)
+    good = Work(CREATE, 13, list(keys), list(values), [55] * 3)
     assert one._carry_out(good) == [(0, errno.EEXIST), (1, errno.EEXIST), (2, errno.EEXIST)]
     assert requests.sent == []
     bad = good._replace(keys=[keys[0], b"\x11" + keys[1][1:], keys[2]])

@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import constants as k
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import engine as engines
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import readiness, wire
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.engine import Settings
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import readiness, source, takeover, wire
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import Flow, SeqAdj, Tuple
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.jobs import CREATE, DELETE, TIMER, UPDATE, Work
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.pending import Pending
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.rows import pack
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.tables import ExternalCache
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.situation import EXTERNAL_CACHE, Settings
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -130,7 +129,7 @@ def test_what_a_flow_got_before_it_was_replicated_goes_with_it(count: int, told:
     sim.converge(sim.fw1, sim.fw2)
     assert len(sim.fw2.kernel.table) == count + 1
     assert {flow.labels for flow in sim.fw2.kernel.table.values()} == {b"\1" * 16}
-    assert not sim.fw1.up._early
+    assert not sim.fw1.up.source.early
 
 
 def test_what_a_flow_got_ends_with_it() -> None:
@@ -140,14 +139,14 @@ def test_what_a_flow_got_ends_with_it() -> None:
         sim.run(0.1)
         sim.fw1.kernel.close(tcp(port).key)
     sim.run(0.1)
-    assert not sim.fw1.up._early
+    assert not sim.fw1.up.source.early
     sim.fw1.kernel.open(tcp(1001))
     sim.converge(sim.fw1, sim.fw2)
     assert sim.fw2.kernel.table[tcp(1001).key].labels is None
 
 
 def test_what_is_kept_of_early_flows_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "EARLY_FLOWS", 3)
+    monkeypatch.setattr(source, "EARLY_FLOWS", 3)
     sim, ports = Simulation().start(), range(1001, 1006)
     for port in ports:
         sim.fw1.kernel.open(half_open(port, **LABELLED))
@@ -330,7 +329,7 @@ def test_restarted_backup_adopts_its_entries_instead_of_making_them_again() -> N
     sim.fw2.kernel.done.clear()
     sim.fw2.start(sim.now)
     sim.converge(sim.fw1, sim.fw2)
-    assert engines.DELETE not in operations(sim.fw2)
+    assert DELETE not in operations(sim.fw2)
     assert sim.fw2.up.counters["adopted"] == 40
 
 
@@ -366,7 +365,7 @@ def test_overrun_on_the_active_node_repairs_what_was_missed() -> None:
 
 def test_too_many_changes_for_the_queue_become_a_bulk() -> None:
     sim = Simulation().start()
-    sim.fw1.up.pending = Pending(50)
+    sim.fw1.up.peer.pending = Pending(50)
     sim.wire.cut = True
     busy(sim, range(1000, 9000))  # the window of the link (512 blocks) takes most of them
     sim.run(5.0)
@@ -379,7 +378,7 @@ def test_too_many_changes_for_the_queue_become_a_bulk() -> None:
 
 def test_full_external_cache_is_counted_and_bounded() -> None:
     sim = Simulation().start()
-    sim.fw2.up.cache = ExternalCache(10)
+    sim.fw2.up.cache.limit = 10
     busy(sim)
     sim.run(3.0)
     assert len(sim.fw2.up.cache) == len(sim.fw2.kernel.table) == 10
@@ -430,7 +429,7 @@ def test_flow_that_begins_while_the_kernel_is_read_is_not_made_twice() -> None:
     record = rows_record(sim.fw1.kernel.open(tcp(2001)))
     sim.fw2.up._receive_records(record, sim.now)  # at once: the simulated wire is slower than the simulated dump
     sim.converge(sim.fw1, sim.fw2)
-    assert operations(sim.fw2) == [engines.CREATE]
+    assert operations(sim.fw2) == [CREATE]
 
 
 def test_adopted_entry_that_is_further_than_the_peers_keeps_its_status() -> None:
@@ -491,7 +490,7 @@ def test_entry_in_the_way_is_replaced_on_the_backup() -> None:
     sim.fw2.kernel.table[tcp(1001).key] = tcp(1001, 7)  # a stray packet made it
     sim.fw1.kernel.open(tcp(1001, 40_000))
     sim.converge(sim.fw1, sim.fw2)
-    assert operations(sim.fw2) == [engines.CREATE, engines.DELETE, engines.CREATE]
+    assert operations(sim.fw2) == [CREATE, DELETE, CREATE]
 
 
 def test_reply_tuple_that_is_taken_by_a_stale_entry_is_refused_and_healed_by_the_next_bulk() -> None:
@@ -584,7 +583,7 @@ def test_take_over_makes_nothing_and_sets_true_states_closing_flows_first() -> N
     sim.fw2.kernel.done.clear()
     sim.fw2.set_role(readiness.ACTIVE, sim.now)
     sim.run(2.0)
-    assert operations(sim.fw2) == [engines.UPDATE] * 2 + [engines.TIMER] * 20
+    assert operations(sim.fw2) == [UPDATE] * 2 + [TIMER] * 20
     for flow in closing:
         assert sim.fw2.kernel.table[flow.key].state == k.TCP_TIME_WAIT
         assert sim.fw2.kernel.table[flow.key].timeout == 120
@@ -629,7 +628,7 @@ def test_take_over_never_gives_an_open_flow_less_than_its_protocols_time(injecte
 
 def test_take_over_of_a_large_table_does_not_stop_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is looked through in parts, and still closing flows come first."""
-    monkeypatch.setattr(engines, "SORTED_PER_TURN", 3)
+    monkeypatch.setattr(takeover, "SORTED_PER_TURN", 3)
     sim = Simulation().start()
     open_ones = [sim.fw1.kernel.open(tcp(port, timeout=100)) for port in range(1001, 1021)]
     closing = [sim.fw1.kernel.open(tcp(port, state=k.TCP_TIME_WAIT, timeout=90)) for port in (2001, 2002)]
@@ -642,7 +641,7 @@ def test_take_over_of_a_large_table_does_not_stop_the_loop(monkeypatch: pytest.M
     assert not any(turns)  # nothing but looking so far
     while not engine.idle:
         jobs = engine.kernel_work(5)
-        assert sum(len(job.keys) if isinstance(job, engines.Work) else 1 for job in jobs) <= 5
+        assert sum(len(job.keys) if isinstance(job, Work) else 1 for job in jobs) <= 5
         for job in jobs:
             engine.kernel_results(job, sim.fw2.kernel.carry_out(job))
     done = sim.fw2.kernel.done
@@ -700,18 +699,18 @@ def test_replica_that_was_under_way_at_the_take_over_gets_its_true_timer() -> No
 
 
 def test_take_over_in_classic_mode_commits_the_external_cache() -> None:
-    sim = busy(Simulation(settings=Settings(mode=engines.EXTERNAL_CACHE)).start())
+    sim = busy(Simulation(settings=Settings(mode=EXTERNAL_CACHE)).start())
     sim.converge(sim.fw1, sim.fw2)
     assert sim.fw2.kernel.table == {}
     sim.fw1.kill()
     sim.fw2.set_role(readiness.ACTIVE, sim.now)
     sim.run(1.0)
-    assert operations(sim.fw2) == [engines.CREATE] * 40
+    assert operations(sim.fw2) == [CREATE] * 40
     assert {flow.timeout for flow in sim.fw2.kernel.table.values()} == {30, 431_999}
 
 
 def test_classic_mode_without_automatic_commit_waits_for_the_command() -> None:
-    sim = busy(Simulation(settings=Settings(mode=engines.EXTERNAL_CACHE, commit_at_takeover=False)).start())
+    sim = busy(Simulation(settings=Settings(mode=EXTERNAL_CACHE, commit_at_takeover=False)).start())
     sim.converge(sim.fw1, sim.fw2)
     sim.fw1.kill()
     sim.fw2.set_role(readiness.ACTIVE, sim.now)

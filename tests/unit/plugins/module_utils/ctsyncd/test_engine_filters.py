@@ -12,8 +12,8 @@ from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import 
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import readiness
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.config import Filter as Selection
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.config import Mark
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.engine import EXTERNAL_CACHE, Settings
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.rows import Changes
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.situation import EXTERNAL_CACHE, Settings
 from unit.simulation import Node, Simulation, tcp, udp
 
 MARKED = Settings(filter=Selection(marks=(Mark(1, 0xFF),)))

@@ -9,10 +9,15 @@ import errno
 
 import pytest
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import constants as k
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import engine as engines
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import readiness
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.engine import Engine, Settings
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import SeqAdj, Tuple
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.peer import LEARN_S, Peer
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.rows import pack
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.situation import (
+    EXTERNAL_CACHE,
+    HOT_STANDBY,
+    Settings,
+)
 from unit.simulation import Node, Simulation, address, tcp, udp
 
 KERNEL_TIMEOUTS = {"tcp_timeout_established": 432_000, "udp_timeout": 40, "udp_timeout_stream": 150}
@@ -131,7 +136,7 @@ def test_entry_in_the_way_that_the_peer_has_too_or_the_filter_excludes_is_not_re
 
 
 def test_scheduled_flush_in_classic_mode_empties_the_backups_kernel_of_what_it_replicates() -> None:
-    sim = Simulation(settings=Settings(mode=engines.EXTERNAL_CACHE)).start()
+    sim = Simulation(settings=Settings(mode=EXTERNAL_CACHE)).start()
     opened(sim.fw1, range(1000, 1010))
     own = tcp(9)._replace(orig=Tuple(address("192.168.1.3"), address("192.168.1.2"), b"\1\1\0\x16"))
     own = own._replace(reply=Tuple(own.orig.dst, own.orig.src, b"\0\x16\1\1"))
@@ -177,7 +182,7 @@ def test_late_flows_are_taken_again_when_the_other_has_yielded() -> None:
     sim.run(6.0)
     sim.fw1.set_role(readiness.BACKUP, sim.now)
     sim.run(1.0)
-    sim.fw2.up._receive_flow(*engines.pack(tcp(2001)), sim.now)
+    sim.fw2.up._receive_flow(*pack(tcp(2001)), sim.now)
     sim.run(1.0)
     assert tcp(2001).key in sim.fw2.kernel.table
 
@@ -226,14 +231,14 @@ def test_active_node_without_a_table_learns_that_of_its_peer_before_it_tells_its
 
 def test_without_learning_the_sessions_of_the_blackout_are_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control."""
-    monkeypatch.setattr(Engine, "_learn_from_peer", lambda self, _now: setattr(self, "_learn", ""))
+    monkeypatch.setattr(Peer, "learn_more", lambda self, _now: setattr(self, "learn", ""))
     sim = Simulation()
     blackout(sim)
     sim.converge(sim.fw1, sim.fw2)
     assert sim.fw1.kernel.table == sim.fw2.kernel.table == {}
 
 
-@pytest.mark.parametrize("mode", [engines.HOT_STANDBY, engines.EXTERNAL_CACHE])
+@pytest.mark.parametrize("mode", [HOT_STANDBY, EXTERNAL_CACHE])
 def test_complete_backup_gives_a_rebooted_active_node_its_cache(mode: str) -> None:
     """The virtual IPs came back so fast that the backup never had them."""
     sim = Simulation(settings=Settings(mode=mode)).start()
@@ -299,15 +304,15 @@ def test_restarted_daemon_on_the_active_node_and_a_short_loss_of_the_virtual_ips
 def test_peer_that_gives_nothing_holds_up_the_own_table_for_a_bounded_time_only(cut: bool) -> None:
     sim = Simulation()
     blackout(sim)
-    sim.run_until(lambda: sim.fw1.up._learn == "asked")
+    sim.run_until(lambda: sim.fw1.up.peer.learn == "asked")
     sim.wire.deaf = "fw2" if cut else ""
     if not cut:
         sim.fw2.kill()
         sim.run(2.0)
         sim.fw2.crash()
         sim.fw2.start(sim.now)
-    sim.run(engines.LEARN_S + 3.0)
-    assert sim.fw1.up._learn == ""
+    sim.run(LEARN_S + 3.0)
+    assert sim.fw1.up.peer.learn == ""
     sim.heal()
     opened(sim.fw1, range(5000, 5010))
     sim.run(3.0)

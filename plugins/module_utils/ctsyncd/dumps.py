@@ -1,0 +1,115 @@
+# Copyright: (c) 2026, The ctsync authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Which dumps of the kernel's table are wanted, what for, and when the table is read again after lost events.
+
+One dump runs at a time.  What is done with its entries is the business of the room that wanted it.
+"""
+
+from __future__ import annotations
+
+import collections
+from typing import NamedTuple
+
+BULK = "bulk"  # the active node's table for a peer
+RECONCILE = "reconcile"  # this backup's kernel against the external cache
+FLUSH = "flush"  # out of this kernel with all that is replicated
+GIVE = "give"  # this backup's table for an active node that lacks it
+
+REREAD_S = 5.0  # before the table is read again where events go on to be lost; doubles
+REREAD_MAX_S = 60.0
+
+
+class Dump(NamedTuple):
+    """A kernel dump that the engine wants; a new ``number`` means: begin again."""
+
+    number: int
+    purpose: str
+
+
+class Dumps:
+    """The dump that runs and those that wait.
+
+    ``seen``: keys that the running dump need not tell of any more.  ``reread_at``: events were lost, the table is read
+    again then (monotonic seconds).
+    """
+
+    def __init__(self) -> None:
+        self.current: Dump | None = None
+        self.seen: set[bytes] = set()
+        self.reread_at: float | None = None
+        self._number = 0
+        self._queue: collections.deque[str] = collections.deque()
+        self._reread_wait_s = REREAD_S
+        self._lost_at: float | None = None  # when events were lost last
+
+    def runs(self, *purposes: str) -> bool:
+        """Does a dump for one of these purposes run?"""
+        return self.current is not None and self.current.purpose in purposes
+
+    @property
+    def wanted(self) -> bool:
+        """A dump runs or waits."""
+        return self.current is not None or bool(self._queue)
+
+    def want(self, purpose: str) -> None:
+        if purpose not in self._queue:
+            self._queue.append(purpose)
+
+    def begin(self) -> Dump | None:
+        """Begin the next one that waits, if none runs; returns it if one begins."""
+        if self.current is not None or not self._queue:
+            return None
+        self._number += 1
+        self.current = Dump(self._number, self._queue.popleft())
+        self.seen = set()
+        return self.current
+
+    def stop(self, *purposes: str) -> None:
+        """The running one, if it is for one of these purposes, is of no use any more."""
+        if self.runs(*purposes):
+            self.current = None
+
+    def finished(self, now: float) -> str:
+        """The running one came to its end; returns its purpose, or nothing if none runs."""
+        if self.current is None:
+            return ""
+        purpose, self.current = self.current.purpose, None
+        if purpose in (BULK, RECONCILE) and self.reread_at is not None:
+            self.reread_at = max(self.reread_at, now + REREAD_S)
+        return purpose
+
+    def drop(self) -> None:
+        """Nothing of what was wanted makes sense any more."""
+        self.current = None
+        self._queue.clear()
+        self.seen = set()
+        self.reread_at = None
+
+    # --- lost events -------------------------------------------------------------------------------------------------
+
+    @property
+    def rereading(self) -> bool:
+        """The table is read, or is about to be."""
+        return self.runs(BULK, RECONCILE) or BULK in self._queue or RECONCILE in self._queue
+
+    def events_lost(self, now: float) -> None:
+        """The kernel's table is read again: at once, or later where events go on to be lost."""
+        calm = self._lost_at is None or now - self._lost_at > REREAD_MAX_S
+        self._lost_at = now
+        if calm:
+            self._reread_wait_s = REREAD_S
+        if self.reread_at is not None:
+            return
+        if calm and not self.rereading:
+            self.reread_at = now
+            return
+        self.reread_at = now + self._reread_wait_s
+        self._reread_wait_s = min(self._reread_wait_s * 2, REREAD_MAX_S)
+
+    def reread_due(self, now: float) -> bool:
+        """Must the table be read again now?  True once for each time."""
+        if self.reread_at is None or now < self.reread_at or self.rereading:
+            return False
+        self.reread_at = None
+        return True

@@ -1,0 +1,313 @@
+# Copyright: (c) 2026, The ctsync authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""One peer: the session with it, what waits to be told to it, what it says of itself, bulks to and from it, the lag."""
+
+from __future__ import annotations
+
+import collections
+from typing import Any
+
+from . import readiness, wire
+from .dumps import BULK, GIVE, Dumps
+from .flow import Flow
+from .pending import Pending
+from .rows import pack
+from .session import Session
+from .situation import DUMP_ROOM, SORTED_PER_TURN, Situation
+from .tables import ExternalCache
+from .takeover import timeout_of, untimed
+
+REQUEST_BULK_AFTER_S = 2.0
+SPLIT_BRAIN_S = 3.0  # both active for longer: not late flows of the former active node any more
+LEARN_S = 10.0  # how long an active node without a table waits for a sign that its peer gives it one
+LEARN_WITHIN_S = 300.0  # of becoming active; later the peer's table is older than its own
+
+# Steps of an active node towards the table of its peer
+_DUE = "due"
+_ASKED = "asked"
+_RECEIVING = "receiving"
+
+ROLE_CODES = {
+    readiness.ACTIVE: wire.ROLE_ACTIVE,
+    readiness.BACKUP: wire.ROLE_BACKUP,
+    readiness.TRANSITION: wire.ROLE_TRANSITION,
+}
+ROLE_NAMES = {code: name for name, code in ROLE_CODES.items()}
+
+_UNKNOWN = wire.Status(wire.ROLE_UNKNOWN, 0, 0)
+
+
+class Peer:
+    """``status``: what it said last.  ``left``: it said that its daemon stops.  ``bulk_due``: this active node has to
+    send it the whole table.  ``learn``: a step towards its table, where this active node may lack flows."""
+
+    def __init__(self, situation: Situation, dumps: Dumps, session: Session, now: float) -> None:
+        self.session = session
+        self.pending = Pending(situation.settings.table_limit)
+        self.status = _UNKNOWN
+        self.left = False
+        self.bulk_due = False
+        self.learn = ""
+        self.learn_until = now
+        self._situation = situation
+        self._counters = situation.counters
+        self._dumps = dumps
+        self._giving: collections.deque[bytes] | None = None  # replicas that it asked for and has not got
+        self._bulk_number = 0
+        self._bulk_flows = 0
+        self._bulk_last = 0  # flows of the bulk before
+        self._both_active_since: float | None = None
+        self._both_active_at = now  # when it said so last
+        self._request_at = now
+
+    @property
+    def name(self) -> str:
+        return self.session.peer
+
+    @property
+    def established(self) -> bool:
+        return self.session.established
+
+    @property
+    def active(self) -> bool:
+        return self.status.role == wire.ROLE_ACTIVE
+
+    @property
+    def replicates(self) -> bool:
+        return bool(self.status.flags & wire.STATUS_REPLICATES)
+
+    @property
+    def complete(self) -> bool:
+        return bool(self.status.flags & wire.STATUS_COMPLETE)
+
+    @property
+    def role_name(self) -> str:
+        """Empty if it is not known."""
+        return ROLE_NAMES.get(self.status.role, "")
+
+    # --- what it says of itself --------------------------------------------------------------------------------------
+
+    def session_up(self, now: float) -> None:
+        """Nothing of an older session is left."""
+        self._request_at = now + REQUEST_BULK_AFTER_S
+        self.status = _UNKNOWN
+        self._both_active_since = None
+        self.pending.clear()
+        self._giving = None
+
+    def says(self, status: wire.Status, now: float) -> None:
+        self.status = status
+        self.left = False
+        if not self.active:
+            self._both_active_since = None
+        elif self._situation.active and (self._both_active_since is None or now - self._both_active_at > SPLIT_BRAIN_S):
+            self._both_active_since = now
+        self._both_active_at = now
+
+    def leaves(self) -> None:
+        self._counters["peer_left"] += 1
+        self.left = True
+        self.status = _UNKNOWN
+
+    def side_changed(self) -> None:
+        """This node became active or backup."""
+        self._both_active_since = None
+
+    def split_brain(self, now: float) -> bool:
+        """Both nodes are active, and not just for a moment."""
+        return self._both_active_since is not None and now - self._both_active_since > SPLIT_BRAIN_S
+
+    # --- what is told to it ------------------------------------------------------------------------------------------
+
+    def fits(self, changes: int) -> bool:
+        """Is there room for so many changes?  If not, all that wait are dropped, and a bulk replaces them."""
+        if len(self.pending) + changes <= self.pending.limit:
+            return True
+        self._counters["pending_overflows"] += 1
+        self.pending.clear()
+        self._giving = None
+        self._dumps.stop(BULK, GIVE)  # its beginning is lost
+        self.bulk_due = self._situation.active
+        return False
+
+    def mark(self, record: bytes, now: float) -> None:
+        if self.fits(1):
+            self.pending.mark(record, now)
+
+    def send_pending(self, now: float) -> None:
+        session = self.session
+        while len(self.pending) and session.credit() > 0:
+            block, count, born = self.pending.take(session.block_bytes)
+            if not count:
+                break
+            session.send_block(block, count, born, now)
+
+    def lag(self, now: float) -> tuple[int, float]:
+        """Changes that it has not acknowledged, and the age of the oldest in seconds."""
+        sent, oldest = self.session.lag()
+        waiting = self.pending.oldest
+        times = [moment for moment in (oldest, waiting) if moment is not None]
+        return sent + len(self.pending), max(0.0, now - min(times)) if times else 0.0
+
+    # --- bulks to it -------------------------------------------------------------------------------------------------
+
+    def begin_bulk(self, now: float) -> None:
+        self._bulk_number += 1
+        self._bulk_flows = 0
+        self.mark(wire.encode_bulk_begin(self._bulk_number), now)
+
+    def count_bulk(self, flows: int) -> None:
+        self._bulk_flows += flows
+
+    def end_bulk(self, now: float) -> None:
+        self.mark(wire.encode_bulk_end(self._bulk_number, self._bulk_flows), now)
+
+    def bulk_sent(self, now: float) -> None:
+        """The dump of an active node's table came to its end."""
+        self._bulk_last = self._bulk_flows
+        self.end_bulk(now)
+
+    @property
+    def bulk_last(self) -> int:
+        """Flows of the bulk that was sent to it last."""
+        return self._bulk_last
+
+    def begin_giving(self, cache: ExternalCache) -> None:
+        self._giving = collections.deque(cache.keys())
+
+    def stop_giving(self) -> None:
+        self._giving = None
+
+    def give_rows(self, key_len: int, rows: dict[bytes, bytes], cache: ExternalCache, now: float) -> None:
+        """What the cache does not know; a timer that may be parked says nothing of the flow."""
+        table, parked = cache.table, self._situation.settings.park_timeout_s
+        others = {
+            key: value if timeout_of(value) < parked else untimed(value)
+            for key, value in self._situation.filter.select_rows(key_len, rows).items()
+            if key not in table
+        }
+        if others and self.fits(len(others)):
+            self._bulk_flows += len(others)
+            self.pending.put_rows(key_len, others, now)
+
+    def give_flow(self, flow: Flow, cache: ExternalCache, now: float) -> None:
+        if self._situation.filter.matches(flow) and flow.key not in cache and self.fits(1):
+            self._bulk_flows += 1
+            if flow.timeout is not None and flow.timeout >= self._situation.settings.park_timeout_s:
+                flow = flow._replace(timeout=None)
+            self.pending.put_flow(*pack(flow), now)
+
+    def give(self, cache: ExternalCache, now: float) -> None:
+        """Send it some of the replicas that it asked for; the bulk ends when cache and kernel are through."""
+        if self._giving is None or len(self.pending) >= DUMP_ROOM:
+            return
+        rows: dict[int, dict[bytes, bytes]] = {}
+        room = self.pending.limit - len(self.pending) - 1
+        for dummy in range(min(len(self._giving), SORTED_PER_TURN, room)):
+            replica = cache.get(self._giving.popleft())
+            if replica is None:
+                continue
+            self._bulk_flows += 1
+            if replica.extras:
+                self.pending.put_flow(replica.key, replica.value, replica.extras, now)
+            else:
+                rows.setdefault(len(replica.key), {})[replica.key] = replica.value
+        for key_len, part in rows.items():
+            self.pending.put_rows(key_len, part, now)
+        if not self._giving and not self._dumps.runs(GIVE):
+            self._giving = None
+            self.end_bulk(now)
+
+    # --- bulks from it -----------------------------------------------------------------------------------------------
+
+    def request_bulk(self, now: float) -> None:
+        """Ask it for its whole table."""
+        self._request_at = now + REQUEST_BULK_AFTER_S
+        self.mark(wire.tlv(wire.RECORD_BULK_REQUEST), now)
+
+    def may_be_asked(self, now: float) -> bool:
+        """Is it time to ask it for the table that it, the active node, has?"""
+        return self.active and now >= self._request_at and self.session.alive(now)
+
+    def begin_learning(self, now: float) -> None:
+        self.learn = _DUE
+        self.learn_until = now + LEARN_S
+
+    def learn_again(self, active_for_s: float, now: float) -> None:
+        """A new session: what was asked for is lost."""
+        if self.learn:
+            self.learn = _DUE if active_for_s < LEARN_WITHIN_S else ""
+            self.learn_until = now + LEARN_S
+
+    def learn_more(self, now: float) -> None:
+        """An active node whose table may lack flows gets them from its peer, once, before it tells its own table."""
+        if not self.learn or not self.established or not self._situation.settings.replicate:
+            return
+        if self.learn == _DUE and self.status.role == wire.ROLE_BACKUP:
+            if self.replicates:
+                self.learn = _ASKED
+                self.learn_until = now + LEARN_S
+                self.request_bulk(now)
+            else:
+                self.learn = ""
+        elif now >= self.learn_until:
+            self._counters["tables_not_learned"] += 1
+            self.learn = ""
+
+    def teaches(self, now: float) -> None:
+        """It sends flows, which may be those that were asked for."""
+        if self.learn in (_ASKED, _RECEIVING):
+            self.learn_until = now + LEARN_S
+
+    def teaching_begins(self) -> None:
+        if self.learn == _ASKED:
+            self.learn = _RECEIVING
+
+    def teaching_ends(self) -> None:
+        if self.learn == _RECEIVING:
+            self._counters["tables_learned"] += 1
+            self.learn = ""
+
+    # --- output ------------------------------------------------------------------------------------------------------
+
+    def poll(self, now: float) -> list[bytes]:
+        """Datagrams to send to it now."""
+        self.send_pending(now)
+        return self.session.poll(now)
+
+    def next_deadline(self) -> float:
+        """When :meth:`poll` or :meth:`learn_more` want to be called next."""
+        deadline = self.session.next_deadline()
+        return min(deadline, self.learn_until) if self.learn and self.established else deadline
+
+    def condition(self, now: float) -> tuple[object, ...]:
+        """What the verdict depends on, short of numbers that grow."""
+        return (
+            self.status[:2],
+            self.left,
+            self.established,
+            self.session.alive(now),
+            self.learn,
+            self.lag(now)[1] > self._situation.settings.lag_limit_s,
+        )
+
+    def silent_s(self, now: float) -> float | None:
+        last = self.session.last_seen
+        return None if last is None else max(0.0, now - last)
+
+    def describe(self, bulk: str, progress: tuple[int, int] | None, now: float) -> dict[str, Any]:
+        """Its part of ``status --json``.  ``bulk``: has it the table of the active node, or this node its?"""
+        alive = self.session.alive(now)
+        events, age = self.lag(now)
+        silent = self.silent_s(now)
+        return {
+            "node": self.name,
+            "state": "up" if alive else "silent" if self.established else "handshake",
+            "role": self.role_name or "unknown" if alive else "unknown",
+            "last_seen_s": None if silent is None else round(silent, 3),
+            "lag": {"events": events, "age_s": round(age, 3)},
+            "bulk": bulk,
+            "table": readiness.table_text(self._situation.active, bulk, progress),
+            "progress": None if progress is None else {"flows": progress[0], "expected": progress[1]},
+        }

@@ -1,0 +1,162 @@
+# Copyright: (c) 2026, The ctsync authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The active side: which changes of this kernel's flows are worth replicating, and what the peers are told of them."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Mapping, Sequence
+
+from .dumps import BULK, Dumps
+from .flow import Flow
+from .jobs import Job, Request
+from .peer import Peer
+from .rows import Changes, merge_extras, pack, pack_extras
+from .situation import Question, Situation
+
+EARLY_FLOWS = 16_384  # not replicated yet, of which extras are kept (some 200 bytes each)
+
+
+class Source:
+    """``announced``: keys of flows that the peer was told of.
+
+    ``early``: extras of flows that are not announced yet (the kernel tells most of them only once), the oldest first.
+    """
+
+    def __init__(self, situation: Situation, dumps: Dumps, peer: Peer) -> None:
+        self.announced: set[bytes] = set()
+        self.early: collections.OrderedDict[bytes, bytes] = collections.OrderedDict()
+        self._situation = situation
+        self._dumps = dumps
+        self._peer = peer
+
+    @property
+    def telling(self) -> bool:
+        """Is there anybody to be told?"""
+        return self._situation.settings.replicate and self._peer.established
+
+    def forget(self) -> None:
+        """Nothing was told."""
+        self.announced = set()
+        self.early.clear()
+
+    # --- events ------------------------------------------------------------------------------------------------------
+
+    def changed(self, changes: Changes, now: float) -> None:
+        """What happened to this kernel's flows.  Only while :attr:`telling`."""
+        gone = changes.gone
+        bulk = self._dumps.runs(BULK)
+        if bulk:  # what the dump says of them may be older
+            self._dumps.seen.update(gone, *changes.rows.values())
+        if gone:
+            if self.early:
+                for key in gone:
+                    self.early.pop(key, None)
+            if not bulk:
+                announced = self.announced
+                gone = [key for key in gone if key in announced]
+            self._end(gone, now)
+        for key_len, rows in changes.rows.items():
+            self._judge_rows(key_len, rows, now)
+        for flow in changes.flows:
+            self.judge(flow, now)
+
+    def _judge_rows(self, key_len: int, rows: Mapping[bytes, bytes], now: float) -> None:
+        chosen = self._situation.filter.select_rows(key_len, rows)
+        if len(chosen) != len(rows):
+            announced = self.announced
+            others = {key: value for key, value in rows.items() if key in announced and key not in chosen}
+            if others:
+                kept = self._situation.filter.keep_rows(key_len, others)
+                self._end([key for key in others if key not in kept], now)
+                chosen = {**chosen, **kept}
+        if chosen and self._peer.fits(len(chosen)):
+            self._put_rows(key_len, chosen, now)
+
+    def _put_rows(self, key_len: int, rows: Mapping[bytes, bytes], now: float) -> None:
+        self.announced.update(rows)
+        pending = self._peer.pending
+        early = self.early.keys() & rows.keys() if self.early else ()
+        if early:
+            for key in early:
+                pending.put_flow(key, rows[key], self.early.pop(key), now)
+            rows = {key: value for key, value in rows.items() if key not in early}
+        pending.put_rows(key_len, rows, now)
+
+    def judge(self, flow: Flow, now: float) -> None:
+        """The flow is so now: tell it, its end, or keep its extras."""
+        key, chosen = flow.key, self._situation.filter
+        if key in self.announced:
+            if chosen.keeps(flow):
+                self._announce(flow, now)
+            else:
+                self._end((key,), now)
+        elif chosen.matches(flow):
+            self._announce(flow, now)
+        else:
+            self._remember(flow)
+            if chosen.is_unclear(flow) and chosen.concerns(flow):
+                self._situation.questions.append(Question(flow))
+
+    def _remember(self, flow: Flow) -> None:
+        """Keep the extras of a flow that is not replicated yet, until it is or ends; the oldest go first."""
+        extras = pack_extras(flow._replace(sctp_vtags=None))  # these come with every state
+        if not extras or not self._situation.filter.passes_through(flow):
+            return
+        early, key = self.early, flow.key
+        early[key] = merge_extras(early.get(key, b""), extras)
+        if len(early) > EARLY_FLOWS:
+            early.popitem(last=False)
+            self._situation.counters["early_extras_dropped"] += 1
+
+    def _announce(self, flow: Flow, now: float) -> None:
+        if self._peer.fits(1):
+            key, value, extras = pack(flow)
+            if self.early:
+                extras = merge_extras(self.early.pop(key, b""), extras)
+            self.announced.add(key)
+            self._peer.pending.put_flow(key, value, extras, now)
+
+    def _end(self, keys: Sequence[bytes], now: float) -> None:
+        if keys and self._peer.fits(len(keys)):
+            self.announced.difference_update(keys)
+            self._peer.pending.remove(keys, now)
+
+    def announce_late(self, keys: Sequence[bytes], job: Job, now: float) -> None:
+        """Late flows of the former active node; this node's bulk may have gone out without them."""
+        if self._peer.bulk_due or not self.telling or not self._peer.fits(len(keys)):
+            return
+        self.announced.update(keys)
+        if isinstance(job, Request):
+            self._peer.pending.put_flow(*pack(job.flow), now)
+        else:
+            late = set(keys)
+            rows = {key: value for key, value in zip(job.keys, job.values) if key in late}
+            self._peer.pending.put_rows(job.key_len, rows, now)
+
+    # --- bulk --------------------------------------------------------------------------------------------------------
+
+    def begin_bulk(self) -> None:
+        """What this bulk does not name, and no event does, is gone."""
+        self.announced = set()
+
+    def bulk_rows(self, key_len: int, rows: Mapping[bytes, bytes], now: float) -> None:
+        chosen, seen = self._situation.filter.select_rows(key_len, rows), self._dumps.seen
+        if seen:
+            chosen = {key: value for key, value in chosen.items() if key not in seen}
+        if chosen and self._peer.fits(len(chosen)):
+            self._peer.count_bulk(len(chosen))
+            self._put_rows(key_len, chosen, now)
+
+    def bulk_flow(self, flow: Flow, now: float) -> None:
+        if flow.key in self._dumps.seen:
+            if flow.key in self.announced:
+                # its event is newer, but may have left out the extras
+                self._situation.questions.append(Question(flow))
+            return
+        if self._situation.filter.matches(flow):
+            self._peer.count_bulk(1)
+            self._announce(flow, now)
+        else:
+            self._remember(flow)
