@@ -44,6 +44,8 @@ CONFIG_OPTIONS = (
     "datagram_bytes",
     "netlink_buffer_bytes",
     "park_timeout_s",
+    "ruleset_fingerprint",
+    "same_conditions",
     "log_level",
 )
 

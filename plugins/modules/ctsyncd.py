@@ -171,10 +171,26 @@ options:
       - V(false) switches replication off, for a negative test. The daemon runs and says that it is not ready.
     type: bool
     default: true
+  ruleset_fingerprint:
+    description:
+      - File with the fingerprint of the applied ruleset, which the M(ctsync.ha_firewall.ruleset) module writes. The
+        nodes compare theirs, see O(same_conditions).
+    type: path
+    default: /run/ctsync/ruleset.fingerprint
   running:
     description: Whether the daemon runs.
     type: bool
     default: true
+  same_conditions:
+    description:
+      - What must be the same on both nodes. While it is not, the backup is NOT READY and the active node DEGRADED; the
+        reason names what differs.
+      - V(ruleset) is the fingerprint in O(ruleset_fingerprint). V(limits) are C(nf_conntrack_max),
+        C(nf_conntrack_expect_max) and how strict the TCP tracker is. V(timeouts) are the timeouts of all protocols.
+    type: list
+    elements: str
+    choices: [ruleset, limits, timeouts]
+    default: [ruleset, limits, timeouts]
   send_key:
     description: Id of the key to send with. May be left out when there is only one.
     type: int
@@ -410,7 +426,14 @@ def argument_spec() -> dict[str, Any]:
         },
         "remove_user": {"type": "bool", "default": False},
         "replicate": {"type": "bool", "default": True},
+        "ruleset_fingerprint": {"type": "path", "default": "/run/ctsync/ruleset.fingerprint"},
         "running": {"type": "bool", "default": True},
+        "same_conditions": {
+            "type": "list",
+            "elements": "str",
+            "choices": ["ruleset", "limits", "timeouts"],
+            "default": ["ruleset", "limits", "timeouts"],
+        },
         "send_key": {"type": "int", "no_log": False},
         "state": {"type": "str", "choices": ["absent", "present"], "default": "present"},
         "udp": {"type": "str", "choices": ["replied", "all"], "default": "replied"},

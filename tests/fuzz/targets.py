@@ -335,9 +335,12 @@ def wire_runner() -> Runner:
     def heard(data: bytes) -> None:
         _round_trip(wire.decode_heard(data), wire.encode_heard, wire.decode_heard, wire.TLV_BYTES)
 
+    def conditions(data: bytes) -> None:
+        _round_trip(wire.decode_conditions(data), wire.encode_conditions, wire.decode_conditions, wire.TLV_BYTES)
+
     decoders: tuple[Callable[[bytes], Any], ...] = (
         *(flow, many, gone, tlvs, hello, ack, status, heard, wire.decode_header, wire.decode_block),
-        *(wire.decode_bulk_begin, wire.decode_bulk_end),
+        *(wire.decode_bulk_begin, wire.decode_bulk_end, conditions),
     )
 
     def run(data: bytes) -> bool:

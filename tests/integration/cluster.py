@@ -52,6 +52,14 @@ class Daemon:
         }
         (home / "conf").write_text(json.dumps(config), encoding="utf-8")
 
+    def configure(self, **options: Any) -> None:
+        """Change the file; a running daemon learns of it by :meth:`reload`."""
+        path = self.home / "conf"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **options}), encoding="utf-8")
+
+    def reload(self) -> None:
+        self.send(signal.SIGHUP)
+
     def _command(self, *argv: str) -> tuple[str, ...]:
         return (*self.program, "-C", str(self.home / "conf"), *argv)
 

@@ -47,9 +47,8 @@ def insert(space: Namespace, number: int, *more: str) -> None:
 
 
 def change(daemon: Daemon, **options: Any) -> None:
-    path = daemon.home / "conf"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **options}), encoding="utf-8")
-    daemon.send(signal.SIGHUP)
+    daemon.configure(**options)
+    daemon.reload()
 
 
 def test_marks_decide_and_may_come_and_go_while_a_session_lives(cluster: Callable[..., Cluster]) -> None:

@@ -5,7 +5,7 @@
 
 Rooms, from the ground up; a room imports only from the floors below it:
 
-1. values: ``constants``, ``errors``, ``flow``, ``rows``, ``config``
+1. values: ``constants``, ``errors``, ``flow``, ``rows``, ``config``, ``conditions``
 2. codecs, bytes <-> values: ``ctnetlink`` (kernel), ``wire`` (peer), ``render`` (people)
 3. pure logic, time is an argument: ``pending``, ``tables``, ``filters``, ``session``, ``readiness``; of these the
    engine: ``situation`` (what its rooms share), ``jobs`` (requests to the kernel), ``dumps``, ``takeover``,

@@ -17,6 +17,7 @@ import types
 from dataclasses import dataclass
 from typing import Any, Callable, Mapping, NamedTuple, Union
 
+from . import conditions
 from .constants import IPPROTO_VRRP, PROTOCOL_NAMES, TCP_CLOSE, TCP_ESTABLISHED, TCP_STATE_NAMES
 from .errors import ConfigError
 
@@ -138,6 +139,21 @@ OPTIONS: tuple[Option, ...] = (
         "File that keepalived tracks: 0 is ready, 1 is not, 2 knows nothing.",
     ),
     Option(
+        "ruleset_fingerprint",
+        "path",
+        "/run/ctsync/ruleset.fingerprint",
+        "File with the fingerprint of the applied ruleset, written by who applies it.",
+        live=True,
+    ),
+    Option(
+        "same_conditions",
+        "conditions",
+        conditions.KINDS,
+        "What must be the same on both nodes; while it is not, the backup is NOT READY and the active node DEGRADED.",
+        choices=conditions.KINDS,
+        live=True,
+    ),
+    Option(
         "ignore_addresses",
         "networks",
         (),
@@ -249,6 +265,8 @@ class Config:
     control_socket: str = "/run/ctsyncd/ctsyncd.sock"
     notify_fifo: str = "/run/ctsync/notify.fifo"
     track_file: str = "/run/ctsync/not-ready"
+    ruleset_fingerprint: str = "/run/ctsync/ruleset.fingerprint"
+    same_conditions: tuple[str, ...] = conditions.KINDS
     ignore_addresses: tuple[Network, ...] = ()
     filter: Filter = EVERYTHING
     replicate: bool = True
@@ -621,6 +639,7 @@ _READERS: dict[str, _Reader] = {
     "tcp_states": _read_list("TCP states such as ESTABLISHED", _read_tcp_state),
     "marks": _read_list("objects with the keys value, mask", _read_mark),
     "zones": _read_list("zone numbers", _read_integer),
+    "conditions": _read_list("names such as ruleset", _read_choice),
     "peers": _read_peers,
     "link": _read_link,
     "virtual_ips": _read_virtual_ips,
@@ -728,7 +747,7 @@ _KIND_TEXTS = {
 def _value_text(option: Option) -> str:
     if option.choices:
         choices = ", ".join(f"`{choice}`" for choice in option.choices)
-        return f"list of {choices}" if option.kind == "tcp_states" else choices
+        return f"list of {choices}" if option.kind in ("tcp_states", "conditions") else choices
     if option.kind == "zones":
         return f"list of {option.minimum} to {option.maximum}"
     if option.maximum:

@@ -34,6 +34,7 @@ DATAGRAMS_PER_TURN = 128
 REQUESTS_PER_TURN = 1024
 DUMP_SLICES_PER_TURN = 8
 MAX_EVENT_BUFFER = 256 << 20
+PARAMETERS_CHECK_S = 10.0  # sysctls change while the daemon runs
 ADDRESS_CHECK_S = 10.0  # the virtual IPs are looked up at every change, and this often in case a change was missed
 SLACK_S = 0.3  # what is not urgent waits so long for a wake-up that is needed anyway
 REPORT_S = 0.1  # between two verdicts
@@ -88,6 +89,7 @@ class Daemon:
         self.config = config
         self._path = path
         self._digest = digest
+        self._ruleset_problem = ""
         self._not_reloaded = ""  # why the file's newest text is not in use
         self.started = now
         self.stopping = False
@@ -128,6 +130,8 @@ class Daemon:
         self._events_fd, self._selector_fd = self._events.fileno(), self._selector.fileno()
         self._addresses = netlink.AddressMonitor()
         self._addresses_at = now
+        self._parameters: dict[str, int] = {}
+        self._parameters_at = now
         self._link = Link(config.link.interface, config.link.address, config.link.port, config.peer.address)
         self._fifo = vrrp.FifoReader(config.notify_fifo)
         self._track = vrrp.TrackFile(config.track_file)
@@ -152,6 +156,7 @@ class Daemon:
         # "ready" outlives a daemon on a node that is active, and no reboot (systemd-tmpfiles writes it anew)
         self._engine.cold_start = self._track.read() is not False
         self._read_addresses(now)
+        self._read_conditions(now)
         self._write_gate(now)
         self._control.register(self._selector)
         self._fifo.register(self._selector)
@@ -282,6 +287,7 @@ class Daemon:
         self._second_at = now + self._second_s
         if now >= self._addresses_at:
             self._read_addresses(now)
+        self._read_conditions(now)
         self._fifo.tick(now)
         if not self._link.is_open and now >= self._link.retry_at:
             self._open_link(now)
@@ -345,9 +351,15 @@ class Daemon:
         role = readiness.ACTIVE if self._held == virtual else readiness.TRANSITION if self._held else readiness.BACKUP
         if role != self._engine.role:
             LOG.info("role %s: holds %d of %d virtual IPs", role, len(self._held), len(virtual))
-            self._engine.timeouts = netlink.protocol_timeouts()
             self._engine.set_role(role, now)
             self._write_gate(now)
+
+    def _read_conditions(self, now: float) -> None:
+        ruleset, self._ruleset_problem = service.read_fingerprint(self.config.ruleset_fingerprint)
+        if now >= self._parameters_at:
+            self._parameters_at = now + PARAMETERS_CHECK_S
+            self._parameters = netlink.conntrack_parameters()
+        self._engine.set_conditions(ruleset, self._parameters, now)
 
     def _read_signals(self, now: float) -> None:
         for number in self._signals.read():
@@ -485,7 +497,9 @@ class Daemon:
 
     def _report(self, now: float) -> None:
         self._engine.problem = self._link.problem
-        self._engine.impaired = tuple(filter(None, (self._not_reloaded, self._fifo.problem, self._track.problem)))
+        self._engine.impaired = tuple(
+            filter(None, (self._not_reloaded, self._ruleset_problem, self._fifo.problem, self._track.problem))
+        )
         verdict = self._engine.verdict(now)
         if verdict != self._verdict:
             if verdict[0] != self._verdict.verdict:
@@ -519,6 +533,8 @@ class Daemon:
                 for interface, address, packed in self._virtual_ips
             ],
             "configuration": {"path": self._path, "digest": self._digest, "problem": self._not_reloaded},
+            "fit": verdict.fit,
+            "differences": list(self._engine.differences()),
             "replicate": self.config.replicate,
             "mode": self.config.mode,
             "peers": [{**self._engine.peer_status(now), "address": self.config.peer.address}],
@@ -723,6 +739,7 @@ def _settings(config: Config) -> situation.Settings:
         ignore=tuple(str(network) for network in config.ignore_addresses),
         filter=config.filter,
         lag_limit_s=config.lag_limit_ms / 1000,
+        same_conditions=config.same_conditions,
     )
 
 

@@ -19,7 +19,7 @@ import collections
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-from . import readiness, wire
+from . import conditions, readiness, wire
 from .dumps import BULK, FLUSH, GIVE, RECONCILE, Dump, Dumps
 from .errors import WireError
 from .filters import Filter
@@ -89,15 +89,6 @@ class Engine:
     @property
     def dump(self) -> Dump | None:
         return self.dumps.current
-
-    @property
-    def timeouts(self) -> Mapping[str, int]:
-        """This kernel's, in seconds: sysctls net.netfilter.nf_conntrack_NAME."""
-        return self.replicas.takeover.timeouts
-
-    @timeouts.setter
-    def timeouts(self, timeouts: Mapping[str, int]) -> None:
-        self.replicas.takeover.timeouts = timeouts
 
     def reconfigure(self, settings: Settings, now: float) -> None:
         """Other settings from now on; ``mode``, ``replicate`` and the limits of tables stay what they were.
@@ -175,6 +166,16 @@ class Engine:
             self.peer.learn = ""
         if not self.peer.established:
             self.peer.pending.clear()
+
+    def set_conditions(self, ruleset: str, parameters: Mapping[str, int], now: float) -> None:
+        """This node's ruleset fingerprint, and its sysctls net.netfilter.nf_conntrack_NAME by NAME."""
+        self.replicas.takeover.timeouts = parameters
+        own = conditions.own(ruleset, parameters)
+        if own != self.situation.conditions:
+            self.situation.conditions = own
+            self.situation.parameters = tuple(parameters)
+            if self.peer.established:
+                self.peer.tell_conditions(now)
 
     # --- kernel: events ----------------------------------------------------------------------------------------------
 
@@ -381,6 +382,8 @@ class Engine:
                 self._bulk_ended()
         elif kind == wire.RECORD_BULK_REQUEST:
             self._bulk_requested()
+        elif kind == wire.RECORD_CONDITIONS:
+            self.peer.conditions = wire.decode_conditions(payload)
         else:
             self.counters["skipped_unknown_record"] += 1
 
@@ -559,6 +562,7 @@ class Engine:
             self.overloaded,
             self.problem,
             self.impaired,
+            self.situation.conditions,
         )
 
     def verdict(self, now: float) -> readiness.Verdict:
@@ -586,8 +590,13 @@ class Engine:
                 lag_limit_s=self.settings.lag_limit_s,
                 problem=self.problem,
                 impaired=self._impairments(),
+                differences=self.differences(),
             )
         )
+
+    def differences(self) -> tuple[str, ...]:
+        """In what the peer's rules, limits and timers are not like this node's: some of the verdict's reasons."""
+        return self.peer.differences()
 
     def _progress(self) -> tuple[int, int] | None:
         """Of the bulk that comes in: flows so far, and about how many it will have (0: unknown)."""

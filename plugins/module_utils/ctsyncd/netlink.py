@@ -709,19 +709,19 @@ def _buckets() -> str:
         return ""
 
 
-def protocol_timeouts() -> dict[str, int]:
-    """The timers in seconds that this network namespace gives flows: sysctl net.netfilter.nf_conntrack_NAME by NAME.
+def conntrack_parameters() -> dict[str, int]:
+    """How this network namespace tracks connections: sysctl net.netfilter.nf_conntrack_NAME by NAME; times in seconds.
 
     A file that cannot be read is left out.
     """
-    timeouts: dict[str, int] = {}
-    for path in glob.glob("/proc/sys/net/netfilter/nf_conntrack_*_timeout*"):
+    parameters: dict[str, int] = {}
+    for path in glob.glob("/proc/sys/net/netfilter/nf_conntrack_*"):
         try:
             with open(path, encoding="ascii") as stream:
-                timeouts[os.path.basename(path)[len("nf_conntrack_") :]] = int(stream.read())
+                parameters[os.path.basename(path)[len("nf_conntrack_") :]] = int(stream.read())
         except (OSError, ValueError):
             continue
-    return timeouts
+    return parameters
 
 
 class InterfaceAddress(NamedTuple):

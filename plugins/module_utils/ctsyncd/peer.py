@@ -8,7 +8,7 @@ from __future__ import annotations
 import collections
 from typing import Any
 
-from . import readiness, wire
+from . import conditions, readiness, wire
 from .dumps import BULK, GIVE, Dumps
 from .flow import Flow
 from .pending import Pending
@@ -39,14 +39,16 @@ _UNKNOWN = wire.Status(wire.ROLE_UNKNOWN, 0, 0)
 
 
 class Peer:
-    """``status``: what it said last.  ``left``: it said that its daemon stops.  ``bulk_due``: this active node has to
-    send it the whole table.  ``learn``: a step towards its table, where this active node may lack flows."""
+    """``status``: what it said last.  ``left``: it said that its daemon stops.  ``conditions``: None until it said them
+    in this session.  ``bulk_due``: this active node has to send it the whole table.  ``learn``: a step towards its
+    table, where this active node may lack flows."""
 
     def __init__(self, situation: Situation, dumps: Dumps, session: Session, now: float) -> None:
         self.session = session
         self.pending = Pending(situation.settings.table_limit)
         self.status = _UNKNOWN
         self.left = False
+        self.conditions: conditions.Conditions | None = None
         self.bulk_due = False
         self.learn = ""
         self.learn_until = now
@@ -92,9 +94,11 @@ class Peer:
         """Nothing of an older session is left."""
         self._request_at = now + REQUEST_BULK_AFTER_S
         self.status = _UNKNOWN
+        self.conditions = None
         self._both_active_since = None
         self.pending.clear()
         self._giving = None
+        self.tell_conditions(now)
 
     def says(self, status: wire.Status, now: float) -> None:
         self.status = status
@@ -104,6 +108,15 @@ class Peer:
         elif self._situation.active and (self._both_active_since is None or now - self._both_active_at > SPLIT_BRAIN_S):
             self._both_active_since = now
         self._both_active_at = now
+
+    def differences(self) -> tuple[str, ...]:
+        """In what its conditions are not like this node's."""
+        if self.conditions is None:
+            return ()
+        situation = self._situation
+        return conditions.differences(
+            situation.conditions, self.conditions, situation.parameters, self.name, situation.settings.same_conditions
+        )
 
     def leaves(self) -> None:
         self._counters["peer_left"] += 1
@@ -135,6 +148,10 @@ class Peer:
         if self.fits(1):
             self.pending.mark(record, now)
 
+    def tell_conditions(self, now: float) -> None:
+        if self._situation.settings.replicate:
+            self.mark(wire.encode_conditions(self._situation.conditions), now)
+
     def send_pending(self, now: float) -> None:
         session = self.session
         while len(self.pending) and session.credit() > 0:
@@ -155,6 +172,7 @@ class Peer:
     def begin_bulk(self, now: float) -> None:
         self._bulk_number += 1
         self._bulk_flows = 0
+        self.tell_conditions(now)  # they may have waited with changes that were dropped
         self.mark(wire.encode_bulk_begin(self._bulk_number), now)
 
     def count_bulk(self, flows: int) -> None:
@@ -285,6 +303,7 @@ class Peer:
         """What the verdict depends on, short of numbers that grow."""
         return (
             self.status[:2],
+            self.conditions,
             self.left,
             self.established,
             self.session.alive(now),

@@ -43,6 +43,7 @@ class Facts(NamedTuple):
     holds: bool = False  # this node was complete once, or has some of the peer's flows
     learning: bool = False  # active, and gets from the peer what it lacks
     progress: tuple[int, int] | None = None  # flows of the table that comes in so far; about how many there will be
+    differences: tuple[str, ...] = ()  # of this node's rules, limits and timers from its peer's
     reread_s: float | None = None  # events were lost: until the kernel's table is read again
 
 
@@ -53,11 +54,16 @@ KNOWS_NOTHING = 2  # not ready, and another node that is not ready is better tha
 
 
 class Verdict(NamedTuple):
-    """``gate``: what the track file says, so that keepalived lowers this node's priority."""
+    """``gate``: what the track file says, so that keepalived lowers this node's priority.
+
+    ``fit``: this node has the flows that a take-over needs, be its rules as they may.  A deployment, which makes rules
+    alike one node after the other, goes by that.
+    """
 
     verdict: str
     reasons: tuple[str, ...]
     gate: int
+    fit: bool = True
 
 
 def judge(facts: Facts) -> Verdict:
@@ -92,6 +98,7 @@ def _judge_active(facts: Facts) -> Verdict:
         reasons.append(f"{facts.peer} lags {facts.lag_s:.1f} s behind")
     if facts.reread_s is not None:
         reasons.append(_why_reread(facts.reread_s))
+    reasons.extend(facts.differences)
     reasons.extend(facts.impaired)
     return Verdict(DEGRADED if reasons else READY, tuple(reasons), OPEN)
 
@@ -99,24 +106,27 @@ def _judge_active(facts: Facts) -> Verdict:
 def _judge_standby(facts: Facts) -> Verdict:
     gate = KNOWS_SOME if facts.holds else KNOWS_NOTHING
     if facts.problem:
-        return Verdict(NOT_READY, (facts.problem, *facts.impaired), gate)
+        return Verdict(NOT_READY, (facts.problem, *facts.impaired), gate, False)
     if not facts.replicate:
-        return Verdict(NOT_READY, ("replication is off", *facts.impaired), KNOWS_NOTHING)
+        return Verdict(NOT_READY, ("replication is off", *facts.impaired), KNOWS_NOTHING, False)
     if not facts.complete:
-        return Verdict(NOT_READY, (_why_incomplete(facts), *facts.impaired), gate)
-    reasons = []
+        reasons = (_why_incomplete(facts), *facts.differences, *facts.impaired)
+        return Verdict(NOT_READY, reasons, gate, False)
+    found = list(facts.differences)
     if facts.peer_left:
-        reasons.append(f"ctsyncd on {facts.peer} has stopped: the table is as old as that")
+        found.append(f"ctsyncd on {facts.peer} has stopped: the table is as old as that")
     elif not facts.peer_alive:
-        reasons.append(f"{facts.peer} is silent{_for(facts.peer_silent_s)}: the table is as old as that")
+        found.append(f"{facts.peer} is silent{_for(facts.peer_silent_s)}: the table is as old as that")
     if facts.waiting:
-        reasons.append(f"{facts.waiting} flows wait for the kernel")
+        found.append(f"{facts.waiting} flows wait for the kernel")
     if facts.refused:
-        reasons.append(_why_refused(facts.refused))
+        found.append(_why_refused(facts.refused))
     if facts.reread_s is not None:
-        reasons.append(_why_reread(facts.reread_s))
-    reasons.extend(facts.impaired)
-    return Verdict(DEGRADED if reasons else READY, tuple(reasons), OPEN)
+        found.append(_why_reread(facts.reread_s))
+    found.extend(facts.impaired)
+    if facts.differences:
+        return Verdict(NOT_READY, tuple(found), KNOWS_SOME)
+    return Verdict(DEGRADED if found else READY, tuple(found), OPEN)
 
 
 def _why_incomplete(facts: Facts) -> str:

@@ -20,6 +20,7 @@ from collections import OrderedDict
 from types import FrameType
 from typing import Any, Mapping, TextIO
 
+from . import conditions
 from .config import Config
 from .errors import ConfigError
 
@@ -28,6 +29,9 @@ LOG = logging.getLogger(__name__)
 KEY_BYTES = 32  # least length of a pre-shared key
 KEY_FILE_BYTES = 4096
 KEY_REMEDY = "make one with: openssl rand -base64 32"
+
+
+FINGERPRINT_BYTES = 256  # read of the file with the fingerprint of the ruleset
 
 
 class Notifier:
@@ -181,6 +185,26 @@ _PRIORITIES = (  # sd-daemon(3)
     (logging.WARNING, 4),
     (logging.INFO, 6),
 )
+
+
+def read_fingerprint(path: str) -> tuple[str, str]:
+    """The fingerprint of the applied ruleset (hexadecimal digits), and why it is not known.
+
+    No file is no problem: then nobody who writes one has applied rules here.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            text = os.read(descriptor, FINGERPRINT_BYTES).decode("ascii", "replace").strip().lower()
+        finally:
+            os.close(descriptor)
+    except FileNotFoundError:
+        return "", ""
+    except OSError as error:
+        return "", f"ruleset fingerprint: cannot read {path}: {error.strerror}"
+    if not conditions.FINGERPRINT.match(text):
+        return "", f"ruleset fingerprint: {path} does not hold 16 to 64 hexadecimal digits: apply the ruleset again"
+    return text, ""
 
 
 class JournalFormatter(logging.Formatter):

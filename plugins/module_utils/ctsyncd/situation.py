@@ -8,7 +8,7 @@ from __future__ import annotations
 import collections
 from typing import NamedTuple
 
-from . import config, readiness
+from . import conditions, config, readiness
 from .filters import Filter
 from .flow import Flow
 
@@ -35,6 +35,7 @@ class Settings(NamedTuple):
     lag_limit_s: float = 2.0
     commit_at_takeover: bool = True
     table_limit: int = 1_048_576
+    same_conditions: tuple[str, ...] = conditions.KINDS  # what the nodes must have alike
 
     @property
     def takes_over(self) -> bool:
@@ -61,6 +62,8 @@ class Situation:
         self.side = ""  # ACTIVE or BACKUP: the last role that was not a transition
         self.active = False
         self.now = now
+        self.conditions = conditions.UNKNOWN  # of this node
+        self.parameters: tuple[str, ...] = ()  # their names
         self.counters: collections.Counter[str] = collections.Counter()
         self.questions: list[Question] = []
 

@@ -15,6 +15,7 @@ from itertools import compress
 from typing import NamedTuple
 
 from . import rows as shapes
+from .conditions import FINGERPRINT, Conditions
 from .errors import WireError
 
 VERSION = 2
@@ -49,6 +50,7 @@ RECORD_FLOW = 3
 RECORD_BULK_BEGIN = 4
 RECORD_BULK_END = 5
 RECORD_BULK_REQUEST = 6
+RECORD_CONDITIONS = 7
 
 MAX_ROWS = 1024  # rows of one record: what a few bytes may grow to
 
@@ -284,6 +286,30 @@ def decode_bulk_end(payload: bytes) -> tuple[int, int]:
         raise WireError("malformed", "bulk end")
     number, flows = _BULK_END.unpack_from(payload)
     return number, flows
+
+
+_CONDITION = struct.Struct("!II")  # CRC-32 of the name, value
+_CONDITIONS_RULESET = 1
+_CONDITIONS_PARAMETERS = 2
+
+
+def encode_conditions(conditions: Conditions) -> bytes:
+    """A whole record."""
+    parameters = b"".join(_CONDITION.pack(*item) for item in sorted(conditions.parameters.items()))
+    return tlv(
+        RECORD_CONDITIONS,
+        tlv(_CONDITIONS_RULESET, bytes.fromhex(conditions.ruleset)) + tlv(_CONDITIONS_PARAMETERS, parameters),
+    )
+
+
+def decode_conditions(payload: bytes) -> Conditions:
+    """Unknown fields are skipped, absent ones say nothing.  Raises WireError ``malformed``."""
+    fields = dict(iter_tlv(payload))
+    ruleset = fields.get(_CONDITIONS_RULESET, b"").hex()
+    parameters = fields.get(_CONDITIONS_PARAMETERS, b"")
+    if (ruleset and not FINGERPRINT.match(ruleset)) or len(parameters) % _CONDITION.size:
+        raise WireError("malformed", "conditions")
+    return Conditions(ruleset, dict(_CONDITION.iter_unpack(parameters)))
 
 
 # --- columns ---------------------------------------------------------------------------------------------------------

@@ -324,5 +324,17 @@ def test_client_commands_do_without_the_daemons_rooms() -> None:
     )
     done = subprocess.run([sys.executable, "-I", "-c", code], check=True, capture_output=True, text=True)
     names = {name.split(".")[1] for name in done.stdout.split()}
-    light = {"cli", "config", "constants", "control", "errors", "flow", "readiness", "render", "service", "vrrp"}
+    light = {
+        "cli",
+        "conditions",
+        "config",
+        "constants",
+        "control",
+        "errors",
+        "flow",
+        "readiness",
+        "render",
+        "service",
+        "vrrp",
+    }
     assert names == light

@@ -203,7 +203,7 @@ def test_half_open_and_own_flows_are_never_sent() -> None:
     kernel.change(half_open.key, state=k.TCP_SYN_RECV)
     sim.run(2.0)
     assert sim.fw1.up.counters["events"] == 7
-    assert sim.fw2.up.counters["records_received"] == 2  # begin and end of the first bulk
+    assert sim.fw2.up.counters["records_received"] == 4  # conditions, twice; begin and end of the first bulk
     kernel.change(half_open.key, state=k.TCP_ESTABLISHED)
     kernel.change(udp(1000).key, status=k.IPS_CONFIRMED | k.IPS_SEEN_REPLY)
     sim.run(2.0)
@@ -262,7 +262,8 @@ def test_replication_off_sends_nothing_and_touches_nothing() -> None:
     sim.run(10.0)
     assert sim.fw2.kernel.done == sim.fw1.kernel.done == []
     assert len(sim.fw2.up.cache) == 0
-    assert sim.fw2.up.verdict(sim.now) == (readiness.NOT_READY, ("replication is off",), readiness.KNOWS_NOTHING)
+    verdict = (readiness.NOT_READY, ("replication is off",), readiness.KNOWS_NOTHING, False)
+    assert sim.fw2.up.verdict(sim.now) == verdict
     assert sim.fw1.up.verdict(sim.now).verdict == readiness.DEGRADED
 
 
@@ -617,7 +618,7 @@ def test_take_over_never_gives_an_open_flow_less_than_its_protocols_time(injecte
         sim.fw2.kernel.table.ends.clear()
         sim.fw2.up.copies.lose(sim.fw2.up.cache.keys())
     sim.fw1.kill()
-    sim.fw2.up.timeouts = KERNEL_TIMEOUTS
+    sim.fw2.up.set_conditions("", KERNEL_TIMEOUTS, sim.now)
     sim.fw2.set_role(readiness.ACTIVE, sim.now)
     sim.run(1.0)
     held = {key: flow.timeout for key, flow in sim.fw2.kernel.table.items()}
@@ -657,7 +658,7 @@ def test_flow_that_ends_while_others_get_their_timers_is_not_brought_back() -> N
     sim.converge(sim.fw1, sim.fw2)
     sim.fw1.kill()
     sim.fw2.requests_per_turn = 1
-    sim.fw2.up.timeouts = KERNEL_TIMEOUTS
+    sim.fw2.up.set_conditions("", KERNEL_TIMEOUTS, sim.now)
     sim.fw2.set_role(readiness.ACTIVE, sim.now)
     kernel = sim.fw2.kernel
     kernel.change(flows[18].key, state=k.TCP_TIME_WAIT, timeout=120)
@@ -679,7 +680,7 @@ def test_long_timer_that_ran_down_on_the_backup_is_renewed_at_the_take_over() ->
     sim.fw1.kill()
     sim.now += 431_000
     sim.fw2.kernel.table[flow.key] = flow._replace(timeout=999)
-    sim.fw2.up.timeouts = KERNEL_TIMEOUTS
+    sim.fw2.up.set_conditions("", KERNEL_TIMEOUTS, sim.now)
     sim.fw2.set_role(readiness.ACTIVE, sim.now)
     sim.run(1.0)
     assert sim.fw2.kernel.table[flow.key].timeout == 432_000

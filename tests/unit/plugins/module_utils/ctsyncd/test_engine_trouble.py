@@ -202,7 +202,7 @@ def blackout(sim: Simulation) -> set[bytes]:
     keys |= opened(sim.fw2, range(2000, 2010))
     sim.fw1.role = readiness.ACTIVE
     sim.fw1.start(sim.now)
-    sim.fw1.up.timeouts = KERNEL_TIMEOUTS
+    sim.fw1.up.set_conditions("", KERNEL_TIMEOUTS, sim.now)
     sim.fw2.set_role(readiness.BACKUP, sim.now)
     return keys
 
@@ -249,7 +249,7 @@ def test_complete_backup_gives_a_rebooted_active_node_its_cache(mode: str) -> No
     sim.run(0.5)
     sim.fw1.role = readiness.ACTIVE
     sim.fw1.start(sim.now)
-    sim.fw1.up.timeouts = KERNEL_TIMEOUTS
+    sim.fw1.up.set_conditions("", KERNEL_TIMEOUTS, sim.now)
     sim.converge(sim.fw1, sim.fw2)
     assert set(sim.fw1.kernel.table) == keys
     assert (sim.fw1.kernel.table[tcp(1001).key].state, sim.fw1.kernel.table[tcp(1001).key].timeout) == (

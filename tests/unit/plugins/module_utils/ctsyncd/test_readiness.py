@@ -47,8 +47,8 @@ INCOMPLETE = {"complete": False}
 
 
 def test_all_is_well() -> None:
-    assert judge(GOOD) == (READY, (), 0)
-    assert judge(ACTIVE_GOOD) == (READY, (), 0)
+    assert judge(GOOD) == (READY, (), 0, True)
+    assert judge(ACTIVE_GOOD) == (READY, (), 0, True)
 
 
 @pytest.mark.parametrize(
@@ -127,6 +127,7 @@ _BOOLEANS = ("replicate", "session", "peer_alive", "peer_left", "peer_replicates
             "lag_s": st.floats(0, 10),
             "problem": st.sampled_from(("", "broken")),
             "reread_s": st.none() | st.floats(0, 60),
+            "differences": st.sampled_from(((), ("ruleset differs",))),
             **{name: st.booleans() for name in _BOOLEANS},
         }
     )
@@ -138,8 +139,13 @@ def test_gate_and_reasons(changes: dict[str, Any]) -> None:
     assert bool(judged.gate) == (judged.verdict == NOT_READY)
     if facts.role == ACTIVE:
         assert not judged.gate  # never moves the virtual IPs away from the node that knows the flows
+        assert judged.fit
     elif not facts.complete or not facts.replicate:
-        assert judged.gate
+        assert judged.gate and not judged.fit
+    elif facts.differences:
+        assert judged.gate and judged.fit == (not facts.problem)
+    if facts.differences:
+        assert "ruleset differs" in judged.reasons or facts.problem or not facts.replicate
 
 
 def test_exit_codes_cover_every_verdict() -> None:
@@ -148,6 +154,6 @@ def test_exit_codes_cover_every_verdict() -> None:
 
 @pytest.mark.parametrize("changes", [{"problem": "no socket"}, {"replicate": False}, INCOMPLETE])
 def test_what_an_operator_should_mend_is_said_of_a_node_that_is_not_ready_too(changes: dict[str, Any]) -> None:
-    verdict, reasons, _gate = judge(GOOD._replace(**changes, impaired=("the configuration was not reloaded",)))
+    verdict, reasons, _gate, _fit = judge(GOOD._replace(**changes, impaired=("the configuration was not reloaded",)))
     assert verdict == NOT_READY
     assert len(reasons) == 2 and reasons[1] == "the configuration was not reloaded"

@@ -278,6 +278,7 @@ DECODERS: dict[str, Callable[[bytes], object]] = {
     "heard": wire.decode_heard,
     "bulk begin": wire.decode_bulk_begin,
     "bulk end": wire.decode_bulk_end,
+    "conditions": wire.decode_conditions,
     "rows": wire.decode_rows,
     "gone": wire.decode_gone,
     "flow": wire.decode_flow_record,

@@ -1,0 +1,85 @@
+# Copyright: (c) 2026, The ctsync authors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Nodes whose rulesets, limits or timeouts differ say so, and are READY again when they are alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Callable
+
+import pytest
+from integration.cluster import Cluster, Daemon
+from integration.netns import wait_for
+
+pytestmark = pytest.mark.netns
+
+RULES, OTHER = "ab" * 32, "cd" * 32
+
+
+def write(path: Path, fingerprint: str) -> None:
+    """As the ruleset module does: by renaming."""
+    new = path.with_suffix(".new")
+    new.write_text(fingerprint + "\n", encoding="ascii")
+    new.rename(path)
+
+
+def says(daemon: Daemon, verdict: str, reasons: list[str]) -> bool:
+    said = daemon.status()
+    return said["verdict"] == verdict and said["reasons"] == said["differences"] == reasons and said["fit"]
+
+
+def test_a_ruleset_that_differs_makes_the_backup_not_ready_and_alarms_the_active_node(
+    cluster: Callable[..., Cluster], tmp_path: Path
+) -> None:
+    files = [tmp_path / "rules1", tmp_path / "rules2"]
+    lab = cluster()
+    for daemon, path in zip((lab.fw1, lab.fw2), files):
+        write(path, RULES)
+        daemon.configure(ruleset_fingerprint=str(path))
+    lab.up()
+    session = lab.session()
+    session.talk()
+
+    write(files[1], OTHER)
+    here = "ruleset differs (cdcdcdcdcdcd here, abababababab on fw1)"
+    wait_for(lambda: says(lab.fw2, "NOT READY", [here]), "the backup to be NOT READY")
+    there = "ruleset differs (abababababab here, cdcdcdcdcdcd on fw2)"
+    wait_for(lambda: says(lab.fw1, "DEGRADED", [there]), "the active node to be DEGRADED")
+    wait_for(lambda: (lab.fw1.gate, lab.fw2.gate) == ("0", "1"), "the gate of the backup alone")
+
+    files[0].unlink()  # the active node has no rules any more: as different
+    wait_for(lambda: says(lab.fw2, "NOT READY", [here.replace("abababababab", "none known")]), "the other reason")
+    files[1].write_text("not a fingerprint\n", encoding="ascii")
+    wait_for(
+        lambda: any("does not hold 16 to 64 hexadecimal digits" in why for why in lab.fw2.status()["reasons"]),
+        "the backup to complain of the file",
+    )
+
+    for path in files:
+        write(path, OTHER)
+    lab.ready(lab.fw1, lab.fw2)
+    session.talk()  # nothing of this touched a session
+
+    write(files[0], RULES)
+    wait_for(lambda: lab.fw2.gate == "1", "the gate")
+    lab.power_cut(lab.fw1, lab.fw2)  # alone, a node with other rules serves all the same
+    session.talk()
+    assert lab.fw2.gate == "0"
+
+
+def test_limits_and_timeouts_are_compared_and_need_not_be(cluster: Callable[..., Cluster], tmp_path: Path) -> None:
+    missing = str(tmp_path / "no-ruleset")
+    lab = cluster(ruleset_fingerprint=missing)
+    lab.pair.fw2.sysctl({"net/netfilter/nf_conntrack_udp_timeout_stream": "77"})
+    lab.pair.activate(lab.pair.fw1)
+    lab.fw1.start()
+    lab.fw2.start()
+    theirs = lab.pair.fw1.run("sysctl", "-n", "net.netfilter.nf_conntrack_udp_timeout_stream").stdout.strip()
+    reason = f"conntrack timeouts differ (nf_conntrack_udp_timeout_stream 77 here, {theirs} on fw1)"
+    wait_for(lambda: says(lab.fw2, "NOT READY", [reason]), "the backup to name the timeout")
+
+    for daemon in (lab.fw1, lab.fw2):
+        daemon.configure(ruleset_fingerprint=missing, same_conditions=["ruleset", "limits"])
+        daemon.reload()
+    lab.ready(lab.fw1, lab.fw2)
