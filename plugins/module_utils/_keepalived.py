@@ -430,9 +430,10 @@ def _add_instance(out: _Writer, config: Config, instance: Instance, modern: bool
         out.add("unicast_src_ip", instance.unicast_src_ip)
         if modern:
             out.add("check_unicast_src")
+            out.add("unicast_ttl 255")  # over IPv6 keepalived 2.2.7 would send with the kernel's hop limit, 64
         out.block("unicast_peer")
         for peer in instance.unicast_peers:
-            # VRRP packets are sent with TTL 255 and routers lower it: 255 proves a sender on this very link
+            # routers lower the TTL: 255 proves a sender on this very link
             out.add(peer, *(("min_ttl 255 max_ttl 255",) if modern else ()))
         out.end()
     out.block("virtual_ipaddress")

@@ -114,6 +114,15 @@ def test_the_node_of_higher_priority_stays_backup_after_its_reboot(two: Two) -> 
     assert two.fw1.facts()["role"] == "backup" and two.fw2.facts()["role"] == "active"
 
 
+def test_advertisements_over_ipv6_count(two: Two) -> None:
+    """With another hop limit than the peer asks for all would be dropped; only the sync group would hold it back."""
+    two.start_second_active(ipv6=True)
+    netns.wait_for(lambda: two.fw2.holds(V4 | V6), "all virtual IPs")
+    adverts_seen(two.fw1)
+    assert "not in range" not in two.fw1.log()
+    assert two.fw1.holds_none()
+
+
 def test_two_nodes_that_are_not_ready_still_elect_one(two: Two) -> None:
     for node in (two.fw1, two.fw2):
         node.configure()

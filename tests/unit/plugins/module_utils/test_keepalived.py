@@ -81,6 +81,7 @@ vrrp_instance VI_eth1 {
     nopreempt
     unicast_src_ip 192.168.0.1
     check_unicast_src
+    unicast_ttl 255
     unicast_peer {
         192.168.0.2 min_ttl 255 max_ttl 255
     }
@@ -115,7 +116,7 @@ def test_options_that_are_off_leave_no_trace():
 
 def test_an_older_keepalived_gets_no_keyword_that_it_does_not_know():
     text = k.render_config(k.build_config(options()), (2, 1, 5))
-    for keyword in ("fifo_write_vrrp_states_on_reload", "check_unicast_src", "min_ttl"):
+    for keyword in ("fifo_write_vrrp_states_on_reload", "check_unicast_src", "unicast_ttl", "min_ttl"):
         assert keyword not in text
     assert "        192.168.0.2\n" in text
 
