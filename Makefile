@@ -92,10 +92,18 @@ bench: root venv ## ctsyncd and conntrackd side by side: BENCH=quick, default (2
 	@/usr/bin/python3 -I -c 'import cryptography' 2>/dev/null || sh tools/need.sh python3-cryptography
 	PYTHONPATH=collections:tests python3 -m bench --size $(BENCH) $(if $(DOCS),--output docs)
 
+SEED ?= 1
+MINUTES ?= 10
+.PHONY: soak
+soak: root venv ## Random faults from a seed: make soak SEED=7 MINUTES=60; PLAN=yes shows them, CONTROL=yes must lose all (docs/soak.md)
+	sh tools/need.sh ip:iproute2 iptables-restore:iptables conntrack:conntrack keepalived:keepalived
+	PYTHONPATH=collections:tests python3 -m soak --seed $(SEED) --minutes $(MINUTES) $(if $(PLAN),--plan) $(if $(CONTROL),--control) $(ARGS)
+
 .PHONY: test-all
 test-all: test scale ## make test, and what takes longer
+	$(MAKE) soak CONTROL=yes
+	$(MAKE) soak MINUTES=10
 
-SEED ?= 1
 INPUTS ?= $(if $(SECONDS),,200000)
 .PHONY: fuzz
 fuzz: venv ## Fuzz the parsers of foreign bytes: make fuzz SECONDS=600, or INPUTS=10000000; SEED=1 (docs/fuzzing.md)

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils import _zipapp, ctsyncd
 from integration.netns import Namespace, Pair, wait_for
 
 PACKAGE = Path(__file__).resolve().parents[2] / "plugins" / "module_utils"
@@ -127,6 +128,18 @@ def missing(space: Namespace, sessions: list[Session]) -> list[Session]:
     """Those of a's TCP sessions with port 5001 that the kernel does not know."""
     table = space.conntrack("-L", "-p", "tcp", "--src", "192.168.0.3")
     return [session for session in sessions if f" sport={session.port} dport=5001 " not in table]
+
+
+def install(place: Path, version: str) -> None:
+    """Write a zipapp of this version and have the link show it, as the module does."""
+    sources = _zipapp.package_sources(ctsyncd)
+    name = "ctsyncd/__init__.py"
+    changed = sources[name].replace(b'"' + ctsyncd.__version__.encode() + b'"', f'"{version}"'.encode())
+    assert changed != sources[name]
+    app = _zipapp.build({**sources, name: changed}, sys.executable, version)
+    (place / app.file_name).write_bytes(app.data)
+    (place / "new").symlink_to(app.file_name)
+    (place / "new").rename(place / "ctsyncd")
 
 
 class Session:

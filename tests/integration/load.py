@@ -128,8 +128,12 @@ class Load(Cluster):
 
     def unplug(self, space: Namespace) -> None:
         """The node is off the network, at once."""
-        _batch(self.pair.switch, (f"link set {space.label}-eth{n} nomaster" for n in (0, 1)))
+        self.unplug_traffic(space)
         space.ip("link", "set", "eth2", "down")
+
+    def unplug_traffic(self, space: Namespace) -> None:
+        """Only the sync link stays; the node does not see a carrier go."""
+        _batch(self.pair.switch, (f"link set {space.label}-eth{n} nomaster" for n in (0, 1)))
 
     def plug_sync(self, space: Namespace) -> None:
         space.ip("link", "set", "eth2", "up")

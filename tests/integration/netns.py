@@ -221,7 +221,7 @@ class Pair:
             self.switch.ip("link", "add", bridge, "up", "type", "bridge", "stp_state", "0", "mcast_snooping", "0")
         self._host(self.a, "inside", "192.168.0.3/24", "fd00:c0de::3/64")
         self._host(self.b, "outside", "192.168.1.3/24", "fd00:c0de:1::3/64")
-        made.link(self.fw1, "eth2", self.fw2, "eth2")
+        self._sync_link()
         for number, firewall in enumerate((self.fw1, self.fw2), 1):
             self._port(firewall, "eth1", "inside")
             self._port(firewall, "eth0", "outside")
@@ -239,6 +239,10 @@ class Pair:
                 "ip6tables-restore",
                 stdin=_rules("fd00:c0de::3", "fd00:c0de:1::100", "fd00:c0de:1::3", "fd00:c0de:1::200"),
             )
+
+    def _sync_link(self) -> None:
+        """The wire between eth2 of both firewalls."""
+        self.net.link(self.fw1, "eth2", self.fw2, "eth2")
 
     def _port(self, node: Namespace, interface: str, bridge: str) -> None:
         port = f"{node.label}-{interface}"

@@ -13,12 +13,10 @@ import os
 import signal
 import sys
 import time
-from pathlib import Path
 from typing import Callable
 
 import pytest
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils import _zipapp, ctsyncd
-from integration.cluster import Cluster, Daemon, Session, entry, fill, missing
+from integration.cluster import Cluster, Daemon, Session, entry, fill, install, missing
 from integration.load import Load, Throttle, memory_kib
 from integration.netns import Namespace, Pair, wait_for
 
@@ -147,18 +145,6 @@ def test_active_node_that_was_frozen_tells_what_it_missed(load: Callable[..., Lo
         opened += born
     lab.seal()
     survives(lab, opened)
-
-
-def install(place: Path, version: str) -> None:
-    """Write a zipapp of this version and have the link show it, as the module does."""
-    sources = _zipapp.package_sources(ctsyncd)
-    name = "ctsyncd/__init__.py"
-    changed = sources[name].replace(b'"' + ctsyncd.__version__.encode() + b'"', f'"{version}"'.encode())
-    assert changed != sources[name]
-    app = _zipapp.build({**sources, name: changed}, sys.executable, version)
-    (place / app.file_name).write_bytes(app.data)
-    (place / "new").symlink_to(app.file_name)
-    (place / "new").rename(place / "ctsyncd")
 
 
 def run_from_zipapp(lab: Load) -> None:

@@ -113,8 +113,8 @@ class Node:
             self._process.wait(30)
         self._process = None
 
-    def power_off(self) -> None:
-        """What a power cut leaves of keepalived: no process, no last word, no addresses."""
+    def kill(self) -> None:
+        """No process, no last word; the addresses stay behind."""
         assert self._process is not None
         child = int((self.directory / "vrrp.pid").read_text(encoding="ascii"))
         os.kill(self._process.pid, signal.SIGSTOP)  # it would start a new child
@@ -123,9 +123,20 @@ class Node:
         self._process.wait(30)
         self._process = None
         for name in ("pid", "vrrp.pid"):
-            (self.directory / name).unlink()  # /run does not outlive a power cut
+            (self.directory / name).unlink()
+
+    def power_off(self) -> None:
+        """What a power cut leaves of keepalived: no process, no last word, no addresses."""
+        self.kill()
         for interface, address in self.addresses() & (V4 | V6):
             self.space.ip("address", "del", address + ("/64" if ":" in address else "/24"), "dev", interface)
+
+    def freeze(self, frozen: bool) -> None:
+        """Stop its processes where they are, or let them go on."""
+        assert self._process is not None
+        child = int((self.directory / "vrrp.pid").read_text(encoding="ascii"))
+        for pid in (self._process.pid, child):
+            os.kill(pid, signal.SIGSTOP if frozen else signal.SIGCONT)
 
     def reload(self) -> None:
         assert self._process is not None
