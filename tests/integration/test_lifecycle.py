@@ -16,6 +16,7 @@ from typing import Callable, Iterator
 
 import pytest
 from integration.cluster import VIP, Cluster, Daemon, Session, entry
+from integration.load import drop_virtual_ips
 from integration.netns import Namespace, Pair, wait_for
 
 pytestmark = pytest.mark.netns
@@ -122,6 +123,30 @@ def test_idle_flows_get_true_timers_at_the_take_over(cluster: Callable[..., Clus
     assert seconds_left(entry(lab.pair.fw2, "tcp", tcp.port)) > 4 * 86_400
     wait_for(lambda: not entry(lab.pair.fw2, "udp", udp.port), "the idle stream's end")
     tcp.talk()
+
+
+def test_node_that_wins_back_the_virtual_ips_did_not_see_what_passed(
+    cluster: Callable[..., Cluster],
+) -> None:
+    """It was off the network, and did not notice: to its kernel the acknowledgements of today are INVALID for ever."""
+    lab = cluster().up()
+    session = lab.session()
+    session.talk()
+    lab.replicated(lab.fw1, lab.fw2)
+    nothing_new(lab)
+    ports = [f"fw1-{interface}" for interface in ("eth0", "eth1")]
+    for port in ports:
+        lab.pair.switch.ip("link", "set", port, "down")
+    lab.pair.activate(lab.pair.fw2)
+    for _dummy in range(3):
+        session.talk()
+    drop_virtual_ips(lab.pair.fw2)
+    for port in ports:
+        lab.pair.switch.ip("link", "set", port, "up")
+    for host in (lab.pair.a, lab.pair.b):
+        host.ip("neigh", "flush", "all")
+    lab.ready(lab.fw1, lab.fw2)
+    session.talk()
 
 
 def test_sides_change_and_change_back_with_flows_idle_beyond_their_timers(cluster: Callable[..., Cluster]) -> None:

@@ -25,7 +25,14 @@ from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.columns
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.crypto import Aead, LibraryCrypto
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.engine import Engine
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import Flow, Tuple
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.jobs import CREATE, DELETE, TIMER, Job, Request
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.jobs import (
+    CREATE,
+    DELETE,
+    LOOSEN,
+    TIMER,
+    Job,
+    Request,
+)
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.rows import Changes
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.session import Session
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.situation import HOT_STANDBY, Settings
@@ -251,6 +258,10 @@ class Kernel:
             return errno.ENOENT
         if operation == DELETE:
             del self.table[key]
+        elif operation == LOOSEN:
+            assert flow.proto == k.IPPROTO_TCP
+            one, other = have.tcp_flags or (0, 0)
+            self.table[key] = have._replace(tcp_flags=(one | k.TCP_FLAG_BE_LIBERAL, other | k.TCP_FLAG_BE_LIBERAL))
         elif operation == TIMER:
             self.table[key] = have._replace(timeout=timeout)
         else:

@@ -714,6 +714,15 @@ def timers(key_len: int, keys: Sequence[bytes], timeouts: Sequence[int], first: 
     return _requests(_sample_timers, _Rows(key_len, keys, None, timeouts), first)
 
 
+def _sample_loosen(key: bytes, _value: bytes) -> bytes:
+    return ctnetlink.loosen(ctnetlink.flow_of_key(key))
+
+
+def loosen(key_len: int, keys: Sequence[bytes], first: int) -> Batch:
+    """Requests that make TCP entries liberal and change nothing else; otherwise as :func:`create`."""
+    return _requests(_sample_loosen, _Rows(key_len, keys), first)
+
+
 def _sample_delete(key: bytes, _value: bytes) -> bytes:
     return ctnetlink.delete(ctnetlink.flow_of_key(key))
 
@@ -848,7 +857,7 @@ class _Template:
             self._move(top[ctnetlink.CTA_TIMEOUT][0], _SECONDS, 0, 4)
         if ctnetlink.CTA_MARK in top:
             self._move(top[ctnetlink.CTA_MARK][0], _VALUES, value - MARK_FROM_END, 4)
-        if ctnetlink.CTA_PROTOINFO in top:
+        if ctnetlink.CTA_PROTOINFO in top and self._value:
             self._prepare_protoinfo(self._walk.inside(top, ctnetlink.CTA_PROTOINFO))
 
     def _prepare_tuples(self) -> None:

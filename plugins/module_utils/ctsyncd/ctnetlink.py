@@ -795,6 +795,17 @@ def update(
     )
 
 
+def loosen(flow: Flow, seq: int = 0, ack: bool = False) -> bytes:
+    """Request to make both directions of an existing TCP entry liberal, see :func:`_tcp`, and to change nothing else.
+
+    Without CTA_PROTOINFO_TCP_STATE the state stays (nf_conntrack_proto_tcp.c, nlattr_to_tcp).
+    """
+    flags = bytes((TCP_FLAG_BE_LIBERAL, TCP_FLAG_BE_LIBERAL))  # value, mask
+    parts = (attribute(kind, flags) for kind in (CTA_PROTOINFO_TCP_FLAGS_ORIGINAL, CTA_PROTOINFO_TCP_FLAGS_REPLY))
+    protoinfo = _nested(CTA_PROTOINFO, _nested(CTA_PROTOINFO_TCP, *parts))
+    return _request(IPCTNL_MSG_CT_NEW, NLM_F_ACK if ack else 0, seq, flow.family, _orig(flow), protoinfo)
+
+
 def delete(flow: Flow, seq: int = 0, ident: int | None = None, ack: bool = False) -> bytes:
     """Request to delete the entry with the flow's original tuple and zone; ENOENT if there is none.
 

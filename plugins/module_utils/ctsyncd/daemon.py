@@ -499,6 +499,8 @@ class Daemon:
             return self._requests.update_rows(work.key_len, work.keys, work.values, work.timeouts)
         if work.operation == jobs.TIMER:
             return self._requests.set_timers(work.key_len, work.keys, work.timeouts)
+        if work.operation == jobs.LOOSEN:
+            return self._requests.loosen_keys(work.key_len, work.keys)
         return self._requests.delete_keys(work.key_len, work.keys)
 
     # --- reports -----------------------------------------------------------------------------------------------------
@@ -735,6 +737,8 @@ def _message(request: jobs.Request) -> bytes:
     if request.operation == jobs.TIMER:
         bare = flow._replace(status=0, state=None, sctp_vtags=None, mark=None, labels=None, seqadj=None)
         return ctnetlink.update(bare, timeout=request.timeout, status=False)
+    if request.operation == jobs.LOOSEN:
+        return ctnetlink.loosen(flow)
     return ctnetlink.delete(flow)
 
 

@@ -15,6 +15,7 @@ BULK = "bulk"  # the active node's table for a peer
 RECONCILE = "reconcile"  # this backup's kernel against the external cache
 FLUSH = "flush"  # out of this kernel with all that is replicated
 GIVE = "give"  # this backup's table for an active node that lacks it
+LOOSEN = "loosen"  # this active node's TCP connections, some packets of which passed through the peer
 
 REREAD_S = 5.0  # before the table is read again where events go on to be lost; doubles
 REREAD_MAX_S = 60.0

@@ -20,7 +20,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from . import conditions, readiness, wire
-from .dumps import BULK, FLUSH, GIVE, RECONCILE, Dump, Dumps
+from .dumps import BULK, FLUSH, GIVE, LOOSEN, RECONCILE, Dump, Dumps
 from .errors import WireError
 from .filters import Filter
 from .flow import Flow
@@ -234,6 +234,8 @@ class Engine:
                 replicas.reconcile_rows(key_len, rows)
             elif purpose == FLUSH:
                 replicas.flush_rows(key_len, rows)
+            elif purpose == LOOSEN:
+                replicas.loosen_rows(key_len, rows)
             else:
                 peer.give_rows(key_len, rows, self.cache, now)
         for flow in changes.flows:
@@ -243,6 +245,8 @@ class Engine:
                 replicas.reconcile_flow(flow)
             elif purpose == FLUSH:
                 replicas.flush_flow(flow)
+            elif purpose == LOOSEN:
+                replicas.loosen_flow(flow)
             else:
                 peer.give_flow(flow, self.cache, now)
 
@@ -259,6 +263,8 @@ class Engine:
                 self.peer.bulk_sent(now)
             else:
                 self.peer.bulk_due = True
+        elif purpose == LOOSEN and not consistent:
+            self.dumps.want(LOOSEN)
         elif purpose == RECONCILE:
             if consistent:
                 self.replicas.reconciled()
@@ -322,7 +328,8 @@ class Engine:
             if isinstance(event, BlockReceived):
                 self._receive_records(event.records, now)
             elif isinstance(event, StatusReceived):
-                self.peer.says(event.status, now)
+                if self.peer.says(event.status, now) and self.settings.replicate:
+                    self.dumps.want(LOOSEN)
                 if self.peer.active and not self.active:
                     self._informed = False  # flows go on there without this node
             elif isinstance(event, SessionUp):

@@ -17,6 +17,7 @@ from .rows import unpack
 CREATE = "create"
 UPDATE = "update"
 TIMER = "timer"  # an update of the timer alone
+LOOSEN = "loosen"  # packets of this TCP connection are not dropped for their position any more
 DELETE = "delete"
 
 WORK_SIZE = 1024  # rows in one piece of work

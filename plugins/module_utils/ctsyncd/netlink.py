@@ -502,6 +502,10 @@ class RequestSocket(_Socket):
         """Give each entry a timeout in seconds and change nothing else.  Otherwise as create_rows."""
         return self._rows(len(keys), lambda part, first: columns.timers(key_len, keys[part], timeouts[part], first))
 
+    def loosen_keys(self, key_len: int, keys: Sequence[bytes]) -> list[tuple[int, int]]:
+        """Make the TCP entry of each key liberal.  Otherwise as create_rows."""
+        return self._rows(len(keys), lambda part, first: columns.loosen(key_len, keys[part], first))
+
     def delete_keys(self, key_len: int, keys: Sequence[bytes]) -> list[tuple[int, int]]:
         """Delete the entry of each key.  Otherwise as create_rows."""
         return self._rows(len(keys), lambda part, first: columns.delete(key_len, keys[part], first))

@@ -61,6 +61,7 @@ class Peer:
         self._bulk_last = 0  # flows of the bulk before
         self._both_active_since: float | None = None
         self._both_active_at = now  # when it said so last
+        self._rose = False  # it became active while this node was
         self._request_at = now
 
     @property
@@ -100,7 +101,11 @@ class Peer:
         self._giving = None
         self.tell_conditions(now)
 
-    def says(self, status: wire.Status, now: float) -> None:
+    def says(self, status: wire.Status, now: float) -> bool:
+        """Returns whether packets of this active node's flows may pass there, or may have: it became active, too, or it
+        was for a while.  (When the virtual IPs move as they should, the new active node finds it active for a moment.)
+        """
+        before, long = self.active, self.split_brain(now)
         self.status = status
         self.left = False
         if not self.active:
@@ -108,6 +113,10 @@ class Peer:
         elif self._situation.active and (self._both_active_since is None or now - self._both_active_at > SPLIT_BRAIN_S):
             self._both_active_since = now
         self._both_active_at = now
+        rises = self._situation.active and self.active and not before
+        falls = self._situation.active and before and not self.active and (self._rose or long)
+        self._rose = rises or (self._rose and self.active)
+        return rises or falls
 
     def differences(self) -> tuple[str, ...]:
         """In what its conditions are not like this node's."""
@@ -126,6 +135,7 @@ class Peer:
     def side_changed(self) -> None:
         """This node became active or backup."""
         self._both_active_since = None
+        self._rose = False
 
     def split_brain(self, now: float) -> bool:
         """Both nodes are active, and not just for a moment."""

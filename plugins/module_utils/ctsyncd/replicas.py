@@ -13,11 +13,11 @@ from __future__ import annotations
 import errno
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
-from .constants import IPS_ASSURED, IPS_SEEN_REPLY
+from .constants import IPPROTO_TCP, IPS_ASSURED, IPS_SEEN_REPLY
 from .ctnetlink import FALLBACK_TIMEOUT
 from .dumps import Dumps
 from .flow import Flow
-from .jobs import CREATE, DELETE, TIMER, UPDATE, Job, JobQueue, Request, Work, size_of
+from .jobs import CREATE, DELETE, LOOSEN, TIMER, UPDATE, Job, JobQueue, Request, Work, size_of
 from .rows import (
     MARK_FROM_END,
     NO_TIMEOUT,
@@ -41,7 +41,10 @@ RETRY_REFUSED_MAX_S = 600.0
 
 ADOPTING = 1  # attempt of an update whose success means: the kernel holds the replica
 
-_DONE = {CREATE: "kernel_created", UPDATE: "kernel_updated", TIMER: "kernel_timers_set", DELETE: "kernel_deleted"}
+_DONE = {
+    **{CREATE: "kernel_created", UPDATE: "kernel_updated", TIMER: "kernel_timers_set", DELETE: "kernel_deleted"},
+    LOOSEN: "kernel_loosened",
+}
 
 _KEPT_BITS = IPS_SEEN_REPLY | IPS_ASSURED
 _KEPT_FIELDS = ("mark", "labels", "seqadj", "tcp_wscale", "sctp_vtags")
@@ -245,6 +248,20 @@ class Replicas:
         key, value, _extras = pack(flow)
         self.flush_rows(len(key), {key: value})
 
+    def loosen_rows(self, key_len: int, rows: Mapping[bytes, bytes]) -> None:
+        """Packets of these flows may have passed through the peer, and this active node's kernel has not seen them.
+
+        To it what acknowledges their data is INVALID for ever (nf_conntrack_proto_tcp.c, tcp_in_window), unless it is
+        liberal about the connection.
+        """
+        tcp = {key: value for key, value in rows.items() if key[0] == IPPROTO_TCP}
+        if tcp:
+            self.jobs.work(LOOSEN, list(self._situation.filter.concerned_rows(key_len, tcp)))
+
+    def loosen_flow(self, flow: Flow) -> None:
+        key, value, _extras = pack(flow)
+        self.loosen_rows(len(key), {key: value})
+
     # --- work for the kernel -----------------------------------------------------------------------------------------
 
     @property
@@ -380,7 +397,7 @@ class Replicas:
     def _failed(self, request: Request, error: int) -> None:
         operation, key, flow, timeout, attempt = request
         active, known = self._situation.active, key in self.cache
-        if operation == DELETE:
+        if operation in (DELETE, LOOSEN):
             if error != errno.ENOENT:
                 self._refuse(request, error)
         elif operation in (UPDATE, TIMER):

@@ -331,6 +331,7 @@ def test_requests_are_those_of_the_codec(key_len: int, count: int) -> None:
         assert messages_of(columns.timers(key_len, keys, timeouts, first), first) == [
             ctnetlink.update(flow, timeout=seconds, status=False) for flow, seconds in zip(bare, timeouts)
         ]
+        assert messages_of(columns.loosen(key_len, keys, first), first) == [ctnetlink.loosen(flow) for flow in bare]
         assert messages_of(columns.delete(key_len, keys, first), first) == [ctnetlink.delete(flow) for flow in bare]
 
 

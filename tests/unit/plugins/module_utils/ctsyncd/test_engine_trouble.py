@@ -176,6 +176,60 @@ def test_of_two_active_nodes_none_takes_flows_of_the_other_and_the_one_that_yiel
     assert tcp(2005).key in sim.fw1.kernel.table
 
 
+def liberal(node: Node) -> set[bytes]:
+    return {
+        key
+        for key, flow in node.kernel.table.items()
+        if all(flags & k.TCP_FLAG_BE_LIBERAL for flags in flow.tcp_flags or (0,))
+    }
+
+
+@pytest.mark.parametrize("seconds", [1.0, 6.0])
+def test_connections_that_passed_through_the_other_active_node_are_loosened(seconds: float) -> None:
+    """A node that was cut off, or frozen, wins the virtual IPs back: it has not seen what passed meanwhile."""
+    sim = Simulation().start()
+    own = {sim.fw1.kernel.open(tcp(port)).key for port in range(1000, 1010)}
+    sim.fw1.kernel.open(udp(7))
+    sim.converge(sim.fw1, sim.fw2)
+    assert liberal(sim.fw1) == set()
+    sim.fw2.set_role(readiness.ACTIVE, sim.now)
+    sim.run(seconds)
+    assert liberal(sim.fw1) == own  # at once: packets may take this way and that
+    late = sim.fw1.kernel.open(tcp(2001)).key
+    sim.run(0.5)
+    assert late not in liberal(sim.fw1)
+    sim.fw2.set_role(readiness.BACKUP, sim.now)
+    sim.converge(sim.fw1, sim.fw2)
+    assert late in liberal(sim.fw1)
+    assert sim.fw1.up.counters["kernel_loosened"] == 10 + 11
+
+
+def test_a_hand_over_loosens_nothing() -> None:
+    """For a moment both are active at every move; a table is not read for that."""
+    sim = Simulation().start()
+    opened(sim.fw1, range(1000, 1010))
+    sim.converge(sim.fw1, sim.fw2)
+    for old, new in ((sim.fw1, sim.fw2), (sim.fw2, sim.fw1)):
+        loosened = new.up.counters["kernel_loosened"]
+        new.set_role(readiness.ACTIVE, sim.now)
+        sim.run(0.001)
+        old.set_role(readiness.BACKUP, sim.now)
+        sim.converge(new, old)
+        assert new.up.counters["kernel_loosened"] == loosened == 0
+
+
+def test_without_replication_nothing_is_loosened() -> None:
+    sim = Simulation(settings=Settings(replicate=False))
+    opened(sim.fw1, range(1000, 1010))
+    sim.fw1.role = readiness.ACTIVE
+    sim.fw1.start(sim.now)
+    sim.fw2.start(sim.now)
+    sim.run(2.0)
+    sim.fw2.set_role(readiness.ACTIVE, sim.now)
+    sim.run(5.0)
+    assert liberal(sim.fw1) == set()
+
+
 def test_late_flows_are_taken_again_when_the_other_has_yielded() -> None:
     sim = Simulation().start()
     sim.fw2.set_role(readiness.ACTIVE, sim.now)
