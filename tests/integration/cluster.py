@@ -34,6 +34,7 @@ class Daemon:
         self.space = space
         self.home = home
         self.process: subprocess.Popen[Any] | None = None
+        self.package = PACKAGE  # where the daemon's program is run
         self.program: tuple[str, ...] = (sys.executable, "-m", "ctsyncd")
         self.environment = {**os.environ, "PYTHONPATH": str(PACKAGE), "LC_ALL": "C"}
         home.mkdir()
@@ -67,7 +68,7 @@ class Daemon:
     def start(self) -> None:
         with open(self.home / "log", "ab") as log:
             self.process = self.space.popen(
-                *self._command(), cwd=PACKAGE, env=self.environment, stdout=log, stderr=subprocess.STDOUT
+                *self._command(), cwd=self.package, env=self.environment, stdout=log, stderr=subprocess.STDOUT
             )
 
     def send(self, number: int) -> None:
@@ -89,7 +90,7 @@ class Daemon:
 
     def ask(self, *argv: str) -> str:
         done = subprocess.run(
-            self._command(*argv), cwd=PACKAGE, env=self.environment, capture_output=True, text=True, check=False
+            self._command(*argv), cwd=self.package, env=self.environment, capture_output=True, text=True, check=False
         )
         return done.stdout
 
