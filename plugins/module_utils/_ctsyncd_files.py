@@ -81,8 +81,14 @@ def render_config(params: Mapping[str, Any]) -> str:
     """``ctsyncd.conf`` from the module's options; options without a value are left to the daemon's defaults."""
     document = {name: params[name] for name in CONFIG_OPTIONS if params.get(name) is not None}
     document["filter"] = {key: value for key, value in (params.get("filter") or {}).items() if value is not None}
-    document["peers"] = [{key: peer[key] for key in ("node", "address")} for peer in params["peers"]]
-    document["link"] = {key: params["link"][key] for key in ("interface", "address", "port")}
+    document["peers"] = [
+        {key: peer[key] for key in ("node", "address", "addresses") if peer.get(key) is not None}
+        for peer in params["peers"]
+    ]
+    if params.get("link"):
+        document["link"] = {key: params["link"][key] for key in ("interface", "address", "port")}
+    if params.get("links"):
+        document["links"] = [{key: link[key] for key in ("interface", "address", "port")} for link in params["links"]]
     document["virtual_ips"] = [
         # an inventory has the prefix length with the address, the daemon needs the address alone
         {"interface": vip["interface"], "address": vip["address"].split("/")[0]}
@@ -121,10 +127,6 @@ def render_unit(key_ids: Sequence[int], peers: Sequence[str]) -> str:
 # - Before=keepalived.service: the track file says "not ready" and the FIFO has its reader before VRRP begins; on the
 #   way down keepalived hands over first.  Nothing waits for a complete network: the daemon does that by itself.
 # - ExecStartPre and ExecStopPost also run after a crash or kill -9: no stale "ready" outlives the daemon.
-# - ExecStartPost: a nice value counts within a session or a control group only (sched(7), autogroup), so any busy
-#   program would delay what the daemon tells by tens of milliseconds; a real-time policy counts everywhere.  The lowest
-#   priority does, bounded by kernel.sched_rt_runtime_us.  Not CPUSchedulingPolicy=: where the kernel refuses it (a
-#   container, CONFIG_RT_GROUP_SCHED) the service would not start; "-" lets it run with its nice value.
 # - No PrivateUsers=: capabilities would be those of a child user namespace, and ctnetlink answers EPERM.
 # - No ProcSubset=pid: the daemon reads /proc/sys/net/netfilter.
 # - LimitCORE=0: a core file would hold the session keys.
@@ -142,7 +144,6 @@ Type=notify
 NotifyAccess=main
 ExecStartPre={command} -C {config} gate --not-ready
 ExecStart={command} -C {config}
-ExecStartPost=-+/usr/bin/chrt --rr --pid 1 $MAINPID
 ExecReload=/bin/kill -HUP $MAINPID
 ExecStopPost={command} -C {config} gate --not-ready
 Restart=always

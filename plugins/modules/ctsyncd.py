@@ -111,7 +111,7 @@ options:
     type: int
     default: 2000
   link:
-    description: This node's end of the sync link. Required with O(state=present).
+    description: This node's end of the sync link. Either this or O(links) is required with O(state=present).
     type: dict
     suboptions:
       address:
@@ -120,6 +120,25 @@ options:
         required: true
       interface:
         description: Interface of the sync link.
+        type: str
+        required: true
+      port:
+        description: UDP port, the same on both nodes.
+        type: int
+        default: 3781
+  links:
+    description:
+      - This node's ends of several sync links, in the order of preference, the same on both nodes.
+      - The first one that works carries the replication; another one takes over without loss where it fails.
+    type: list
+    elements: dict
+    suboptions:
+      address:
+        description: Own address on this sync link.
+        type: str
+        required: true
+      interface:
+        description: Interface of this sync link. Each link has its own.
         type: str
         required: true
       port:
@@ -155,9 +174,12 @@ options:
     elements: dict
     suboptions:
       address:
-        description: Address of the peer on the sync link.
+        description: Address of the peer on the sync link, with O(link).
         type: str
-        required: true
+      addresses:
+        description: Addresses of the peer on the sync links, in the order of O(links).
+        type: list
+        elements: str
       node:
         description: Name of the peer.
         type: str
@@ -257,6 +279,20 @@ EXAMPLES = r"""
     keys:
       - {id: 1, key: "{{ vault_sync_key }}"}
 
+- name: Replicate over a cable, and over the inside network where the cable fails
+  ctsync.ha_firewall.ctsyncd:
+    node: fw1
+    peers:
+      - {node: fw2, addresses: [192.168.100.2, 192.168.0.2]}
+    links:
+      - {interface: eth2, address: 192.168.100.1}
+      - {interface: eth1, address: 192.168.0.1}
+    virtual_ips:
+      - {interface: eth1, address: 192.168.0.100}
+      - {interface: eth0, address: 192.168.1.100}
+    keys:
+      - {id: 1, key: "{{ vault_sync_key }}"}
+
 - name: Rotate the key, first step on both nodes (both keys are accepted, the old one is sent)
   ctsync.ha_firewall.ctsyncd:
     node: fw1
@@ -346,7 +382,7 @@ MINIMUM_SYSTEMD = 247  # LoadCredential=
 MINIMUM_PYTHON = (3, 9)
 RESTART_PENDING = "/run/ctsyncd.restart-pending"  # files are newer than the running daemon, even after a crash of ours
 RELOAD_TIMEOUT_S = 5.0
-REQUIRED = ("node", "peers", "link", "virtual_ips", "keys")
+REQUIRED = ("node", "peers", "virtual_ips", "keys")
 PROBE = """\
 import json, sys
 found = {"python": sys.version_info[:3], "cryptography": ""}
@@ -411,6 +447,15 @@ def argument_spec() -> dict[str, Any]:
                 "port": {"type": "int", "default": 3781},
             },
         },
+        "links": {
+            "type": "list",
+            "elements": "dict",
+            "options": {
+                "address": {"type": "str", "required": True},
+                "interface": {"type": "str", "required": True},
+                "port": {"type": "int", "default": 3781},
+            },
+        },
         "log_level": {"type": "str", "choices": ["debug", "info", "warning", "error"], "default": "info"},
         "mode": {"type": "str", "choices": ["hot-standby", "external-cache"], "default": "hot-standby"},
         "netlink_buffer_bytes": {"type": "int", "default": 67108864},
@@ -420,9 +465,12 @@ def argument_spec() -> dict[str, Any]:
             "type": "list",
             "elements": "dict",
             "options": {
-                "address": {"type": "str", "required": True},
+                "address": {"type": "str"},
+                "addresses": {"type": "list", "elements": "str"},
                 "node": {"type": "str", "required": True},
             },
+            "mutually_exclusive": [("address", "addresses")],
+            "required_one_of": [("address", "addresses")],
         },
         "remove_user": {"type": "bool", "default": False},
         "replicate": {"type": "bool", "default": True},
@@ -603,7 +651,8 @@ class Installation:
     def _plan_present(self, app: _zipapp.Zipapp, config: str, state: _systemd.State) -> None:
         params = self.params
         keys = {entry["id"]: entry["key"].strip() for entry in params["keys"]}
-        unit = layout.render_unit(list(keys), [peer["address"] for peer in params["peers"]])
+        peers = [address for peer in params["peers"] for address in peer["addresses"] or [peer["address"]]]
+        unit = layout.render_unit(list(keys), peers)
         program = f"{layout.LIBRARY}/{app.file_name}"
 
         self._plan_directory(layout.LIBRARY, 0o755)
@@ -964,12 +1013,15 @@ def _only_ours(path: str, removed: list[str]) -> bool:
 def main() -> None:
     module = AnsibleModule(
         argument_spec=argument_spec(),
-        required_if=[("state", "present", REQUIRED)],
+        mutually_exclusive=[("link", "links")],
+        required_if=[("state", "present", REQUIRED), ("state", "present", ("link", "links"), True)],
         supports_check_mode=True,
     )
     if module.params["state"] == "present":
         # required_if takes an explicit null, as an undefined default gives it, for a value
         missing = [name for name in REQUIRED if module.params[name] is None]
+        if module.params["link"] is None and not module.params["links"]:
+            missing.append("link or links")
         if missing:
             module.fail_json(msg=f"state is present but all of the following are missing: {', '.join(missing)}")
     installation = Installation(module)

@@ -338,8 +338,17 @@ def wire_runner() -> Runner:
     def conditions(data: bytes) -> None:
         _round_trip(wire.decode_conditions(data), wire.encode_conditions, wire.decode_conditions, wire.TLV_BYTES)
 
+    def probe(data: bytes) -> None:
+        _round_trip(wire.decode_probe(data), wire.encode_probe, wire.decode_probe, wire.TLV_BYTES)
+
+    def echo(data: bytes) -> None:
+        _round_trip(wire.decode_echo(data), wire.encode_echo, wire.decode_echo, wire.TLV_BYTES)
+
+    def part(data: bytes) -> None:
+        _round_trip(wire.decode_part(data), wire.encode_part, wire.decode_part, wire.TLV_BYTES)
+
     decoders: tuple[Callable[[bytes], Any], ...] = (
-        *(flow, many, gone, tlvs, hello, ack, status, heard, wire.decode_header, wire.decode_block),
+        *(flow, many, gone, tlvs, hello, ack, status, heard, probe, echo, part, wire.decode_header, wire.decode_block),
         *(wire.decode_bulk_begin, wire.decode_bulk_end, conditions),
     )
 
@@ -457,6 +466,7 @@ class Peer:
         check(len(one.counters) < 120 and len(one.session.counters) < 40, "no input makes up counters")
         if known is not None:
             check(len(known.early) <= WINDOW_BLOCKS, "blocks ahead are bounded by the credit given")
+            check(len(known.parts) <= WINDOW_BLOCKS, "so are blocks that come in parts")
             check(len(known.in_flight) <= WINDOW_BLOCKS, "blocks in flight are bounded, whatever the peer says")
             check(known.limit <= known.next_block + WINDOW_BLOCKS, "credit is bounded, whatever the peer says")
 
@@ -487,6 +497,12 @@ def session_grammar() -> Grammar:
         wire.encode_ack(wire.Ack(0, 2, 1)) + wire.encode_block(1, singles[0]),
         *(wire.encode_heard(wire.Heard(number, 0)) + ack for number in (0, 2, 9, 1 << 62)),
         wire.encode_heard(wire.Heard(1, 0)) + wire.encode_ack(wire.Ack(0, 512, 0b110)),
+        *(wire.encode_probe(wire.Probe(link, True, number), 99) for link, number in ((0, 0), (0, 1 << 31), (1, 5))),
+        *(wire.encode_echo(wire.Echo(link, number, 7)) for link, number in ((0, 0), (0, 1), (9, 0))),
+        *(
+            wire.encode_part(wire.Part(block, at, 9, b"abc"))
+            for block, at in ((0, 0), (0, 3), (0, 6), (1, 0), (999, 0))
+        ),
     ]
     seeds = [bytes((what,)) + frame for frame in frames for what in (5, 100, 252)]
     seeds += [bytes((_DO_HELLO,)) + hello, bytes((_DO_HELLO,)) + blank]
@@ -1023,7 +1039,13 @@ def _memory_file() -> tuple[int, str]:
 
 def config_grammar() -> Grammar:
     least = {key: json.loads(CONFIG)[key] for key in ("node", "peers", "link", "virtual_ips", "keys", "send_key")}
-    seeds = [CONFIG.encode(), CONFIG.encode(), json.dumps(least).encode(), b"{}"]
+    several = {
+        **least,
+        "links": [{"interface": "eth2", "address": "192.168.100.1"}, {"interface": "eth3", "address": "fd00::1"}],
+        "peers": [{"node": "fw2", "addresses": ["192.168.100.2", "fd00::2"]}],
+    }
+    del several["link"]
+    seeds = [CONFIG.encode(), CONFIG.encode(), json.dumps(least).encode(), json.dumps(several).encode(), b"{}"]
     words = (b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"NaN", b"-Infinity", b"1" * 5000, b"[" * 2000, b'"\\ud800"')
     return Grammar(seeds, words=words, text=True, limit=200_000)
 
@@ -1043,7 +1065,8 @@ def config_runner() -> Runner:
             str(error).encode("utf-8", "backslashreplace")
             return False
         engine.Engine(Settings(ignore=tuple(map(str, found.ignore_addresses))), _QUIET, 0.0)
-        for vip in (*found.virtual_ips, found.link):
+        check(all(len(peer.addresses) == len(found.links) for peer in found.peers), "each link has its address")
+        for vip in (*found.virtual_ips, *found.links):
             check(1 <= len(vip.interface.encode()) <= 15 and len(vip.packed) in (4, 16), "interfaces and addresses fit")
         for file in (found.control_socket, found.notify_fifo, found.track_file, *found.keys.values()):
             os.fsencode(file)

@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Sequence
 
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils import _zipapp, ctsyncd
 from integration.netns import Namespace, Pair, wait_for
@@ -28,7 +28,15 @@ VIP = "192.168.1.100"
 class Daemon:
     """ctsyncd on one firewall, with its files in a directory of its own."""
 
-    def __init__(self, space: Namespace, home: Path, key: Path, **options: Any) -> None:
+    def __init__(
+        self,
+        space: Namespace,
+        home: Path,
+        key: Path,
+        sync: Sequence[tuple[str, str]] = (("eth2", "192.168.100."),),
+        **options: Any,
+    ) -> None:
+        """``sync``: interface and beginning of the addresses of each sync link."""
         number = int(space.label[-1])
         peer = 3 - number
         self.space = space
@@ -40,10 +48,13 @@ class Daemon:
         home.mkdir()
         os.mkfifo(home / "fifo")
         (home / "not-ready").write_text("1\n", encoding="ascii")
+        links = [{"interface": interface, "address": f"{net}{number}"} for interface, net in sync]
+        theirs = [f"{net}{peer}" for _interface, net in sync]
+        one = len(links) == 1
         config = {
             "node": f"fw{number}",
-            "peers": [{"node": f"fw{peer}", "address": f"192.168.100.{peer}"}],
-            "link": {"interface": "eth2", "address": f"192.168.100.{number}"},
+            "peers": [{"node": f"fw{peer}", **({"address": theirs[0]} if one else {"addresses": theirs})}],
+            **({"link": links[0]} if one else {"links": links}),
             "virtual_ips": [{"interface": interface, "address": address} for interface, address in VIPS],
             "keys": {"1": str(key)},
             "control_socket": str(home / "socket"),

@@ -33,6 +33,7 @@ from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.jobs im
     Job,
     Request,
 )
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.paths import Paths
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.rows import Changes
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.session import Session
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.situation import HOT_STANDBY, Settings
@@ -111,6 +112,8 @@ class Wire:
         self.jitter_s = 0.0
         self.cut = False
         self.deaf = ""  # the node that nothing gets to
+        self.longest = 1 << 16  # bytes; longer datagrams vanish
+        self.delay_s = 0.0005
         self.sent: list[tuple[str, bytes]] = []  # (to, datagram) of everything ever sent
         self._chance = chance
         self._queue: list[tuple[float, int, str, bytes]] = []
@@ -118,7 +121,7 @@ class Wire:
 
     def send(self, to: str, datagram: bytes, now: float) -> None:
         self.sent.append((to, datagram))
-        if self.cut or to == self.deaf:
+        if self.cut or to == self.deaf or len(datagram) > self.longest:
             return
         for _copy in range(1 + (self._chance.random() < self.duplication)):
             if self._chance.random() < self.loss:
@@ -127,7 +130,7 @@ class Wire:
             if self._chance.random() < self.corruption:
                 place = self._chance.randrange(len(copy))
                 copy = copy[:place] + bytes((copy[place] ^ 1 << self._chance.randrange(8),)) + copy[place + 1 :]
-            self.inject(to, copy, now + 0.0005 + self._chance.random() * self.jitter_s)
+            self.inject(to, copy, now + self.delay_s + self._chance.random() * self.jitter_s)
 
     def inject(self, to: str, datagram: bytes, at: float) -> None:
         self._number += 1
@@ -377,28 +380,31 @@ def replicable(flow: Flow) -> bool:
     if flow.orig.src in OWN or flow.reply.src in OWN:
         return False
     if flow.proto == k.IPPROTO_TCP:
-        return flow.state in range(k.TCP_ESTABLISHED, k.TCP_LAST_ACK + 1)
+        return flow.state in range(k.TCP_ESTABLISHED, k.TCP_TIME_WAIT + 1)
     return bool(flow.status & k.IPS_SEEN_REPLY)
 
 
 class Simulation:
-    """fw1 and fw2, the wire between them, the clock."""
+    """fw1 and fw2, the wires between them (``wire`` is the first one), the clock."""
 
-    def __init__(self, seed: int = 0, settings: Settings | None = None, **session: Any) -> None:
+    def __init__(self, seed: int = 0, settings: Settings | None = None, links: int = 1, **session: Any) -> None:
         self.now = 1000.0
         self.settings = settings or Settings(park_timeout_s=86_400)
         self.chance = random.Random(seed)
         self.crypto = RecordingCrypto()
-        self.wire = Wire(self.chance)
+        self.wires = [Wire(self.chance) for _link in range(links)]
+        self.wire = self.wires[0]
         self.session = {"secrets": {1: SECRET}, "send_key": 1, "payload": 600, **session}
         self.fw1 = Node("fw1", lambda now: self._engine("fw1", "fw2", now))
         self.fw2 = Node("fw2", lambda now: self._engine("fw2", "fw1", now))
         self.nodes = {"fw1": self.fw1, "fw2": self.fw2}
 
     def _engine(self, name: str, peer: str, now: float) -> Engine:
-        session = Session(
-            name, peer, crypto=self.crypto, random=self.chance.randbytes, version="0", now=now, **self.session
-        )
+        options: dict[str, Any] = dict(self.session)
+        if len(self.wires) > 1:
+            names = [(f"eth{2 + link}", 4) for link in range(len(self.wires))]
+            options["paths"] = Paths(names, payload=options["payload"])
+        session = Session(name, peer, crypto=self.crypto, random=self.chance.randbytes, version="0", now=now, **options)
         return Engine(self.settings, session, now)
 
     def start(self) -> Simulation:
@@ -411,15 +417,23 @@ class Simulation:
 
     def turn(self) -> None:
         """Go to the next moment at which something is due, and let both daemons take a turn."""
-        due = [self.wire.next_arrival(), *(n.engine.next_deadline() for n in self.nodes.values() if n.engine)]
+        due = [
+            *(wire.next_arrival() for wire in self.wires),
+            *(n.engine.next_deadline() for n in self.nodes.values() if n.engine),
+        ]
         self.now = max(self.now + 0.001, min(self.now + 0.05, *due))
-        for to, datagram in self.wire.arrived(self.now):
-            node = self.nodes[to].engine
-            if node is not None:
-                node.receive(datagram, self.now)
+        for link, line in enumerate(self.wires):
+            for to, datagram in line.arrived(self.now):
+                node = self.nodes[to].engine
+                if node is not None:
+                    node.receive(datagram, self.now, link)
         for node, peer in ((self.fw1, self.fw2), (self.fw2, self.fw1)):
-            for datagram in node.turn(self.now):
-                self.wire.send(peer.name, datagram, self.now)
+            datagrams = node.turn(self.now)
+            if node.engine is None:
+                continue
+            for link, part in node.engine.peer.session.route(datagrams):
+                for datagram in part:
+                    self.wires[link].send(peer.name, datagram, self.now)
 
     def run(self, seconds: float) -> None:
         end = self.now + seconds
@@ -433,9 +447,10 @@ class Simulation:
             self.turn()
 
     def heal(self) -> None:
-        self.wire.loss = self.wire.duplication = self.wire.corruption = self.wire.jitter_s = 0.0
-        self.wire.cut = False
-        self.wire.deaf = ""
+        for line in self.wires:
+            line.loss = line.duplication = line.corruption = line.jitter_s = 0.0
+            line.cut = False
+            line.deaf = ""
 
     def move(self, to: Node) -> None:
         """VRRP moves the virtual IPs: away from the one, then to the other."""
@@ -446,14 +461,8 @@ class Simulation:
     def differences(self, active: Node, backup: Node) -> list[str]:
         """What keeps the backup from being the active node's equal; [] when it is."""
         wanted = {key: flow for key, flow in active.kernel.table.items() if replicable(flow)}
-        # what was told and is over may still be there, or not any more
-        over = {key for key, flow in active.kernel.table.items() if flow.state in (k.TCP_TIME_WAIT, k.TCP_CLOSE)}
-        cache = {flow.key: flow for flow, _since in backup.up.external_flows() if flow.key not in over}
-        mine = {
-            key: flow
-            for key, flow in backup.kernel.table.items()
-            if (replicable(flow) or key in wanted) and key not in over
-        }
+        cache = {flow.key: flow for flow, _since in backup.up.external_flows()}
+        mine = {key: flow for key, flow in backup.kernel.table.items() if replicable(flow) or key in wanted}
         out = list(_compare("cache", wanted, cache, True))
         if backup.up.settings.mode == HOT_STANDBY:
             out.extend(_compare("kernel", wanted, mine, False))

@@ -24,6 +24,8 @@ from .errors import ConfigError
 DEFAULT_PATH = "/etc/ctsyncd/ctsyncd.conf"
 MAX_BYTES = 1 << 20  # a configuration is a few hundred bytes; more is a mistake
 
+MAX_LINKS = 8
+
 MODES = ("hot-standby", "external-cache")
 UDP_CHOICES = ("replied", "all")
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -65,13 +67,10 @@ class Option(NamedTuple):
 
 
 class Peer(NamedTuple):
-    node: str
-    address: str
+    """Another node; its addresses are in the order of this node's links."""
 
-    @property
-    def packed(self) -> bytes:
-        """The address in network byte order (4 or 16 bytes)."""
-        return ipaddress.ip_address(self.address).packed
+    node: str
+    addresses: tuple[str, ...]
 
 
 class Link(NamedTuple):
@@ -119,7 +118,8 @@ EVERYTHING = Filter()
 OPTIONS: tuple[Option, ...] = (
     Option("node", "node", REQUIRED, "Name of this node, as the peer knows it."),
     Option("peers", "peers", REQUIRED, "The other node: a list with exactly one object (this version)."),
-    Option("link", "link", REQUIRED, "This node's end of the sync link."),
+    Option("link", "link", None, "This node's end of the sync link, where there is one. Or `links`."),
+    Option("links", "links", None, "This node's ends of several sync links; the first one that works is used."),
     Option("virtual_ips", "virtual_ips", REQUIRED, "The virtual IPs that VRRP moves; who holds them all is active."),
     Option("keys", "keys", REQUIRED, "Pre-shared keys: key id (1 to 255) to credential name or absolute path."),
     Option("send_key", "key_id", None, "Key id to send with. Needed when there are several keys.", 1, 255),
@@ -221,7 +221,8 @@ OPTIONS: tuple[Option, ...] = (
 )
 PEER_OPTIONS: tuple[Option, ...] = (
     Option("node", "node", REQUIRED, "Name of the peer."),
-    Option("address", "address", REQUIRED, "Address of the peer on the sync link."),
+    Option("address", "address", None, "Address of the peer on the sync link, with `link`."),
+    Option("addresses", "addresses", None, "Addresses of the peer on the sync links, in the order of `links`."),
 )
 LINK_OPTIONS: tuple[Option, ...] = (
     Option("interface", "interface", REQUIRED, "Interface of the sync link; datagrams of others are not accepted."),
@@ -257,7 +258,7 @@ class Config:
 
     node: str
     peers: tuple[Peer, ...]
-    link: Link
+    links: tuple[Link, ...]
     virtual_ips: tuple[VirtualIp, ...]
     keys: Mapping[int, str]
     send_key: int
@@ -287,7 +288,8 @@ class Config:
 
     def differences(self, other: Config) -> list[Option]:
         """Rows of the options in which ``other`` is different."""
-        return [option for option in OPTIONS if getattr(self, option.key) != getattr(other, option.key)]
+        rows = (option for option in OPTIONS if option.key != "link")
+        return [option for option in rows if getattr(self, option.key) != getattr(other, option.key)]
 
 
 def load(path: str) -> Config:
@@ -338,6 +340,7 @@ def parse(text: str, source: str = "configuration") -> Config:
         raise ConfigError([f"{source}: nested too deeply: write one flat JSON object"]) from error
     values = _object(document, "", OPTIONS, problems)
     if values is not None:
+        _one_or_several(values, problems)
         _cross_check(values, problems)
     if problems.found or values is None:
         raise ConfigError(problems.found)
@@ -564,9 +567,14 @@ def _read_rows(
     return rows
 
 
+def _make_peer(node: str, address: str | None, addresses: tuple[str, ...] | None) -> tuple[str, Any, Any]:
+    """Which of the two it must be is known later, when the links are."""
+    return node, address, addresses
+
+
 def _read_peers(value: Any, where: str, option: Option, problems: _Problems) -> Any:
-    rows = _read_rows(value, where, PEER_OPTIONS, Peer, problems)
-    if rows is None:
+    rows = _read_rows(value, where, PEER_OPTIONS, _make_peer, problems)
+    if rows is None or len(rows) != len(value):
         return _BAD
     if len(value) != 1:
         problems.add(where, f"{len(value)} peers: exactly one peer is supported in this version: name one")
@@ -576,6 +584,35 @@ def _read_peers(value: Any, where: str, option: Option, problems: _Problems) -> 
 def _read_link(value: Any, where: str, option: Option, problems: _Problems) -> Any:
     fields = _object(value, where, LINK_OPTIONS, problems)
     return _BAD if fields is None or _BAD in fields.values() else Link(**fields)
+
+
+def _read_links(value: Any, where: str, option: Option, problems: _Problems) -> Any:
+    rows = _read_rows(value, where, LINK_OPTIONS, Link, problems)
+    if rows is None or len(rows) != len(value):
+        return _BAD
+    if len(rows) > MAX_LINKS:
+        problems.add(where, f"{len(rows)} links: write {MAX_LINKS} at most")
+        return _BAD
+    good = True
+    for index, row in enumerate(rows):
+        for other in rows[:index]:
+            for what in ("interface", "address"):
+                if getattr(row, what) == getattr(other, what):
+                    good = False
+                    problems.add(
+                        f"{where}[{index}].{what}",
+                        f"{getattr(row, what)} stands more than once: one failure would take both links away: "
+                        f"give each link its own {what}",
+                    )
+    return tuple(rows) if good else _BAD
+
+
+def _read_addresses(value: Any, where: str, option: Option, problems: _Problems) -> Any:
+    if not isinstance(value, list) or not value:
+        problems.add(where, f"{_show(value)} is not a non-empty list: write a list of addresses, one for each link")
+        return _BAD
+    read = [_read_address(entry, f"{where}[{index}]", option, problems) for index, entry in enumerate(value)]
+    return _BAD if _BAD in read else tuple(read)
 
 
 def _read_virtual_ips(value: Any, where: str, option: Option, problems: _Problems) -> Any:
@@ -642,9 +679,51 @@ _READERS: dict[str, _Reader] = {
     "conditions": _read_list("names such as ruleset", _read_choice),
     "peers": _read_peers,
     "link": _read_link,
+    "links": _read_links,
+    "addresses": _read_addresses,
     "virtual_ips": _read_virtual_ips,
     "keys": _read_keys,
 }
+
+
+def _one_or_several(values: dict[str, Any], problems: _Problems) -> None:
+    """``link`` becomes the only one of ``links``, the peers get their ``addresses``."""
+    link, links = values.pop("link"), values["links"]
+    if link is not None and links is not None:
+        problems.add("links", "stands beside link: write all links into links, in the order of preference")
+        values["links"] = values["peers"] = _BAD
+        return
+    if link is None and links is None:
+        problems.add("link", "is missing: write this node's end of the sync link, or several of them as links")
+    several = links is not None
+    if not several:
+        values["links"] = _BAD if link is None or link is _BAD else (link,)
+    if values["peers"] is not _BAD:
+        count = None if values["links"] is _BAD else len(values["links"])
+        peers = [_peer(row, f"peers[{at}]", several, count, problems) for at, row in enumerate(values["peers"])]
+        values["peers"] = _BAD if _BAD in peers else tuple(peers)
+
+
+def _peer(row: tuple[str, Any, Any], where: str, several: bool, count: int | None, problems: _Problems) -> Any:
+    node, address, addresses = row
+    if address is not None and addresses is not None:
+        problems.add(f"{where}.addresses", "stands beside address: write all addresses of the peer into addresses")
+    elif several and addresses is None:
+        problems.add(f"{where}.addresses", "is missing: write the peer's addresses, in the order of links")
+    elif not several and address is None:
+        problems.add(
+            f"{where}.address",
+            "is missing: write the peer's address on the sync link"
+            + ("" if addresses is None else " (addresses goes with links)"),
+        )
+    elif several and count is not None and len(addresses) != count:
+        problems.add(
+            f"{where}.addresses",
+            f"{len(addresses)} for {count} links: write one address for each link, in the order of links",
+        )
+    else:
+        return Peer(node, addresses if several else (address,))
+    return _BAD
 
 
 def _cross_check(values: dict[str, Any], problems: _Problems) -> None:
@@ -683,22 +762,32 @@ def _check_keys(values: dict[str, Any], good: dict[str, Any], problems: _Problem
 
 
 def _check_addresses(good: dict[str, Any], problems: _Problems) -> None:
-    link: Link | None = good.get("link")
+    links: tuple[Link, ...] = good.get("links") or ()
+    names = [f"links[{index}].address" for index in range(len(links))] if len(links) > 1 else ["link.address"]
+    own = {link.address for link in links}
+    taken: dict[str, str] = {}
     for index, peer in enumerate(good.get("peers", ())):
-        where = f"peers[{index}]"
         if peer.node == good.get("node"):
-            problems.add(f"{where}.node", f"{_show(peer.node)} is this node's own name: name the other node")
-        if link is None:
-            continue
-        if peer.address == link.address:
-            problems.add(f"{where}.address", f"{peer.address} is this node's own address: write the other node's")
-        elif len(peer.packed) != len(link.packed):
-            problems.add(
-                f"{where}.address",
-                f"{peer.address} and link.address {link.address} are not of the same family: use IPv4 or IPv6 for both",
-            )
-    fixed = {peer.address: f"the address of the peer {peer.node}" for peer in good.get("peers", ())}
-    if link is not None:
+            problems.add(f"peers[{index}].node", f"{_show(peer.node)} is this node's own name: name the other node")
+        for at, address in enumerate(peer.addresses):
+            where = f"peers[{index}].addresses[{at}]" if len(peer.addresses) > 1 else f"peers[{index}].address"
+            if address in own:
+                problems.add(where, f"{address} is this node's own address: write the other node's")
+            elif address in taken:
+                problems.add(
+                    where, f"{address} is also {taken[address]}: a node has an address of its own on each link"
+                )
+            elif at < len(links) and (":" in address) != (":" in links[at].address):
+                problems.add(
+                    where,
+                    f"{address} and {names[at]} {links[at].address} are not of the same family: "
+                    "use IPv4 or IPv6 for both",
+                )
+            taken.setdefault(address, where)
+    fixed = {
+        address: f"the address of the peer {peer.node}" for peer in good.get("peers", ()) for address in peer.addresses
+    }
+    for link in links:
         fixed.setdefault(link.address, "this node's own address on the sync link")
     for vip in good.get("virtual_ips", ()):
         if vip.address in fixed:
@@ -712,6 +801,7 @@ def reference() -> str:
         ("", OPTIONS),
         ("peers[].", PEER_OPTIONS),
         ("link.", LINK_OPTIONS),
+        ("links[].", LINK_OPTIONS),
         ("virtual_ips[].", VIRTUAL_IP_OPTIONS),
         ("filter.", FILTER_OPTIONS),
         ("filter.marks[].", MARK_OPTIONS),
@@ -739,6 +829,8 @@ _KIND_TEXTS = {
     "marks": "list of objects",
     "peers": "list of objects",
     "link": "object",
+    "links": "list of objects",
+    "addresses": "list of addresses",
     "virtual_ips": "list of objects",
     "keys": "object",
 }
@@ -759,5 +851,5 @@ def _default_text(option: Option) -> str:
     if option.default is REQUIRED:
         return "required"
     if option.default is None:
-        return "the only key"
+        return "the only key" if option.kind == "key_id" else "none"
     return "`{}`" if isinstance(option.default, Filter) else f"`{json.dumps(option.default)}`"

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import collections
 import errno
 import gc
 import hashlib
@@ -25,6 +26,7 @@ from .crypto import LibraryCrypto
 from .errors import ConfigError, NetlinkError
 from .flow import Flow
 from .link import Link
+from .paths import Paths
 from .session import Session
 
 LOG = logging.getLogger(__name__)
@@ -40,10 +42,10 @@ SLACK_S = 0.3  # what is not urgent waits so long for a wake-up that is needed a
 REPORT_S = 0.1  # between two verdicts
 QUIET_S = 0.05  # without events: the next one is read at once
 SPARSE_S = 0.0066  # between two events: a window would gather a few at most, so each is read at once
+DENSE_S = 0.0001  # between two events: if it is less, the window is DENSE_WINDOW_S, shrunk by the third power
+DENSE_WINDOW_S = 0.02
+SHORTEST_WINDOW_S = 0.002
 AVERAGED_EVENTS = 64
-CROWDED = (10_000.0, 15_000.0)  # flows per second that the peer does not know: from here to there the window shrinks
-CROWDED_WINDOW_S = 0.002
-AVERAGED_S = 0.25  # over which they are counted
 
 NANOSECONDS = 1_000_000_000
 
@@ -52,35 +54,28 @@ class Window:
     """How long changes are gathered before they are read: the fewer wake-ups, the less it costs.
 
     Read at once is the first one after a quiet spell, and all of them while they are few.  Where a window pays it has
-    its full length.  It is shorter where many flows come up that the peer has to learn of: it gathers plenty anyway,
-    and these are what a loss of this node would lose.  Connections that end as fast as they come up shorten nothing:
-    the longer the window, the more of them are over before they are told.  Times in seconds.
+    its full length; at a rate at which it gathers plenty anyway it is shorter.  Times in seconds.
     """
 
     def __init__(self) -> None:
         self._gap = QUIET_S  # between two events, on average
-        self._fresh = 0.0  # flows per second that the peer does not know, on average
         self._last = float("-inf")  # when events were read last
 
     def opens(self, now: float, longest: float) -> float:
         """There is an event: how long may it wait for others?"""
-        if self._gap >= SPARSE_S or now - self._last >= QUIET_S:
+        gap = self._gap
+        if gap >= SPARSE_S or now - self._last >= QUIET_S:
             return 0.0
-        lowest, highest = CROWDED
-        if self._fresh <= lowest:
+        if gap >= DENSE_S:
             return longest
-        share = max(0.0, (highest - self._fresh) / (highest - lowest))
-        length = CROWDED_WINDOW_S + share * max(0.0, longest - CROWDED_WINDOW_S)
-        return min(longest, max(0.0, self._last + length - now))  # events wait since they were read last
+        return min(longest, max(SHORTEST_WINDOW_S, DENSE_WINDOW_S * (gap / DENSE_S) ** 3))
 
-    def read(self, events: int, fresh: int, now: float) -> None:
-        """So many events were read, with so many flows that the peer does not know."""
+    def read(self, events: int, now: float) -> None:
+        """So many events were read."""
         if not events:
             return
-        since = now - self._last
+        elapsed = min(now - self._last, QUIET_S)
         self._last = now
-        self._fresh += (fresh / max(since, CROWDED_WINDOW_S) - self._fresh) * min(1.0, since / AVERAGED_S)
-        elapsed = min(since, QUIET_S)
         if events >= AVERAGED_EVENTS:
             self._gap = elapsed / events
         else:
@@ -114,6 +109,10 @@ class Daemon:
             hello_interval_s=config.hello_interval_ms / 1000,
             dead_after_s=config.dead_after_ms / 1000,
             now=now,
+            paths=Paths(
+                [(link.interface, 6 if ":" in link.address else 4) for link in config.links],
+                payload=config.datagram_bytes,
+            ),
         )
         self._engine = engine.Engine(
             _settings(config),
@@ -139,20 +138,22 @@ class Daemon:
         self._addresses_at = now
         self._parameters: dict[str, int] = {}
         self._parameters_at = now
-        self._link = Link(config.link.interface, config.link.address, config.link.port, config.peer.address)
+        self._links = [
+            Link(link.interface, link.address, link.port, address)
+            for link, address in zip(config.links, config.peer.addresses)
+        ]
         self._fifo = vrrp.FifoReader(config.notify_fifo)
         self._track = vrrp.TrackFile(config.track_file)
         self._control = control.ControlServer(config.control_socket, self._command)
         self._dump: netlink.TableDump | None = None
         self._dump_number = 0
-        self._link_watched = 0  # for what the selector has the link
         self._second_at = now
         self._second_s = min(1.0, self._notifier.watchdog_interval_s or 1.0)
         self._watchdog_at = now
         self._report_at = now  # no verdict before
         self._report_due = True
         self._condition: tuple[object, ...] = ()
-        self._read_at = now  # when the link was read last
+        self._chosen = 0  # the link that carries the session, as far as is logged
 
     # --- life --------------------------------------------------------------------------------------------------------
 
@@ -172,7 +173,8 @@ class Daemon:
         self._all.register(self._events.fileno(), select.EPOLLIN)
         self._all.register(self._selector.fileno(), select.EPOLLIN)
         self._selector.register(self._addresses, selectors.EVENT_READ, self._addresses)
-        self._open_link(now)
+        for link in self._links:
+            self._open_link(link, now)
         gc.collect()
         gc.freeze()
         self._notifier.ready(self._status_line())
@@ -190,7 +192,8 @@ class Daemon:
     def _stop(self) -> None:
         self._notifier.stopping("stopping")
         self._session.say_bye()
-        self._link.send(self._session.poll(time.monotonic()))
+        now = time.monotonic()
+        self._send(self._session.poll(now), now)
         if not self._engine.active:
             self._track.write(readiness.KNOWS_NOTHING)
         self.close()
@@ -199,7 +202,8 @@ class Daemon:
         """Release every descriptor and remove the control socket."""
         self._control.close()
         self._fifo.close()
-        self._link.close()
+        for link in self._links:
+            link.close()
         for edge in (self._dump, self._events, self._addresses, self._requests):
             if edge is not None:
                 edge.close()
@@ -241,17 +245,18 @@ class Daemon:
         if engine_.dump is not None or self._dump is not None:
             self._feed_dump(now)
         self._work_for_kernel()  # before an acknowledgement, which is less urgent
-        self._link.send(engine_.poll(now))
+        self._send(engine_.poll(now), now)
         self._answer_questions(now)
-        self._watch_link()
+        for link in self._links:
+            self._watch_link(link)
         self._look_for_news(now)
 
     def _serve(self, key: selectors.SelectorKey, mask: int, now: float) -> None:
         edge = key.data
-        if edge is self._control:
+        if isinstance(edge, Link):
+            self._read_link(edge, now)
+        elif edge is self._control:
             edge.handle(key, mask, now)
-        elif edge is self._link:
-            self._read_link(now)
         elif edge is self._fifo:
             self._read_fifo(now)
         elif edge is self._addresses:
@@ -283,7 +288,7 @@ class Daemon:
         if self._report_due:
             return
         self._report_at = now + REPORT_S
-        self._engine.problem = self._link.problem
+        self._look_at_links(now)
         condition = self._engine.condition(now)
         if condition != self._condition:
             self._condition = condition
@@ -296,8 +301,11 @@ class Daemon:
             self._read_addresses(now)
         self._read_conditions(now)
         self._fifo.tick(now)
-        if not self._link.is_open and now >= self._link.retry_at:
-            self._open_link(now)
+        for link in self._links:
+            if not link.is_open and now >= link.retry_at:
+                self._open_link(link, now)
+            link.look()
+            self._tell_paths(link, now)
         self._report(now)
         self._notifier.status(self._status_line())
         if self._notifier.watchdog_interval_s is not None and now >= self._watchdog_at - SLACK_S:
@@ -306,38 +314,75 @@ class Daemon:
 
     # --- edges -------------------------------------------------------------------------------------------------------
 
-    def _open_link(self, now: float) -> None:
-        if self._link.open(now):
-            self._selector.register(self._link.fileno(), selectors.EVENT_READ, self._link)
-            self._link_watched = selectors.EVENT_READ
+    def _open_link(self, link: Link, now: float) -> None:
+        if link.open(now):
+            self._selector.register(link.fileno(), selectors.EVENT_READ, link)
+            link.watched = selectors.EVENT_READ
+        self._tell_paths(link, now)
 
-    def _watch_link(self) -> None:
+    def _send(self, datagrams: list[bytes], now: float) -> None:
+        """Each over the link that it belongs to."""
+        for number, part in self._session.route(datagrams):
+            link = self._links[number]
+            link.send(part)
+            if link.refused or link.payload != link.told:
+                self._tell_paths(link, now)
+
+    def _tell_paths(self, link: Link, now: float) -> None:
+        """What the kernel says of a link."""
+        number = self._links.index(link)
+        self._session.paths.set_usable(number, link.is_open and not link.refused, now)
+        if link.payload and link.payload != link.told:
+            link.told = link.payload
+            self._session.paths.set_ceiling(number, link.payload, now)
+
+    def _look_at_links(self, now: float) -> None:
+        """What is wrong with them, for the verdict."""
+        closed = [link.problem for link in self._links if not link.is_open]
+        self._engine.problem = "; ".join(closed) if len(closed) == len(self._links) else ""
+        if self._chosen != self._session.paths.chosen:
+            LOG.warning(
+                "the session with %s goes over %s now, not over %s",
+                self.config.peer.node,
+                self._links[self._session.paths.chosen].interface,
+                self._links[self._chosen].interface,
+            )
+            self._chosen = self._session.paths.chosen
+
+    def _broken_links(self, now: float) -> list[str]:
+        if len(self._links) == 1 or not self._session.alive(now):
+            return []
+        paths = self._session.paths
+        return [f"link {name} to {self.config.peer.node} is down (using {paths.carrier})" for name in paths.down]
+
+    def _watch_link(self, link: Link) -> None:
         """Keep the link registered as it is: open or not, read or held back, with datagrams waiting or not."""
-        if not self._link.is_open:
-            if self._link_watched:  # closed by an error: epoll forgot the descriptor, the selector did not
+        if not link.is_open:
+            if link.watched:  # closed by an error: epoll forgot the descriptor, the selector did not
                 for key in list(self._selector.get_map().values()):
-                    if key.data is self._link:
+                    if key.data is link:
                         self._selector.unregister(key.fd)
-                self._link_watched = 0
+                link.watched = 0
             return
         wanted = 0 if self._engine.overloaded else selectors.EVENT_READ
-        if self._link.waiting:
+        if link.waiting:
             wanted |= selectors.EVENT_WRITE
-        if wanted == self._link_watched:
+        if wanted == link.watched:
             return
         if not wanted:
-            self._selector.unregister(self._link.fileno())
-        elif not self._link_watched:
-            self._selector.register(self._link.fileno(), wanted, self._link)
+            self._selector.unregister(link.fileno())
+        elif not link.watched:
+            self._selector.register(link.fileno(), wanted, link)
         else:
-            self._selector.modify(self._link.fileno(), wanted, self._link)
-        self._link_watched = wanted
+            self._selector.modify(link.fileno(), wanted, link)
+        link.watched = wanted
 
-    def _read_link(self, now: float) -> None:
-        limit = DATAGRAMS_PER_TURN if now - self._read_at < QUIET_S else 1  # to look for another one costs as much
-        self._read_at = now
-        for datagram in self._link.receive(limit):
-            self._engine.receive(datagram, now)
+    def _read_link(self, link: Link, now: float) -> None:
+        limit = DATAGRAMS_PER_TURN if now - link.read_at < QUIET_S else 1  # to look for another one costs as much
+        link.read_at = now
+        number = self._links.index(link)
+        for datagram in link.receive(limit):
+            self._engine.receive(datagram, now, number)
 
     def _read_fifo(self, now: float) -> None:
         """keepalived tells of a change; the kernel is asked what is true."""
@@ -415,9 +460,8 @@ class Daemon:
 
     def _read_events(self, now: float) -> None:
         changes = self._events.read(EVENTS_PER_TURN)
-        told = self._engine.source.told
+        self._window.read(changes.events, now)
         self._engine.kernel_changes(changes, now)
-        self._window.read(changes.events, self._engine.source.told - told, now)
         if changes.lost:
             self._overrun(now)
         self._events_at = now if changes.more else None
@@ -506,10 +550,9 @@ class Daemon:
     # --- reports -----------------------------------------------------------------------------------------------------
 
     def _report(self, now: float) -> None:
-        self._engine.problem = self._link.problem
-        self._engine.impaired = tuple(
-            filter(None, (self._not_reloaded, self._ruleset_problem, self._fifo.problem, self._track.problem))
-        )
+        self._look_at_links(now)
+        problems = (self._not_reloaded, self._ruleset_problem, self._fifo.problem, self._track.problem)
+        self._engine.impaired = (*self._broken_links(now), *filter(None, problems))
         verdict = self._engine.verdict(now)
         if verdict != self._verdict:
             if verdict[0] != self._verdict.verdict:
@@ -547,7 +590,7 @@ class Daemon:
             "differences": list(self._engine.differences()),
             "replicate": self.config.replicate,
             "mode": self.config.mode,
-            "peers": [{**self._engine.peer_status(now), "address": self.config.peer.address}],
+            "peers": [self._peer_status(now)],
             "flows": {"kernel": _kernel_count(), "external": len(self._engine.cache)},
             "counters": self._counters(),
             "last_transition": {
@@ -557,9 +600,16 @@ class Daemon:
             },
         }
 
+    def _peer_status(self, now: float) -> dict[str, Any]:
+        status = {**self._engine.peer_status(now), "address": self.config.peer.addresses[0]}
+        rows = self._session.paths.status(now)
+        status["links"] = [{**row, "address": address} for row, address in zip(rows, self.config.peer.addresses)]
+        return status
+
     def _counters(self) -> dict[str, int]:
-        counters: dict[str, int] = {}
-        for source in (self._engine.counters, self._session.counters, self._link.counters):
+        counters: collections.Counter[str] = collections.Counter()
+        sources = (self._engine.counters, self._session.counters, self._session.paths.counters)
+        for source in (*sources, *(link.counters for link in self._links)):
             counters.update(source)
         counters["events_malformed"] = self._events.malformed
         counters["fifo_garbage"] = self._fifo.garbage
@@ -571,7 +621,7 @@ class Daemon:
             "external": {"entries": len(self._engine.cache)},
             "waiting to be sent": {"changes": len(self._engine.pending)},
         }
-        network = {"session": dict(sorted(self._session.counters.items())), "socket": dict(self._link.counters)}
+        network = {"session": dict(sorted(self._session.counters.items())), **self._sockets()}
         runtime = {
             "uptime s": int(now - self.started),
             "netlink buffer bytes": self._event_buffer,
@@ -581,19 +631,24 @@ class Daemon:
             "cache": cache,
             "network": network,
             "runtime": {"runtime": runtime},
-            "link": {
-                "link": {
-                    "interface": self.config.link.interface,
-                    "open": self._link.is_open,
-                    **self._engine.peer_status(now),
-                }
-            },
+            "link": self._link_statistics(now),
             "queue": {
                 "queue": {"unacknowledged changes": self._engine.lag(now)[0], "pending": len(self._engine.pending)}
             },
             "process": {"process": {"pid": os.getpid()}},
         }
         return sections.get(section) or {**cache, **network, **sections["link"]}
+
+    def _sockets(self) -> dict[str, Any]:
+        if len(self._links) == 1:
+            return {"socket": dict(self._links[0].counters)}
+        return {f"socket {link.interface}": dict(link.counters) for link in self._links}
+
+    def _link_statistics(self, now: float) -> dict[str, Any]:
+        sections = {"link": self._engine.peer_status(now), "links": dict(self._session.paths.counters)}
+        for link, row in zip(self._links, self._session.paths.status(now)):
+            sections[f"link {link.interface}"] = {"open": link.is_open, "refused": link.refused, **row}
+        return sections
 
     # --- control socket ----------------------------------------------------------------------------------------------
 

@@ -322,9 +322,9 @@ class Engine:
 
     # --- the peer ----------------------------------------------------------------------------------------------------
 
-    def receive(self, datagram: bytes, now: float) -> None:
-        """A datagram from the peer's address."""
-        for event in self.peer.session.receive(datagram, now):
+    def receive(self, datagram: bytes, now: float, link: int = 0) -> None:
+        """A datagram from the peer's address on a link."""
+        for event in self.peer.session.receive(datagram, now, link):
             if isinstance(event, BlockReceived):
                 self._receive_records(event.records, now)
             elif isinstance(event, StatusReceived):

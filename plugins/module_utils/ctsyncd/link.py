@@ -1,14 +1,18 @@
 # Copyright: (c) 2026, The ctsync authors
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The sync link: one UDP socket, bound to its interface and address, that knows its one peer."""
+"""A sync link: one UDP socket, bound to its interface and address, that knows its one peer."""
 
 from __future__ import annotations
 
 import collections
 import errno
+import fcntl
 import logging
 import socket
+import struct
+
+from .paths import IPV4_BYTES, IPV6_BYTES
 
 LOG = logging.getLogger(__name__)
 
@@ -17,6 +21,11 @@ SO_SNDBUFFORCE = 32
 SO_RCVBUFFORCE = 33
 IP_FREEBIND = 15  # <linux/in.h>
 IPV6_FREEBIND = 78  # <linux/in6.h>
+IP_MTU_DISCOVER = 10
+IPV6_MTU_DISCOVER = 23
+PMTUDISC_PROBE = 3  # always "don't fragment", and no word of ICMP is believed
+SIOCGIFMTU = 0x8921  # <linux/sockios.h>
+_IFREQ = struct.Struct("16si20x")  # <linux/if.h>: name, MTU
 SOCKET_BUFFER_BYTES = 8 << 20  # a window of the longest blocks, as the kernel counts memory
 MAX_DATAGRAM_BYTES = 9216
 RETRY_S = 1.0
@@ -28,7 +37,9 @@ _NOT_OPEN = -1
 class Link:
     """The socket, opened again by :meth:`tick` while it cannot be.
 
-    ``problem`` says what is wrong, or is empty.  Datagrams of others than the peer are dropped and counted.
+    ``problem`` says why it is not open, or is empty; ``refused`` why the kernel did not take the last datagram;
+    ``payload`` is the longest datagram in bytes that the interface takes, 0 while that is not known.  Datagrams of
+    others than the peer are dropped and counted.
     """
 
     def __init__(self, interface: str, address: str, port: int, peer: str) -> None:
@@ -36,6 +47,11 @@ class Link:
         self.problem = "the sync socket is not open yet"
         self.counters: collections.Counter[str] = collections.Counter()
         self.retry_at = 0.0
+        self.read_at = 0.0  # for the caller, as the next one
+        self.watched = 0
+        self.refused = ""
+        self.payload = 0
+        self.told = 0  # of it, for the caller
         self._local = (address, port)
         self._peer = (peer, port)
         self._family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -60,16 +76,29 @@ class Link:
             self._grow(sock, SO_SNDBUFFORCE, socket.SO_SNDBUF)  # a window at once, without waiting for the wire
             if self._family == socket.AF_INET:
                 sock.setsockopt(socket.IPPROTO_IP, IP_FREEBIND, 1)
+                sock.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, PMTUDISC_PROBE)
             else:
                 sock.setsockopt(socket.IPPROTO_IPV6, IPV6_FREEBIND, 1)
+                sock.setsockopt(socket.IPPROTO_IPV6, IPV6_MTU_DISCOVER, PMTUDISC_PROBE)
             sock.bind(self._local)
         except OSError as error:
             sock.close()
             self.problem = f"sync link {self.interface}: {error.strerror}: check the interface and address of link"
             return False
         self._sock = sock
-        self.problem = ""
+        self.problem = self.refused = ""
+        self.look()
         return True
+
+    def look(self) -> None:
+        """How long a datagram does the interface take now?"""
+        if self._sock is None:
+            return
+        try:
+            answer = fcntl.ioctl(self._sock.fileno(), SIOCGIFMTU, _IFREQ.pack(self.interface.encode(), 0))
+        except OSError:
+            return
+        self.payload = _IFREQ.unpack(answer)[1] - (IPV4_BYTES if self._family == socket.AF_INET else IPV6_BYTES)
 
     @staticmethod
     def _grow(sock: socket.socket, *options: int) -> None:
@@ -113,14 +142,26 @@ class Link:
         while self._queue:
             try:
                 self._sock.sendto(self._queue[0], self._peer)
+                if self.refused:
+                    self.refused = ""
             except (BlockingIOError, InterruptedError):
                 return
             except OSError as error:
-                self.counters["send_errors"] += 1
                 if error.errno in (errno.ENODEV, errno.EBADF):
+                    self.counters["send_errors"] += 1
                     self._lose(error)
                     return
+                self._refuse(error)
             self._queue.popleft()
+
+    def _refuse(self, error: OSError) -> None:
+        if error.errno == errno.EMSGSIZE:  # the interface takes less than a moment ago
+            self.counters["send_too_long"] += 1
+            self.look()
+            return
+        self.counters["send_errors"] += 1
+        if error.errno not in (errno.ENOBUFS, errno.ECONNREFUSED):
+            self.refused = error.strerror or "refused"
 
     @property
     def waiting(self) -> bool:

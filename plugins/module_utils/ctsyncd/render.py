@@ -213,7 +213,9 @@ def status_text(status: Mapping[str, Any]) -> str:
         rows.append(("virtual IP", f"{vip.get('address')} on {vip.get('interface')}, {held}"))
     if "mode" in status:
         rows.append(("mode", str(status["mode"]) + ("" if status.get("replicate", True) else ", replication off")))
-    rows.extend(("peer", _peer_text(peer)) for peer in status.get("peers") or ())
+    for peer in status.get("peers") or ():
+        rows.append(("peer", _peer_text(peer)))
+        rows.extend(("link", _link_text(link, peer.get("node"))) for link in peer.get("links") or ())
     flows = status.get("flows")
     if isinstance(flows, Mapping):
         rows.append(("flows", ", ".join(f"{_count(count)} {name}" for name, count in flows.items())))
@@ -238,6 +240,22 @@ def _peer_text(peer: Mapping[str, Any]) -> str:
         words.append(f"lag {events} changes, {_seconds(lag.get('age_s'))}" if events else "no lag")
     if peer.get("table"):
         words.append(str(peer["table"]))
+    return ", ".join(words)
+
+
+def _link_text(link: Mapping[str, Any], peer: Any) -> str:
+    state = str(link.get("state"))
+    if link.get("since_s") is not None:
+        state += f" for {_seconds(link['since_s'])}"
+    words = [f"{link.get('interface')} to {peer} ({link.get('address')}) is {state}"]
+    if link.get("carries"):
+        words.append("in use")
+    if link.get("rtt_ms") is not None:
+        words.append(f"round trip {link['rtt_ms']:.1f} ms")
+    if link.get("mtu"):
+        words.append(f"MTU {link['mtu']}")
+    if link.get("loss"):
+        words.append(f"{100 * link['loss']:.0f} % of the probes lost")
     return ", ".join(words)
 
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from . import wire
 from .crypto import Aead, Crypto
 from .errors import WireError
+from .paths import Paths
 
 WINDOW_BLOCKS = 512  # blocks that a receiver buffers ahead; the credit that it gives
 REPLAY_WINDOW = 1024  # datagrams that may arrive late
@@ -39,6 +40,7 @@ _RECENT_BLOCKS = 128  # over so many the share is taken
 _SAMPLES = 4  # of the round-trip time; a single one may be long because acknowledgements were lost
 _BACK_OFF = 4  # times that the time to a retransmission doubles; by then it is RETRANSMIT_MAX_S
 
+_ABOUT_LINKS = (wire.FRAME_PROBE, wire.FRAME_ECHO)
 # the longest HEARD, ACK and STATUS
 _NEWS_BYTES = 3 * wire.TLV_BYTES + 12 + 16 + wire.MAX_EARLY_BYTES + 6
 _MAX_PACKETS = 1 << 62  # per key; never reached, and refused rather than wrapped
@@ -127,6 +129,25 @@ class _Sealer:
         return header + digest + self._aead.seal(wire.aead_nonce(header, digest), plaintext, header)
 
 
+class _Parts:
+    """A block that comes in parts.  They may overlap: a link that takes less cuts a block into other ones."""
+
+    __slots__ = ("_came", "_records")
+
+    def __init__(self, total: int) -> None:
+        self._records = bytearray(total)
+        self._came = 0  # bit k: byte k
+
+    def add(self, part: wire.Part) -> bytes | None:
+        """All records, with the last part.  Raises WireError ``malformed``."""
+        length = len(part.records)
+        if part.total != len(self._records):
+            raise WireError("malformed", "part of a longer or shorter block")
+        self._records[part.offset : part.offset + length] = part.records
+        self._came |= ((1 << length) - 1) << part.offset
+        return bytes(self._records) if self._came == (1 << part.total) - 1 else None
+
+
 class _Established:
     """Everything that lives and dies with one pair of nonces."""
 
@@ -141,6 +162,7 @@ class _Established:
         # replay protection (RFC 4303, 3.4.3)
         self.highest = -1
         self.seen = 0
+        self.carried = -1  # the highest of those that brought more than probes of links
         # sending
         self.next_block = 0
         self.limit = WINDOW_BLOCKS
@@ -170,6 +192,7 @@ class _Established:
         self.sum = 0  # CRC-32 over the records of all blocks before it
         self.early: dict[int, bytes] = {}
         self.early_bits = 0  # bit k: block expected + 1 + k is in early
+        self.parts: dict[int, _Parts] = {}  # blocks of which parts came
         self.ack_at: float | None = None
         self.ack_sent = float("-inf")
         self.unacked = 0  # blocks since then
@@ -179,7 +202,8 @@ class Session:
     """The protocol engine towards one peer.
 
     ``secrets`` maps key ids to pre-shared keys (any of them opens, ``send_key`` seals); ``random`` gives n fresh random
-    bytes; ``payload`` is the largest datagram in bytes (UDP payload).
+    bytes; ``payload`` is the largest datagram in bytes (UDP payload), ``paths`` the links to the peer, if there are
+    more than one.
     """
 
     def __init__(
@@ -196,6 +220,7 @@ class Session:
         hello_interval_s: float = 0.2,
         dead_after_s: float = 1.0,
         now: float = 0.0,
+        paths: Paths | None = None,
     ) -> None:
         self.node = node
         self.peer = peer
@@ -207,7 +232,10 @@ class Session:
         self._send_key = send_key
         self._random = random
         self._version = version
-        self._payload = payload
+        self.paths = Paths(payload=payload) if paths is None else paths
+        self.paths.set_timers(hello_interval_s, dead_after_s)
+        self._payload = self.paths.payload
+        self._generation = self.paths.generation
         self._interval = hello_interval_s
         self._later = self._answers * hello_interval_s
         self._dead_after = dead_after_s
@@ -218,12 +246,14 @@ class Session:
         self._status = wire.Status(wire.ROLE_UNKNOWN, 0, 0)
         self._status_due = False
         self._out: list[bytes] = []
+        self._probes: list[tuple[int, bytes]] = []  # link and datagram: what goes over others than the chosen one
 
     def set_timers(self, hello_interval_s: float, dead_after_s: float) -> None:
         """Other timers, from the next sign of life on."""
         self._interval = hello_interval_s
         self._later = self._answers * hello_interval_s
         self._dead_after = dead_after_s
+        self.paths.set_timers(hello_interval_s, dead_after_s)
 
     # --- what the engine asks ----------------------------------------------------------------------------------------
 
@@ -238,8 +268,7 @@ class Session:
     @property
     def block_bytes(self) -> int:
         """Bytes of records that one block may carry."""
-        clear = wire.DATA_HEADER_BYTES + wire.DIGEST_BYTES
-        return self._payload - clear - wire.TAG_BYTES - wire.BLOCK_HEADER_BYTES
+        return self._payload - wire.DATA_OVERHEAD_BYTES - wire.BLOCK_HEADER_BYTES
 
     def credit(self) -> int:
         """Blocks that may be sent now without overrunning the peer's buffer or the way there."""
@@ -290,15 +319,15 @@ class Session:
 
     # --- input -------------------------------------------------------------------------------------------------------
 
-    def receive(self, datagram: bytes, now: float) -> list[NamedTuple]:
-        """Take a datagram; returns what it brought.  Never raises for what the datagram holds."""
+    def receive(self, datagram: bytes, now: float, link: int = 0) -> list[NamedTuple]:
+        """Take a datagram that came over a link; returns what it brought.  Never raises for what it holds."""
         events: list[NamedTuple] = []
         try:
             header = wire.decode_header(datagram)
             if header.kind == wire.HELLO:
                 self._receive_hello(header, datagram, now, events)
             else:
-                self._receive_data(header, datagram, now, events)
+                self._receive_data(header, datagram, now, link, events)
         except WireError as error:  # what came before it in the same datagram is taken already, and stays
             self.counters["dropped_" + error.kind] += 1
         return events
@@ -339,9 +368,14 @@ class Session:
         # the last word of the handshake: the peer may still wait for its own nonce to come back
         self._send_hello(sealer, peer_nonce)
         self._hello_at = now + self._interval
+        self._probes.clear()
+        self.paths.begin(now)
+        self._follow_paths(now)
         return SessionUp(hello.version, hello.capabilities)
 
-    def _receive_data(self, header: wire.Header, datagram: bytes, now: float, events: list[NamedTuple]) -> None:
+    def _receive_data(
+        self, header: wire.Header, datagram: bytes, now: float, link: int, events: list[NamedTuple]
+    ) -> None:
         session = self._established
         if session is None or header.sender != session.peer_nonce[:8]:
             if session is not None and not self.alive(now):
@@ -359,10 +393,15 @@ class Session:
         else:
             session.seen |= 1 << age
         self.last_seen = now
+        self.paths.heard_at[link] = now
         session.confirmed = True
         self.counters["datagrams_received"] += 1
         heard = None
         for kind, payload in wire.iter_tlv(plaintext):
+            if kind in _ABOUT_LINKS:
+                self._receive_about_links(kind, payload, link, now)
+                continue
+            session.carried = max(session.carried, number)
             if kind == wire.FRAME_BLOCK:
                 events.extend(self._receive_block(session, payload, now))
             elif kind == wire.FRAME_ACK:
@@ -382,6 +421,8 @@ class Session:
                     self._heartbeat_at = now
             elif kind == wire.FRAME_BYE:
                 events.append(PeerLeft())
+            elif kind == wire.FRAME_PART:
+                events.extend(self._receive_part(session, wire.decode_part(payload), now))
             else:
                 self.counters["skipped_unknown_frame"] += 1
 
@@ -417,19 +458,79 @@ class Session:
         """One of the nodes goes on from a state of the past (a virtual machine was restored from a snapshot): it said
         or acknowledged more in this session than it knows.  The session is worth nothing, its keys are used up."""
         self.counters["sessions_ended_" + why] += 1
-        self._established = None
+        self._end()
         self._hello = self._fresh_hello()
         self._hello_at = now
         self._out.clear()
 
+    def _end(self) -> None:
+        self._established = None
+        self.paths.end()
+        self._probes.clear()
+
+    def _receive_about_links(self, kind: int, payload: bytes, link: int, now: float) -> None:
+        if kind == wire.FRAME_PROBE:
+            known = self.paths.receive_probe(wire.decode_probe(payload), link, now)
+        else:
+            known = self.paths.receive_echo(wire.decode_echo(payload), link, now)
+            self._follow_paths(now)
+        if not known:
+            raise WireError("wrong_link")
+
+    def _follow_paths(self, now: float) -> None:
+        """Another link carries the session, or it takes other lengths than before."""
+        paths = self.paths
+        if self._generation == paths.generation:
+            return
+        self._generation = paths.generation
+        self._payload = paths.payload
+        session = self._established
+        if session is None:
+            return
+        failed_over, paths.failed_over = paths.failed_over, False
+        most = self._payload - wire.DATA_OVERHEAD_BYTES
+        for flight in session.in_flight.values():  # the oldest one first, but those that were known to be lost
+            if not flight.lost and (failed_over or len(flight.frame) > most):
+                flight.lost = True
+                session.outstanding -= 1
+                session.lost.append(flight)
+        # what was learned of one link does not hold for another one
+        session.srtt, session.shortest, session.queueing = None, float("inf"), 0.0
+        session.samples.clear()
+        if failed_over:
+            session.sent.clear()
+            session.window = min(max(session.window, SEND_WINDOW_FIRST), WINDOW_BLOCKS)
+            self._start_timer(session, now)
+            self._status_due = True  # the peer wants an acknowledgement
+
+    def _receive_part(self, session: _Established, part: wire.Part, now: float) -> list[NamedTuple]:
+        self.counters["parts_received"] += 1
+        number = part.block
+        if not self._wanted(session, number, now):
+            return []
+        parts = session.parts.get(number)
+        if parts is None:
+            parts = session.parts[number] = _Parts(part.total)
+        records = parts.add(part)
+        return [] if records is None else self._take_block(session, number, records, now)
+
     def _receive_block(self, session: _Established, payload: bytes, now: float) -> list[NamedTuple]:
         number, records = wire.decode_block(payload)
+        return self._take_block(session, number, records, now) if self._wanted(session, number, now) else []
+
+    def _wanted(self, session: _Established, number: int, now: float) -> bool:
+        """Is this block missing?  Raises WireError ``over_credit``."""
         if number >= session.expected + WINDOW_BLOCKS:
             raise WireError("over_credit")
         if number < session.expected or number in session.early:
             self.counters["blocks_duplicate"] += 1
             self._ack_soon(session, now)
-            return []
+            return False
+        return True
+
+    def _take_block(self, session: _Established, number: int, records: bytes, now: float) -> list[NamedTuple]:
+        if session.parts:
+            session.parts.pop(number, None)
         self.counters["blocks_received"] += 1
         session.unacked += 1
         if number != session.expected:
@@ -552,14 +653,46 @@ class Session:
         self.counters["bytes_sent"] += sum(map(len, out))
         return out
 
+    def route(self, datagrams: list[bytes]) -> list[tuple[int, list[bytes]]]:
+        """Link by link, what :meth:`poll` gave and what goes over other links besides.
+
+        A HELLO goes over all of them: before a session nothing is known of any.
+        """
+        chosen = self.paths.chosen
+        routed = [(chosen, datagrams)] if datagrams else []
+        if len(self.paths) > 1:
+            hellos = [datagram for datagram in datagrams if datagram[1] == wire.HELLO]
+            if hellos:
+                routed.extend((link, hellos) for link in range(len(self.paths)) if link != chosen)
+            routed.extend((link, [datagram]) for link, datagram in self._probes)
+            self._probes.clear()
+        return routed
+
     def _poll_established(self, session: _Established, now: float) -> None:
         if not session.confirmed and now >= self._hello_at:
             self._send_hello(session.hello, session.peer_nonce)
             self._hello_at = now + self._interval
-        self._poll_retransmissions(session, now)
+        paths = self.paths
+        if now >= paths.due:
+            paths.examine(now)
+            self._follow_paths(now)
         frames = self._news(session, now)
         if frames:
             self._send(session, frames)
+        if now >= paths.due:
+            self._poll_paths(session, now)
+        self._poll_retransmissions(session, now)
+
+    def _poll_paths(self, session: _Established, now: float) -> None:
+        for link, frames in self.paths.poll(now):
+            if link == self.paths.chosen:
+                self._send(session, frames)
+            else:
+                datagram = session.sealer.seal(frames)
+                self.counters["datagrams_sent"] += 1
+                self.counters["bytes_sent"] += len(datagram)
+                self._probes.append((link, datagram))
+        self._follow_paths(now)  # a link may take less now
 
     def _news(self, session: _Established, now: float, riding: bool = False) -> bytes:
         """The acknowledgement and the status, where they are due; both a little early if they are ``riding`` on a
@@ -573,7 +706,7 @@ class Session:
         if not due:
             return b""
         # The number first: to a node in a state of the past the rest makes no sense.
-        frames = wire.encode_heard(wire.Heard(session.highest, session.sum)) if session.highest >= 0 else b""
+        frames = wire.encode_heard(wire.Heard(session.carried, session.sum)) if session.carried >= 0 else b""
         frames += wire.encode_ack(self._ack(session))  # with each status: that heals a lost acknowledgement
         session.ack_at = None
         session.ack_sent = now
@@ -582,6 +715,8 @@ class Session:
             frames += wire.encode_status(self._status)
             self._status_due = False
             self._heartbeat_at = now + self._interval + self._later
+            if not riding:
+                frames += self.paths.riding(now, self._payload - wire.DATA_OVERHEAD_BYTES - len(frames))
         return frames
 
     def _poll_retransmissions(self, session: _Established, now: float) -> None:
@@ -592,6 +727,7 @@ class Session:
         if session.in_flight and now >= session.timeout_at:
             # Nothing came back for long.  What is sent now is to make the peer say what it has: no more is known.
             count = 1
+            self.paths.suspect(now)
             if session.timeouts:
                 count = TIMEOUT_BLOCKS
                 session.window = max(session.window // 2, SEND_WINDOW_MIN)
@@ -614,8 +750,21 @@ class Session:
         flight.lost = False
         flight.sent = now
         flight.number = session.sealer.number
+        if len(flight.frame) > self._payload - wire.DATA_OVERHEAD_BYTES:
+            self._send_parts(session, flight)
+        else:
+            self._send(session, flight.frame + more)
         session.sent.append((flight.number, flight))
-        self._send(session, flight.frame + more)
+
+    def _send_parts(self, session: _Established, flight: _InFlight) -> None:
+        """The links take less than when the block was made.  ``flight.number`` becomes that of its last datagram."""
+        number, records = wire.decode_block(flight.frame[wire.TLV_BYTES :])
+        room = self._payload - wire.DATA_OVERHEAD_BYTES - wire.PART_HEADER_BYTES
+        for offset in range(0, len(records), room):
+            flight.number = session.sealer.number
+            part = wire.Part(number, offset, len(records), records[offset : offset + room])
+            self._send(session, wire.encode_part(part))
+            self.counters["parts_sent"] += 1
 
     def _send_again(self, session: _Established, flight: _InFlight, now: float) -> None:
         flight.again = True
@@ -625,13 +774,15 @@ class Session:
     def next_deadline(self) -> float:
         """When :meth:`poll` wants to be called next (monotonic seconds); 0 for at once."""
         session = self._established
-        if self._out:
+        if self._out or self._probes:
             return 0.0
         if session is None:
             return self._hello_at
         if session.lost and session.outstanding < session.window:
             return 0.0
-        deadline = self._heartbeat_at if session.confirmed else min(self._heartbeat_at, self._hello_at)
+        deadline = min(self._heartbeat_at, self.paths.due)
+        if not session.confirmed:
+            deadline = min(deadline, self._hello_at)
         if session.ack_at is not None:
             deadline = min(deadline, session.ack_at)
         if session.in_flight:
@@ -645,7 +796,7 @@ class Session:
     def _send(self, session: _Established, frames: bytes) -> None:
         self._out.append(session.sealer.seal(frames))
         if session.sealer.number > _MAX_PACKETS:  # fresh keys long before a nonce could repeat
-            self._established = None
+            self._end()
 
     def _send_hello(self, sealer: _Sealer, echo: bytes) -> None:
         self._out.append(sealer.seal(wire.encode_hello(wire.Hello(echo, self.node, 0, self._version))))

@@ -19,14 +19,13 @@ EARLY_FLOWS = 16_384  # not replicated yet, of which extras are kept (some 200 b
 
 
 class Source:
-    """``announced``: keys of flows that the peer was told of.  ``told``: how many there were so far.
+    """``announced``: keys of flows that the peer was told of.
 
     ``early``: extras of flows that are not announced yet (the kernel tells most of them only once), the oldest first.
     """
 
     def __init__(self, situation: Situation, dumps: Dumps, peer: Peer) -> None:
         self.announced: set[bytes] = set()
-        self.told = 0
         self.early: collections.OrderedDict[bytes, bytes] = collections.OrderedDict()
         self._situation = situation
         self._dumps = dumps
@@ -76,10 +75,7 @@ class Source:
             self._put_rows(key_len, chosen, now)
 
     def _put_rows(self, key_len: int, rows: Mapping[bytes, bytes], now: float) -> None:
-        announced = self.announced
-        known = len(announced)
-        announced.update(rows)
-        self.told += len(announced) - known
+        self.announced.update(rows)
         pending = self._peer.pending
         early = self.early.keys() & rows.keys() if self.early else ()
         if early:
@@ -119,7 +115,6 @@ class Source:
             key, value, extras = pack(flow)
             if self.early:
                 extras = merge_extras(self.early.pop(key, b""), extras)
-            self.told += key not in self.announced
             self.announced.add(key)
             self._peer.pending.put_flow(key, value, extras, now)
 

@@ -35,6 +35,7 @@ _HELLO_TAIL = struct.Struct("!16sQ")  # sender's nonce, packet number
 _DATA_TAIL = struct.Struct("!8sQ")  # session: first half of the sender's nonce, packet number
 HELLO_HEADER_BYTES = _COMMON.size + _HELLO_TAIL.size
 DATA_HEADER_BYTES = _COMMON.size + _DATA_TAIL.size
+DATA_OVERHEAD_BYTES = DATA_HEADER_BYTES + DIGEST_BYTES + TAG_BYTES  # of a datagram, beside its frames
 
 # Frames inside a sealed DATA datagram
 FRAME_BLOCK = 1
@@ -42,6 +43,9 @@ FRAME_ACK = 2
 FRAME_STATUS = 3
 FRAME_BYE = 4
 FRAME_HEARD = 5
+FRAME_PROBE = 6
+FRAME_ECHO = 7
+FRAME_PART = 8
 
 # Records inside a block
 RECORD_ROWS = 1
@@ -261,6 +265,89 @@ def decode_heard(payload: bytes) -> Heard:
     if len(payload) < _HEARD.size:
         raise WireError("malformed", "heard: truncated")
     return Heard(*_HEARD.unpack_from(payload))
+
+
+class Probe(NamedTuple):
+    """Asks whether ``link`` (its place in the lists of both nodes, from 0) carries datagrams of this length.
+
+    ``number`` counts the probes of a link; ``at_once``: the answer must not wait for the next heartbeat.
+    """
+
+    link: int
+    at_once: bool
+    number: int
+
+
+_PROBE = struct.Struct("!BBI")
+_PROBE_AT_ONCE = 0x01
+PROBE_BYTES = TLV_BYTES + _PROBE.size
+
+
+def encode_probe(probe: Probe, length: int = 0) -> bytes:
+    """The frame, with zeros up to ``length`` bytes (as far as it is shorter)."""
+    payload = _PROBE.pack(probe.link, _PROBE_AT_ONCE if probe.at_once else 0, probe.number)
+    return tlv(FRAME_PROBE, payload.ljust(length - TLV_BYTES, b"\0"))
+
+
+def decode_probe(payload: bytes) -> Probe:
+    """What follows is there for its length only.  Raises WireError ``malformed``."""
+    if len(payload) < _PROBE.size:
+        raise WireError("malformed", "probe: truncated")
+    link, flags, number = _PROBE.unpack_from(payload)
+    return Probe(link, bool(flags & _PROBE_AT_ONCE), number)
+
+
+class Echo(NamedTuple):
+    """Probe ``number`` of ``link`` came, ``delay`` microseconds before this was sent."""
+
+    link: int
+    number: int
+    delay: int
+
+
+_ECHO = struct.Struct("!BII")
+ECHO_BYTES = TLV_BYTES + _ECHO.size
+_LONGEST_DELAY = 0xFFFFFFFF
+
+
+def encode_echo(echo: Echo) -> bytes:
+    return tlv(FRAME_ECHO, _ECHO.pack(echo.link, echo.number, min(echo.delay, _LONGEST_DELAY)))
+
+
+def decode_echo(payload: bytes) -> Echo:
+    """Longer payloads come from newer peers and are accepted.  Raises WireError ``malformed``."""
+    if len(payload) < _ECHO.size:
+        raise WireError("malformed", "echo: truncated")
+    return Echo(*_ECHO.unpack_from(payload))
+
+
+class Part(NamedTuple):
+    """Bytes of a block's records from ``offset`` on; they are ``total`` bytes."""
+
+    block: int
+    offset: int
+    total: int
+    records: bytes
+
+
+_PART = struct.Struct("!QHH")
+PART_HEADER_BYTES = TLV_BYTES + _PART.size
+MAX_BLOCK_BYTES = 9216  # of records, put together out of parts
+
+
+def encode_part(part: Part) -> bytes:
+    return tlv(FRAME_PART, _PART.pack(*part[:3]) + part.records)
+
+
+def decode_part(payload: bytes) -> Part:
+    """Raises WireError ``malformed``."""
+    if len(payload) <= _PART.size:
+        raise WireError("malformed", "part: truncated")
+    block, offset, total = _PART.unpack_from(payload)
+    records = payload[_PART.size :]
+    if total > MAX_BLOCK_BYTES or offset + len(records) > total:
+        raise WireError("malformed", "part: beyond its block")
+    return Part(block, offset, total, records)
 
 
 # --- records ---------------------------------------------------------------------------------------------------------

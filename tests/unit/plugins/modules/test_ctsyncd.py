@@ -73,6 +73,7 @@ def test_every_option_of_the_daemon_is_an_option_of_the_module_with_the_same_def
     for name, table in (
         ("peers", daemon_config.PEER_OPTIONS),
         ("link", daemon_config.LINK_OPTIONS),
+        ("links", daemon_config.LINK_OPTIONS),
         ("virtual_ips", daemon_config.VIRTUAL_IP_OPTIONS),
         ("filter", daemon_config.FILTER_OPTIONS),
     ):
@@ -149,7 +150,6 @@ def test_unit_keeps_its_promises():
         "Before=keepalived.service",
         "ExecStartPre=/usr/sbin/ctsyncd -C /etc/ctsyncd/ctsyncd.conf gate --not-ready",
         "ExecStopPost=/usr/sbin/ctsyncd -C /etc/ctsyncd/ctsyncd.conf gate --not-ready",
-        "ExecStartPost=-+/usr/bin/chrt --rr --pid 1 $MAINPID",  # where it is refused the service runs nevertheless
         "Restart=always",
         "StartLimitIntervalSec=0",
         "User=ctsyncd",

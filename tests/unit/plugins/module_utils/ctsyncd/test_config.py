@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import pathlib
+from typing import Any
 
 import pytest
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import config
@@ -27,14 +28,18 @@ GOOD = {
 }
 
 
-def changed(path: str, value: object) -> str:
-    """GOOD with one value changed; ``path`` as in the error texts."""
-    document = copy.deepcopy(GOOD)
-    place = document
-    *parents, last = path.replace("[", ".[").split(".")
+def change(document: Any, path: str, value: object) -> None:
+    """``path`` as in the error texts."""
+    *parents, last = (int(part[1:-1]) if part[0] == "[" else part for part in path.replace("[", ".[").split("."))
     for part in parents:
-        place = place[int(part[1:-1])] if part.startswith("[") else place[part]
-    place[last] = value
+        document = document[part]
+    document[last] = value
+
+
+def changed(path: str, value: object) -> str:
+    """GOOD with one value changed."""
+    document = copy.deepcopy(GOOD)
+    change(document, path, value)
     return json.dumps(document)
 
 
@@ -47,9 +52,8 @@ def problems(text: str) -> list[str]:
 def test_good_configuration_is_read_with_defaults() -> None:
     settings = config.parse(json.dumps(GOOD))
     assert settings.node == "fw1"
-    assert settings.peer == config.Peer("fw2", "192.168.100.2")
-    assert settings.peer.packed == bytes((192, 168, 100, 2))
-    assert settings.link == config.Link("eth2", "192.168.100.1", 3781)
+    assert settings.peer == config.Peer("fw2", ("192.168.100.2",))
+    assert settings.links == (config.Link("eth2", "192.168.100.1", 3781),)
     assert [vip.interface for vip in settings.virtual_ips] == ["eth1", "eth0"]
     assert dict(settings.keys) == {1: "key-1"}
     assert [str(network) for network in settings.ignore_addresses] == ["192.168.100.0/24", "fd00:c0de:64::/64"]
@@ -61,12 +65,12 @@ def test_good_configuration_is_read_with_defaults() -> None:
 def test_defaults_of_the_table_are_those_of_the_object() -> None:
     """A configuration in which nothing optional stands equals the object made with its own defaults."""
     needed = {option.key for option in config.OPTIONS if option.default is config.REQUIRED}
-    read = config.parse(json.dumps({key: GOOD[key] for key in needed}))
+    read = config.parse(json.dumps({key: GOOD[key] for key in (*needed, "link")}))
     made = config.Config(
-        node=read.node, peers=read.peers, link=read.link, virtual_ips=read.virtual_ips, keys=read.keys, send_key=1
+        node=read.node, peers=read.peers, links=read.links, virtual_ips=read.virtual_ips, keys=read.keys, send_key=1
     )
     assert read == made
-    assert {option.key for option in config.OPTIONS} == set(config.Config.__dataclass_fields__)
+    assert {option.key for option in config.OPTIONS} == {*config.Config.__dataclass_fields__, "link"}
 
 
 @pytest.mark.parametrize(
@@ -134,6 +138,8 @@ def test_defaults_of_the_table_are_those_of_the_object() -> None:
         ("filter", {"zones": [0, 65536]}, ["filter.zones[1]", "65536", "from 0 to 65535"]),
         ("lag_limit_ms", 0, ["lag_limit_ms", "from 100 to 600000"]),
         ("dead_after_ms", 300, ["dead_after_ms", "300", "at least 1000"]),
+        ("links", [{"interface": "eth3", "address": "10.0.0.1"}], ["links", "stands beside link"]),
+        ("peers[0].addresses", ["192.168.100.2"], ["peers[0].addresses", "stands beside address"]),
         ("log_level", "trace", ["log_level", "trace", "debug, info, warning, error"]),
     ],
 )
@@ -186,6 +192,73 @@ def test_key_material_in_place_of_a_file_is_not_repeated() -> None:
 )
 def test_what_is_not_a_configuration(text: str, says: str) -> None:
     assert says in problems(text)[0]
+
+
+LINKS = [
+    {"interface": "eth2", "address": "192.168.100.1"},
+    {"interface": "eth3", "address": "fd00:c0de:65::1", "port": 4000},
+]
+
+
+def several(path: str = "", value: object = None) -> dict[str, Any]:
+    document = {**copy.deepcopy(GOOD), "links": copy.deepcopy(LINKS)}
+    del document["link"]
+    document["peers"] = [{"node": "fw2", "addresses": ["192.168.100.2", "fd00:c0de:65::2"]}]
+    if path:
+        change(document, path, value)
+    return document
+
+
+def test_several_links_in_the_order_of_preference() -> None:
+    settings = config.parse(json.dumps(several()))
+    assert settings.links == (
+        config.Link("eth2", "192.168.100.1", 3781),
+        config.Link("eth3", "fd00:c0de:65::1", 4000),
+    )
+    assert settings.peer == config.Peer("fw2", ("192.168.100.2", "fd00:c0de:65::2"))
+    single = config.parse(json.dumps(GOOD))
+    assert [option.key for option in single.differences(settings)] == ["peers", "links"]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        ("links", [], ["links", "non-empty list"]),
+        ("links", LINKS[0], ["links", "list"]),
+        ("links", LINKS * 5, ["links", "10 links", "8 at most"]),
+        ("links[1].interface", "eth2", ["links[1].interface", "eth2 stands more than once", "its own interface"]),
+        ("links[1].address", "192.168.100.1", ["links[1].address", "stands more than once"]),
+        ("links[1].port", 0, ["links[1].port", "from 1 to 65535"]),
+        ("peers[0].addresses", ["192.168.100.2"], ["peers[0].addresses", "1 for 2 links", "in the order of links"]),
+        ("peers[0].addresses", "192.168.100.2", ["peers[0].addresses", "list of addresses"]),
+        ("peers[0].addresses[0]", "x", ["peers[0].addresses[0]", "not an IPv4 or IPv6 address"]),
+        ("peers[0].addresses[0]", "fd00::2", ["peers[0].addresses[0]", "same family", "links[0].address"]),
+        ("peers[0].addresses[1]", "192.168.100.2", ["peers[0].addresses[1]", "also peers[0].addresses[0]"]),
+        ("peers[0].addresses[1]", "fd00:c0de:65::1", ["peers[0].addresses[1]", "this node's own address"]),
+        ("peers[0].address", "192.168.100.2", ["peers[0].addresses", "stands beside address"]),
+        ("peers", [{"node": "fw2"}], ["peers[0].addresses", "is missing", "in the order of links"]),
+        ("peers", [{"node": "fw2", "address": "192.168.100.2"}], ["peers[0].addresses", "is missing"]),
+        ("virtual_ips[0].address", "fd00:c0de:65::2", ["virtual_ips", "belongs to no node"]),
+    ],
+)
+def test_a_mistake_in_several_links_is_named_with_its_remedy(path: str, value: object, says: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.parse(json.dumps(several(path, value)))
+    assert len(caught.value.problems) == 1, caught.value.problems
+    for word in says:
+        assert word in caught.value.problems[0]
+
+
+def test_no_link_at_all() -> None:
+    assert problems(json.dumps({key: value for key, value in GOOD.items() if key != "link"})) == [
+        "configuration: link: is missing: write this node's end of the sync link, or several of them as links"
+    ]
+
+
+def test_addresses_need_links() -> None:
+    document = {**GOOD, "peers": [{"node": "fw2", "addresses": ["192.168.100.2"]}]}
+    with pytest.raises(ConfigError, match=r"peers\[0\].address: is missing.*addresses goes with links"):
+        config.parse(json.dumps(document))
 
 
 def test_a_link_local_virtual_ip_may_stand_on_every_interface() -> None:

@@ -150,3 +150,38 @@ def test_vanished_interface_closes_the_socket_and_says_so(port: int, act: str) -
     assert sock.closed
     assert not link.is_open
     assert link.problem.startswith("sync link lo: ")
+
+
+def test_datagrams_are_never_fragmented_and_what_the_interface_does_not_take_is_told(link: Link) -> None:
+    """Loopback takes 65536 bytes, headers included; a socket of UDP takes nothing longer than 65507."""
+    assert link.payload == 65536 - 28
+    discover = link._sock.getsockopt(socket.IPPROTO_IP, links.IP_MTU_DISCOVER)  # type: ignore[union-attr]
+    assert discover == links.PMTUDISC_PROBE
+    link.payload = 0
+    link.send([bytes(65_508), b"short"])
+    assert link.counters["send_too_long"] == 1
+    assert link.payload == 65536 - 28  # looked up anew
+    assert link.refused == ""
+    assert not link.waiting
+
+
+def test_ipv6_has_longer_headers(port: int) -> None:
+    link = Link("lo", "::1", port, "::2")
+    assert link.open(0.0), link.problem
+    assert link.payload == 65536 - 48
+    assert link._sock.getsockopt(socket.IPPROTO_IPV6, links.IPV6_MTU_DISCOVER) == links.PMTUDISC_PROBE  # type: ignore[union-attr]
+    link.close()
+
+
+@pytest.mark.parametrize(("number", "refused"), [(errno.ENETDOWN, True), (errno.EPERM, True), (errno.ENOBUFS, False)])
+def test_what_the_kernel_refuses_is_known_until_it_takes_something(port: int, number: int, refused: bool) -> None:
+    link = Link("lo", HERE, port, THERE)
+    sock = Broken(number)
+    link._sock = sock  # type: ignore[assignment]
+    link.send([b"x"])
+    assert bool(link.refused) == refused
+    assert link.counters["send_errors"] == 1
+    assert link.is_open
+    sock.number = 0
+    link.send([b"y"])
+    assert link.refused == ""

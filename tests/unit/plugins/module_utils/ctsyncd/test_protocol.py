@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import pytest
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import rows, wire
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import paths, rows, wire
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import session as sessions
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.crypto import LibraryCrypto
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.errors import WireError
@@ -81,7 +81,7 @@ def reproduced() -> dict[str, str]:
     assert len(fw2.receive(data0, 0.0)) == 1
     assert fw2.receive(data1, 0.0) == [BlockReceived(records)]
     fw2.set_status(wire.Status(wire.ROLE_BACKUP, wire.STATUS_REPLICATES, 1))
-    (data2,) = (datagram for datagram in fw2.poll(0.1) if datagram[1] == wire.DATA)
+    (data2,) = (datagram for datagram in fw2.poll(0.01) if datagram[1] == wire.DATA)
     raw = {
         "pre-shared key": SECRET,
         "1: fw1 to fw2, HELLO": hello1,
@@ -98,6 +98,9 @@ def reproduced() -> dict[str, str]:
         "GONE of 24 flows": wire.encode_gone(13, b"".join(flow.key for flow in MANY)),
         "ACK of 0 to 4, 6, 7 and 15": wire.encode_ack(wire.Ack(5, 517, 0b1000000011)),
         "HEARD of 0 and 1, and of the records of 5": wire.encode_heard(wire.Heard(1, zlib.crc32(records))),
+        "PROBE 258 of link 1, at once, 16 bytes": wire.encode_probe(wire.Probe(1, True, 258), 16),
+        "ECHO of it, after 1 ms": wire.encode_echo(wire.Echo(1, 258, 1000)),
+        "PART of block 5, from byte 7 on, of 10": wire.encode_part(wire.Part(5, 7, 10, b"abc")),
     }
     return {name: value.hex() for name, value in raw.items()}
 
@@ -235,7 +238,7 @@ def test_numbers_of_the_document_are_those_of_the_code() -> None:
     stated = dict(re.findall(r"^\| `([A-Z_]+)` \| ([0-9.]+) ", text, re.MULTILINE))
     assert len(stated) >= 20
     for name, value in stated.items():
-        module = sessions if hasattr(sessions, name) else wire
+        module = next(module for module in (sessions, paths, wire) if hasattr(module, name))
         assert getattr(module, name) == float(value), name
 
 

@@ -268,6 +268,21 @@ def test_status_begins_with_the_verdict() -> None:
     assert "  transition  to active, 12.1 s ago" in lines
 
 
+def test_status_shows_each_link() -> None:
+    one = {"interface": "eth2", "address": "192.168.100.2", "state": "up", "since_s": 3.21, "carries": True}
+    two = {"interface": "eth3", "address": "fd00::2", "state": "down", "since_s": None, "carries": False}
+    peer = {
+        "node": "fw2",
+        "links": [
+            {**one, "rtt_ms": 0.25, "mtu": 1428, "loss": 0.0},
+            {**two, "rtt_ms": None, "mtu": 1280, "loss": 0.125},
+        ],
+    }
+    lines = render.status_text({**STATUS, "peers": [peer]}).splitlines()
+    assert "  link        eth2 to fw2 (192.168.100.2) is up for 3.2 s, in use, round trip 0.2 ms, MTU 1428" in lines
+    assert "  link        eth3 to fw2 (fd00::2) is down, MTU 1280, 12 % of the probes lost" in lines
+
+
 @pytest.mark.parametrize("missing", sorted(STATUS))
 def test_status_of_another_version_is_still_readable(missing: str) -> None:
     partial = {key: value for key, value in STATUS.items() if key != missing}

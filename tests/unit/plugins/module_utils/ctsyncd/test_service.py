@@ -23,8 +23,8 @@ from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.errors 
 def settings(place: str) -> config.Config:
     return config.Config(
         node="fw1",
-        peers=(config.Peer("fw2", "192.168.100.2"),),
-        link=config.Link("eth2", "192.168.100.1", 3781),
+        peers=(config.Peer("fw2", ("192.168.100.2",)),),
+        links=(config.Link("eth2", "192.168.100.1", 3781),),
         virtual_ips=(config.VirtualIp("eth1", "192.168.0.100"),),
         keys={7: place},
         send_key=7,

@@ -276,6 +276,9 @@ DECODERS: dict[str, Callable[[bytes], object]] = {
     "block": wire.decode_block,
     "status": wire.decode_status,
     "heard": wire.decode_heard,
+    "probe": wire.decode_probe,
+    "echo": wire.decode_echo,
+    "part": wire.decode_part,
     "bulk begin": wire.decode_bulk_begin,
     "bulk end": wire.decode_bulk_end,
     "conditions": wire.decode_conditions,
@@ -357,6 +360,9 @@ def test_what_a_hostile_peer_sends_cannot_stop_the_printer_or_the_kernel_codec(d
         ("hello", wire.encode_hello(wire.Hello(bytes(16), "fw1", 0, "1"))[:32]),
         ("status", wire.encode_status(wire.Status(2, 3, 4))[3:]),
         ("heard", wire.encode_heard(wire.Heard(5, 6))[3:]),
+        ("probe", wire.encode_probe(wire.Probe(1, True, 7))[3:]),
+        ("echo", wire.encode_echo(wire.Echo(1, 7, 8))[3:]),
+        ("part", wire.encode_part(wire.Part(5, 6, 7, b"r"))[3:]),
         ("bulk begin", wire.encode_bulk_begin(7)[3:]),
         ("bulk end", wire.encode_bulk_end(7, 8)[3:]),
         ("ack", wire.encode_ack(wire.Ack(4, 9, 0))[3:]),
@@ -396,6 +402,31 @@ def test_ack_of_more_than_a_receiver_keeps_is_refused() -> None:
     assert wire.decode_ack(payload).early == 1 << 511
     with pytest.raises(WireError, match="81 bytes"):
         wire.decode_ack(payload + b"\1")
+
+
+def test_a_probe_is_as_long_as_it_is_asked_to_be() -> None:
+    for length in (0, 5, 9, 10, 1360):
+        frame = wire.encode_probe(wire.Probe(3, True, 1 << 31), length)
+        assert len(frame) == max(length, wire.PROBE_BYTES)
+        assert wire.decode_probe(frame[3:]) == wire.Probe(3, True, 1 << 31)
+    assert wire.decode_probe(wire.encode_probe(wire.Probe(0, False, 0))[3:]) == wire.Probe(0, False, 0)
+
+
+def test_an_echo_that_waited_for_long_says_so() -> None:
+    assert wire.decode_echo(wire.encode_echo(wire.Echo(1, 2, 1 << 40))[3:]) == wire.Echo(1, 2, 0xFFFFFFFF)
+
+
+@pytest.mark.parametrize(
+    ("offset", "total", "good"), [(0, 3, True), (6, 9, True), (7, 9, False), (9213, 9216, True), (9214, 9217, False)]
+)
+def test_a_part_lies_within_its_block(offset: int, total: int, good: bool) -> None:
+    part = wire.Part(1 << 40, offset, total, b"abc")
+    payload = wire.encode_part(part)[3:]
+    if good:
+        assert wire.decode_part(payload) == part
+    else:
+        with pytest.raises(WireError, match="malformed"):
+            wire.decode_part(payload)
 
 
 def test_unknown_fields_are_skipped_and_longer_heartbeats_read() -> None:
