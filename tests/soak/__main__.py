@@ -27,6 +27,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 TOOLS = ("ip", "iptables", "ip6tables", "conntrack", "keepalived", "mount")
 SESSIONS = 200
 MOST = 10  # complaints of a kind in a record
+LONGEST_PLAN = 10_000  # steps
 CONTROL_S = 3.0  # patience with sessions that are expected to be dead
 
 
@@ -196,7 +197,7 @@ class Run:
 def _chosen(options: argparse.Namespace) -> Iterator[plan.Step]:
     """The plan's steps, without those that the options leave out."""
     steps: Iterator[plan.Step] = plan.steps(options.seed, options.minutes)
-    steps = itertools.islice(steps, options.first - 1, None)
+    steps = itertools.islice(steps, options.first - 1, LONGEST_PLAN)
     if options.only:
         steps = (step for step in steps if step.fault in options.only)
     return itertools.islice(steps, options.steps or None)

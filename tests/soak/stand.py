@@ -249,6 +249,9 @@ class Stand:
 
         # what the backup's kernel has and the active one's has not counts where it could take over: with an answer seen
         known = {**meant(kernel), **{key: value for key, value in kernel.items() if value[0] and _through(key)}}
+        # a connection that is over is not listed by the active node; the backup forgets it when it leaves that kernel
+        over = (kernel_before.keys() | kernel_after.keys()) - before.keys() - after.keys()
+        copy = {key: value for key, value in copy.items() if key not in over}
         return [
             *(f"the backup {what}" for what in judge.differences(before, copy, after)),
             *(f"the backup's kernel {what}" for what in judge.differences(meant(kernel_before), known, kernel_after)),
