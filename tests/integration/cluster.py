@@ -99,11 +99,15 @@ class Daemon:
         assert self.process is not None
         assert self.process.wait(30) == 0, self.log()
 
-    def ask(self, *argv: str) -> str:
+    def run(self, *argv: str) -> tuple[int, str]:
+        """The command's exit status and its output."""
         done = subprocess.run(
             self._command(*argv), cwd=self.package, env=self.environment, capture_output=True, text=True, check=False
         )
-        return done.stdout
+        return done.returncode, done.stdout
+
+    def ask(self, *argv: str) -> str:
+        return self.run(*argv)[1]
 
     def status(self) -> dict[str, Any]:
         """The daemon's; where nobody answers the fields that tests ask for are empty."""

@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 from typing import Any, Iterator, NoReturn, Sequence
 
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.control import ControlError
+
 from . import faults, judge, plan, report
 from .stand import Stand, Trouble, stand
 
@@ -80,23 +82,33 @@ class Run:
         steps = _chosen(options)
         with tempfile.TemporaryDirectory(prefix="ctsync-s-") as folder:
             for life in itertools.count():
-                with stand(Path(folder, str(life)), options.seed, options.sessions) as here:
-                    self.say(f"the pair is READY, {here.sessions} sessions stand")
-                    step: plan.Step | None = None
-                    while self.at() < options.minutes * 60:
-                        step = next(steps, None)
-                        if step is None or not self._step(here, step):
+                try:
+                    with stand(Path(folder, str(life)), options.seed, options.sessions) as here:
+                        if self._live(here, steps):
+                            self._end(here)
                             break
-                    else:
-                        step = None
-                    if step is None:
-                        self._end(here)
-                        break
-                if self.at() >= options.minutes * 60:
+                except (Trouble, AssertionError, OSError, ControlError) as error:
+                    self.record("end", complaints=[f"no pair could be built: {error}"])
+                    break
+                if not self._time_left():
                     self.record("end", complaints=["the last fault left nothing to judge"])
                     break
         self._cost()
         return self._conclude(judge.verdict(self.records))
+
+    def _time_left(self) -> bool:
+        return self.at() < self.options.minutes * 60
+
+    def _live(self, here: Stand, steps: Iterator[plan.Step]) -> bool:
+        """Faults on one pair; False where it is not fit for more."""
+        self.say(f"the pair is READY, {here.sessions} sessions stand")
+        while self._time_left():
+            step = next(steps, None)
+            if step is None:
+                break
+            if not self._step(here, step):
+                return False
+        return True
 
     def _step(self, here: Stand, step: plan.Step) -> bool:
         """One fault; False if something was wrong: the next one gets a new pair."""
@@ -111,8 +123,8 @@ class Run:
             active, backup = here.ready("both nodes to be READY after the fault")
             took = self.at() - began
             here.weather()
-            complaints += here.lost() + here.equal(active, backup)
-        except (Trouble, AssertionError, OSError, here.NoAnswer, subprocess.SubprocessError) as error:
+            complaints += here.lost() + here.equal(active, backup) + here.verified(backup)
+        except (Trouble, AssertionError, OSError, ControlError, subprocess.SubprocessError) as error:
             took = self.at() - began
             complaints.append(str(error))
         complaints += here.dead() + self._new_in_logs(here)
@@ -151,11 +163,12 @@ class Run:
             active, backup = here.ready("both nodes to be READY in the end")
             self.samples += [here.sample(daemon, self.at()) for daemon in here.daemons]
             complaints += here.lost() + here.equal(active, backup)
+            complaints += here.verified(active) + here.verified(backup)
             lives = judge.growth(self.samples)
             complaints += [f"ctsyncd on {life.node}: {complaint}" for life in lives for complaint in life.complaints]
             self.say("the active node goes while the backup knows nothing: every session has to be seen to die")
             complaints += faults.unready_take_over(here)
-        except (Trouble, AssertionError, OSError, here.NoAnswer) as error:
+        except (Trouble, AssertionError, OSError, ControlError) as error:
             complaints.append(str(error))
             self.keep_logs(here, 0)
         self.record("end", complaints=complaints[: 2 * MOST])

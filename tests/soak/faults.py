@@ -19,6 +19,7 @@ import signal
 import time
 from typing import Any, Callable, Iterator
 
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.control import ControlError
 from integration.cluster import Daemon, install
 
 from .stand import Stand, Trouble, wait
@@ -178,7 +179,7 @@ def _flapping(scene: Scene) -> list[str]:
     stand, active, backup = scene.stand, scene.active, scene.backup
     for dummy in range(scene.values["times"]):
         if scene.values["bulk"]:
-            with contextlib.suppress(stand.NoAnswer):
+            with contextlib.suppress(ControlError):
                 stand.ask(active, "bulk")
         stand.nodes[active].stop()
         stand.nodes[active].start()
@@ -348,7 +349,7 @@ def _requests(scene: Scene) -> list[str]:
         for command in commands:
             try:
                 scene.stand.ask(daemon, command)
-            except scene.stand.NoAnswer as error:
+            except ControlError as error:
                 bad.append(f"{command} on {daemon.space.label}: {error}")
     return bad
 

@@ -69,7 +69,6 @@ class Wire(Pair):
 class Stand:
     """Everything of a run that can be rebuilt.  ``options`` are those of both daemons' configuration."""
 
-    NoAnswer = ControlError
     virtual_ips = V4 | V6
 
     def __init__(self, pair: Wire, home: Path, seed: int, sessions: int, **options: Any) -> None:
@@ -84,6 +83,7 @@ class Stand:
             self.nodes[daemon] = Node(
                 daemon.space, home / f"vrrp-{daemon.space.label}", int(daemon.space.label[-1]), priority, daemon.home
             )
+        self.compares = False  # the daemons compare their tables by themselves
         self.dnat: list[Session] = []
         self.equal_s = 0.0  # how long it took the tables to become equal, and what differed after SOON_S
         self.slow: list[str] = []
@@ -105,6 +105,7 @@ class Stand:
             install(daemon.home, "1.0.0")
             daemon.program = (sys.executable, "-I", str(daemon.home / "ctsyncd"))
             daemon.start()
+        self.compares = "\n  verify " in self.daemons[0].run("-h")[1]
         for daemon in self.daemons:
             self.nodes[daemon].start()
             wait(self.virtual_ips_of(self.daemons[0]), "fw1 to become active")
@@ -281,6 +282,23 @@ class Stand:
         self.equal_s = round(time.monotonic() - began, 1)
         return found
 
+    def verified(self, daemon: Daemon) -> list[str]:
+        """What ``ctsyncd verify`` says if it is not "equal", and stays so."""
+        if not self.compares:
+            return []
+        said = ""
+
+        def equal() -> bool:
+            nonlocal said
+            status, said = daemon.run("verify")
+            return status == 0
+
+        try:
+            wait(equal, "equal tables", EQUAL_S)
+        except Trouble:
+            return [f"verify on {daemon.space.label}: {said[:500]}"]
+        return []
+
     # --- processes ---------------------------------------------------------------------------------------------------
 
     def sample(self, daemon: Daemon, at_s: float) -> judge.Sample:
@@ -356,8 +374,9 @@ class Stand:
         space.run("conntrack", "-R", "-", stdin="".join(lines), check=False)  # a tuple that is taken is left out
 
     def tidy(self, active: Daemon) -> None:
-        """What an operator does about entries on the backup that nobody knows."""
-        self.ask(active, "bulk")
+        """What an operator does about entries on the backup that nobody knows, where the daemons do not find them."""
+        if not self.compares:
+            self.ask(active, "bulk")
 
 
 def _through(key: str) -> bool:
