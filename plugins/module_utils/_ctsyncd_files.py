@@ -46,6 +46,7 @@ CONFIG_OPTIONS = (
     "park_timeout_s",
     "ruleset_fingerprint",
     "same_conditions",
+    "max_expectations",
     "log_level",
 )
 

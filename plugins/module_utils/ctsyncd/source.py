@@ -9,6 +9,7 @@ import collections
 from collections.abc import Mapping, Sequence
 
 from .dumps import BULK, Dumps
+from .expectation_source import ExpectationSource
 from .flow import Flow
 from .jobs import Job, Request
 from .peer import Peer
@@ -24,12 +25,13 @@ class Source:
     ``early``: extras of flows that are not announced yet (the kernel tells most of them only once), the oldest first.
     """
 
-    def __init__(self, situation: Situation, dumps: Dumps, peer: Peer) -> None:
+    def __init__(self, situation: Situation, dumps: Dumps, peer: Peer, expectations: ExpectationSource) -> None:
         self.announced: set[bytes] = set()
         self.early: collections.OrderedDict[bytes, bytes] = collections.OrderedDict()
         self._situation = situation
         self._dumps = dumps
         self._peer = peer
+        self._expectations = expectations
 
     @property
     def telling(self) -> bool:
@@ -111,6 +113,8 @@ class Source:
             self._situation.counters["early_extras_dropped"] += 1
 
     def _announce(self, flow: Flow, now: float) -> None:
+        if flow.helper is not None:
+            self._expectations.master(flow)
         if self._peer.fits(1):
             key, value, extras = pack(flow)
             if self.early:
@@ -119,6 +123,8 @@ class Source:
             self._peer.pending.put_flow(key, value, extras, now)
 
     def _end(self, keys: Sequence[bytes], now: float) -> None:
+        if self._expectations.masters:
+            self._expectations.ended(keys)
         if keys and self._peer.fits(len(keys)):
             self.announced.difference_update(keys)
             self._peer.pending.remove(keys, now)
