@@ -77,8 +77,7 @@ unit: venv ## Unit tests
 
 .PHONY: integration
 integration: root venv ## Integration tests in network namespaces (root)
-	sh tools/need.sh ip:iproute2 iptables-restore:iptables conntrack:conntrack keepalived:keepalived systemctl:systemd \
-		vsftpd:vsftpd in.tftpd:tftpd-hpa
+	sh tools/need.sh ip:iproute2 iptables-restore:iptables conntrack:conntrack keepalived:keepalived systemctl:systemd
 	pytest -q tests/integration
 
 .PHONY: scale

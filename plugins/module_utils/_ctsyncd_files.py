@@ -36,6 +36,7 @@ CONFIG_OPTIONS = (
     "mode",
     "ignore_addresses",
     "replicate",
+    "compare",
     "udp",
     "hello_interval_ms",
     "dead_after_ms",
@@ -46,7 +47,6 @@ CONFIG_OPTIONS = (
     "park_timeout_s",
     "ruleset_fingerprint",
     "same_conditions",
-    "max_expectations",
     "log_level",
 )
 

@@ -23,6 +23,12 @@ options:
     description: Silence after which the peer counts as dead, in milliseconds. At least twice O(hello_interval_ms).
     type: int
     default: 1500
+  compare:
+    description:
+      - Compare the tables of both nodes all the time, at most at a hundredth of a core, and repair what differs.
+      - With V(false) a difference stays until the next full transfer. C(ctsyncd verify) finds it also then.
+    type: bool
+    default: true
   datagram_bytes:
     description: Largest UDP payload sent on the sync link, in bytes.
     type: int
@@ -150,10 +156,6 @@ options:
     type: str
     choices: [debug, info, warning, error]
     default: info
-  max_expectations:
-    description: Expectations of helpers (FTP, SIP) that are replicated at most. V(0) switches that off.
-    type: int
-    default: 4096
   mode:
     description:
       - With V(hot-standby) the backup writes each replica into its kernel at once.
@@ -404,6 +406,7 @@ print(json.dumps(found))
 def argument_spec() -> dict[str, Any]:
     return {
         "dead_after_ms": {"type": "int", "default": 1500},
+        "compare": {"type": "bool", "default": True},
         "datagram_bytes": {"type": "int", "default": 1400},
         "enabled": {"type": "bool", "default": True},
         "filter": {
@@ -461,7 +464,6 @@ def argument_spec() -> dict[str, Any]:
             },
         },
         "log_level": {"type": "str", "choices": ["debug", "info", "warning", "error"], "default": "info"},
-        "max_expectations": {"type": "int", "default": 4096},
         "mode": {"type": "str", "choices": ["hot-standby", "external-cache"], "default": "hot-standby"},
         "netlink_buffer_bytes": {"type": "int", "default": 67108864},
         "node": {"type": "str"},

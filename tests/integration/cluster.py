@@ -109,6 +109,10 @@ class Daemon:
     def ask(self, *argv: str) -> str:
         return self.run(*argv)[1]
 
+    def equal(self) -> bool:
+        """Does ``ctsyncd verify`` say so?"""
+        return self.run("verify")[0] == 0
+
     def status(self) -> dict[str, Any]:
         """The daemon's; where nobody answers the fields that tests ask for are empty."""
         empty: dict[str, Any] = {"role": "", "peers": [], "flows": {"external": 0}, "counters": {}}

@@ -3,8 +3,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The command line: conntrackd's letters, and words for what conntrackd cannot do.
 
-Exit status: 0 done (``status``: READY), 1 failed (``status``: DEGRADED), 2 usage or configuration (``status``:
-NOT READY, or nobody answers).
+Exit status: 0 done (``status``: READY; ``verify``: equal), 1 failed (``status``: DEGRADED; ``verify``: different), 2
+usage or configuration (``status``: NOT READY, or nobody answers; ``verify``: cannot tell).
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ Usage: ctsyncd [-C FILE] [-d]                run in the foreground (systemd supe
        ctsyncd [-C FILE] WORD
 
 Requests:
-  -i [ct|expect] [-x]  print the internal cache: this node's flows (or expectations) that are replicated
-  -e [ct|expect] [-x]  print the external cache: the peer's flows, or expectations
+  -i [-x]              print the internal cache: this node's flows that are replicated
+  -e [-x]              print the external cache: the peer's flows
   -c                   commit the external cache into the kernel
   -f [internal|external]
                        flush the caches, or one of them
@@ -45,14 +45,15 @@ Requests:
   -R                   read the kernel's table again
   -B                   send everything to the peer
   -n                   ask the peer to send everything
-  -s [network|cache|runtime|link|queue|process|expect]
+  -s [network|cache|runtime|link|queue|process]
                        print statistics
   -t                   schedule a flush of the kernel's table
   -k                   stop the daemon
   -x                   with -i or -e: XML
-  --json               with -i, -e, -s and status: JSON
+  --json               with -i, -e, -s, status and verify: JSON
 
 Words:
+  verify               are the tables of both nodes equal? Exit status 0 yes, 1 no, 2 cannot tell
   status               can this node lose its peer? Exit status 0 READY, 1 DEGRADED, 2 NOT READY
   check-config         check the configuration; with --keys, the key files too
   gate --not-ready     tell keepalived "not ready", unless this node holds the virtual IPs
@@ -65,8 +66,8 @@ Options:
 """
 
 # what a letter asks for, and the words that may follow it (any prefix of a word will do)
-_TABLES = ("ct", "expect")
-_STATISTICS = ("network", "cache", "runtime", "link", "rsqueue", "process", "queue", "ct", "multicast", "expect")
+_TABLES = ("ct",)
+_STATISTICS = ("network", "cache", "runtime", "link", "rsqueue", "process", "queue", "ct", "multicast")
 _STATISTICS_ALIASES = {"rsqueue": "queue", "ct": "summary", "multicast": "link"}
 
 
@@ -81,7 +82,7 @@ _REQUESTS = {
     "-e": _Request("external", _TABLES, DUMP_TIMEOUT_S),
     "-c": _Request("commit", _TABLES),
     "-f": _Request("flush", ("internal", "external")),
-    "-F": _Request("flush-kernel", ("ct",)),
+    "-F": _Request("flush-kernel", _TABLES),
     "-R": _Request("resync", _TABLES),
     "-B": _Request("bulk"),
     "-n": _Request("request"),
@@ -89,7 +90,7 @@ _REQUESTS = {
     "-t": _Request("purge"),
     "-k": _Request("kill"),
 }
-_WORDS = ("status", "check-config", "gate")
+_WORDS = ("status", "verify", "check-config", "gate")
 _FLAGS = ("-d", "-x", "-v", "-h", "-C")
 
 
@@ -170,6 +171,8 @@ def _expanded(arguments: Iterable[str]) -> list[str]:
 def _word(letter: str, word: str) -> str:
     """The word in full; a prefix is enough, as conntrackd has it."""
     words = _REQUESTS[letter].words
+    if letter != "-f" and word and "expect".startswith(word):
+        raise UsageError(f"{letter} {word}: expectations are not replicated in this version")
     for candidate in words:
         if word and candidate.startswith(word):
             return _STATISTICS_ALIASES.get(candidate, candidate)
@@ -184,7 +187,7 @@ def _check(chosen: Invocation) -> None:
     if chosen.xml and chosen.json:
         raise UsageError("-x and --json cannot be combined")
     if chosen.json and chosen.action == "run":
-        raise UsageError("--json belongs to -i, -e, -s or status")
+        raise UsageError("--json belongs to -i, -e, -s, status or verify")
     if chosen.keys and chosen.action != "check-config":
         raise UsageError("--keys belongs to check-config")
     if chosen.not_ready != (chosen.action == "gate"):
@@ -317,8 +320,6 @@ def _message(chosen: Invocation) -> dict[str, Any]:
     message: dict[str, Any] = {"command": chosen.action}
     if chosen.action in ("internal", "external"):
         message["format"] = "xml" if chosen.xml else "json" if chosen.json else "text"
-        if chosen.argument == "expect":
-            message["table"] = "expect"
     elif chosen.action == "flush":
         message["which"] = chosen.argument or "all"
     elif chosen.action == "stats":
@@ -371,6 +372,21 @@ def _status(chosen: Invocation) -> int:
     return render.VERDICT_EXITS.get(str(status.get("verdict")), USAGE)
 
 
+def _verify(chosen: Invocation) -> int:
+    """Both nodes compare all flows; an answer that is none has a reason."""
+    result: Any = None
+    try:
+        lines = list(control.request(_socket_path(chosen), {"command": "verify"}, ACTION_TIMEOUT_S))
+        result = json.loads(lines[0]) if lines else None
+        reason = "the daemon's answer is not a JSON object"
+    except (control.ControlError, ValueError) as error:
+        reason = str(error)
+    if not isinstance(result, dict):
+        result = {"schema": 1, "equal": None, "reason": reason, "flows": None, "differences": []}
+    sys.stdout.write(json.dumps(result) + "\n" if chosen.json else render.verification_text(result))
+    return {True: OK, False: FAILED}.get(result.get("equal"), USAGE)
+
+
 def _kill(chosen: Invocation) -> int:
     """Stop the daemon and wait until its socket is gone."""
     path = _socket_path(chosen)
@@ -403,6 +419,7 @@ _ACTIONS: dict[str, Callable[[Invocation], int]] = {
     "help": _help,
     "version": _version,
     "status": _status,
+    "verify": _verify,
     "check-config": _check_config,
     "gate": _gate,
     "kill": _kill,

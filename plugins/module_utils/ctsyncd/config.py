@@ -169,6 +169,13 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option("replicate", "boolean", True, "`false` switches replication off; the node then says NOT READY."),
     Option(
+        "compare",
+        "boolean",
+        True,
+        "The tables of both nodes are compared all the time, and what differs is repaired.",
+        live=True,
+    ),
+    Option(
         "udp",
         "choice",
         "replied",
@@ -216,14 +223,6 @@ OPTIONS: tuple[Option, ...] = (
         600,
         2_147_483,
         live=True,
-    ),
-    Option(
-        "max_expectations",
-        "integer",
-        4096,
-        "Expectations of helpers (FTP, SIP) that are replicated at most; 0 switches that off.",
-        0,
-        65_536,
     ),
     Option("log_level", "choice", "info", "Least severity that is logged.", choices=LOG_LEVELS, live=True),
 )
@@ -279,6 +278,7 @@ class Config:
     ignore_addresses: tuple[Network, ...] = ()
     filter: Filter = EVERYTHING
     replicate: bool = True
+    compare: bool = True
     udp: str = "replied"
     hello_interval_ms: int = 500
     dead_after_ms: int = 1500
@@ -287,7 +287,6 @@ class Config:
     datagram_bytes: int = 1400
     netlink_buffer_bytes: int = 64 << 20
     park_timeout_s: int = 86_400
-    max_expectations: int = 4096
     log_level: str = "info"
 
     @property

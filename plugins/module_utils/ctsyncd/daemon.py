@@ -9,6 +9,7 @@ import collections
 import errno
 import gc
 import hashlib
+import json
 import logging
 import os
 import select
@@ -24,14 +25,13 @@ from . import (
     control,
     ctnetlink,
     engine,
-    expectation_render,
-    expectation_sockets,
     jobs,
     netlink,
     readiness,
     render,
     service,
     situation,
+    verification,
     vrrp,
 )
 from .config import Config, parse, read
@@ -39,7 +39,6 @@ from .control import ControlError
 from .crypto import LibraryCrypto
 from .errors import ConfigError, NetlinkError
 from .flow import Flow
-from .helper_edge import HelperEdge
 from .link import Link
 from .paths import Paths
 from .session import Session
@@ -50,6 +49,7 @@ EVENTS_PER_TURN = 4096
 DATAGRAMS_PER_TURN = 128
 REQUESTS_PER_TURN = 1024
 DUMP_SLICES_PER_TURN = 8
+PACED_REST = 4.0  # a paced dump rests so many times as long as a slice of it took
 MAX_EVENT_BUFFER = 256 << 20
 PARAMETERS_CHECK_S = 10.0  # sysctls change while the daemon runs
 ADDRESS_CHECK_S = 10.0  # the virtual IPs are looked up at every change, and this often in case a change was missed
@@ -143,7 +143,6 @@ class Daemon:
         self._events = netlink.EventSocket(
             config.netlink_buffer_bytes, (self._requests.portid,), self._engine.filter.events
         )
-        self._helpers = HelperEdge(self._engine.helpers, self._requests, self._log)
         self._event_buffer = config.netlink_buffer_bytes
         self._window = Window()
         self._events_at: float | None = None  # events wait; the window ends then
@@ -163,6 +162,7 @@ class Daemon:
         self._control = control.ControlServer(config.control_socket, self._command)
         self._dump: netlink.TableDump | None = None
         self._dump_number = 0
+        self._dump_at = now  # when a paced one is read on
         self._second_at = now
         self._second_s = min(1.0, self._notifier.watchdog_interval_s or 1.0)
         self._watchdog_at = now
@@ -189,8 +189,6 @@ class Daemon:
         self._all.register(self._events.fileno(), select.EPOLLIN)
         self._all.register(self._selector.fileno(), select.EPOLLIN)
         self._selector.register(self._addresses, selectors.EVENT_READ, self._addresses)
-        if self._helpers.events is not None:
-            self._selector.register(self._helpers.events, selectors.EVENT_READ, self._helpers)
         for link in self._links:
             self._open_link(link, now)
         gc.collect()
@@ -222,7 +220,7 @@ class Daemon:
         self._fifo.close()
         for link in self._links:
             link.close()
-        for edge in (self._dump, self._events, self._helpers, self._addresses, self._requests):
+        for edge in (self._dump, self._events, self._addresses, self._requests):
             if edge is not None:
                 edge.close()
         self._all.close()
@@ -263,7 +261,6 @@ class Daemon:
         if engine_.dump is not None or self._dump is not None:
             self._feed_dump(now)
         self._work_for_kernel()  # before an acknowledgement, which is less urgent
-        self._helpers.turn(now)
         self._send(engine_.poll(now), now)
         self._answer_questions(now)
         for link in self._links:
@@ -278,8 +275,6 @@ class Daemon:
             edge.handle(key, mask, now)
         elif edge is self._fifo:
             self._read_fifo(now)
-        elif edge is self._helpers:
-            self._helpers.read_events(now)
         elif edge is self._addresses:
             self._addresses.drain()
             self._read_addresses(now)
@@ -289,11 +284,13 @@ class Daemon:
     def _wait(self, now: float) -> float:
         """How long the loop may sleep, in seconds."""
         engine_ = self._engine
-        if engine_.dump is not None and (self._dump is None or engine_.dump_room):
-            return 0.0
-        if (self._dump is None and not engine_.idle) or self._helpers.busy:
-            return 0.0
         deadline = min(engine_.next_deadline(), self._second_at + SLACK_S)
+        if engine_.dump is not None and (self._dump is None or engine_.dump_room):
+            if self._dump is None or not engine_.dump_paced:
+                return 0.0
+            deadline = min(deadline, self._dump_at)
+        if self._dump is None and not engine_.idle:
+            return 0.0
         if self._events_at is not None:
             deadline = min(deadline, self._events_at)
         if self._report_due:
@@ -514,10 +511,16 @@ class Daemon:
         if self._dump is None or self._dump_number != wanted.number:
             self._close_dump()
             self._dump, self._dump_number = netlink.TableDump(), wanted.number
-        if not self._engine.dump_room:
+        paced = self._engine.dump_paced
+        if not self._engine.dump_room or (paced and now < self._dump_at):
             return
+        began = time.thread_time()
         try:
-            self._engine.dump_slice(self._dump.read(DUMP_SLICES_PER_TURN), now)
+            self._engine.dump_slice(self._dump.read(1 if paced else DUMP_SLICES_PER_TURN), now)
+            if paced:
+                spent = time.thread_time() - began
+                self._engine.dump_cost(spent)
+                self._dump_at = now + PACED_REST * spent
             if not self._dump.done:
                 return
             consistent = not self._dump.interrupted
@@ -613,7 +616,6 @@ class Daemon:
             "mode": self.config.mode,
             "peers": [self._peer_status(now)],
             "flows": {"kernel": _kernel_count(), "external": len(self._engine.cache)},
-            "expectations": self._engine.helpers.describe(),
             "counters": self._counters(),
             "last_transition": {
                 "to": self._engine.role,
@@ -633,7 +635,6 @@ class Daemon:
         sources = (self._engine.counters, self._session.counters, self._session.paths.counters)
         for source in (*sources, *(link.counters for link in self._links)):
             counters.update(source)
-        counters.update(self._helpers.counters)
         counters["events_malformed"] = self._events.malformed
         counters["fifo_garbage"] = self._fifo.garbage
         return dict(sorted(counters.items()))
@@ -659,7 +660,6 @@ class Daemon:
                 "queue": {"unacknowledged changes": self._engine.lag(now)[0], "pending": len(self._engine.pending)}
             },
             "process": {"process": {"pid": os.getpid()}},
-            "expect": {"expectations": {**self._engine.helpers.describe(), **self._helpers.statistics()}},
         }
         return sections.get(section) or {**cache, **network, **sections["link"]}
 
@@ -691,13 +691,9 @@ class Daemon:
         return self._statistics(str(request.get("section", "summary")))
 
     def _command_internal(self, request: dict[str, Any]) -> control.Response:
-        if request.get("table") == "expect":
-            return self._internal_expectations(_renderer(request, expectations=True))
         return self._internal(_renderer(request))
 
     def _command_external(self, request: dict[str, Any]) -> control.Response:
-        if request.get("table") == "expect":
-            return self._external_expectations(_renderer(request, expectations=True))
         return self._external(_renderer(request))
 
     def _internal(self, line: Any) -> Iterator[bytes | None]:
@@ -725,18 +721,6 @@ class Daemon:
                 yield "".join(text + "\n" for text in lines).encode()
                 lines = []
         yield "".join(text + "\n" for text in lines).encode()
-
-    def _internal_expectations(self, line: Any) -> Iterator[bytes | None]:
-        """The kernel's, of flows that are replicated, less those of the peer."""
-        with expectation_sockets.Walk() as walk:
-            while not walk.done:
-                listed = [one for one in walk.read() if self._engine.helpers.internal(one)]
-                yield "".join(line(one, None) + "\n" for one in listed).encode() or None
-
-    def _external_expectations(self, line: Any) -> Iterator[bytes]:
-        now = time.monotonic()
-        for one, since in self._engine.helpers.replicas.items():
-            yield (line(one, int(now - since)) + "\n").encode()
 
     def _command_commit(self, _request: dict[str, Any]) -> control.Response:
         before = self._engine.refusals()
@@ -789,6 +773,20 @@ class Daemon:
         self._engine.purge_later(time.monotonic())
         return _say(f"in {engine.PURGE_AFTER_S:.0f} s flows that the peer does not have leave the kernel")
 
+    def _command_verify(self, _request: dict[str, Any]) -> control.Response:
+        return self._verified(self._engine.verify(time.monotonic()))
+
+    def _verified(self, asked: verification.Verification) -> Iterator[bytes]:
+        """Nothing (the server asks again) until both nodes have compared all flows, then an object of JSON."""
+        try:
+            while not asked.look(time.monotonic()):
+                yield b""
+        finally:
+            asked.give_up("nobody waits for the answer any more")
+        names = (self.config.node, self._session.peer)
+        active, backup = names if self._engine.active else names[::-1]
+        yield json.dumps(_verified(asked, active, backup)).encode() + b"\n"
+
     def _command_kill(self, _request: dict[str, Any]) -> control.Response:
         self.stopping = True
         return _say("stopping")
@@ -809,13 +807,32 @@ def _kernel_count() -> int | None:
         return None
 
 
+def _verified(asked: verification.Verification, active: str, backup: str) -> dict[str, Any]:
+    """The object of ``ctsyncd verify --json`` (schema 1)."""
+    found = asked.found
+    differences = []
+    if found is not None:
+        for kind, count in found.counts.items():
+            if count:
+                flows = [render.key_dict(ctnetlink.flow_of_key(key)) for one, key in found.keys if one == kind]
+                differences.append({"kind": kind, "count": count, "flows": flows})
+    return {
+        "schema": 1,
+        "equal": None if found is None else not differences,
+        "reason": asked.reason if found is None else "",
+        "active": active,
+        "backup": backup,
+        "flows": None if found is None else found.flows,
+        "differences": differences,
+    }
+
+
 def _say(text: str) -> control.Response:
     return [text.encode() + b"\n"]
 
 
-def _renderer(request: dict[str, Any], expectations: bool = False) -> Any:
-    room: Any = expectation_render if expectations else render
-    renderers = {"text": room.line, "json": room.json_line, "xml": lambda entry, _age: room.xml(entry)}
+def _renderer(request: dict[str, Any]) -> Any:
+    renderers = {"text": render.line, "json": render.json_line, "xml": lambda flow, _age: render.xml(flow)}
     chosen = renderers.get(str(request.get("format", "text")))
     if chosen is None:
         raise ControlError(f"format {request.get('format')!r} is not one of text, json, xml", 2)
@@ -842,13 +859,13 @@ def _settings(config: Config) -> situation.Settings:
     return situation.Settings(
         mode=config.mode,
         replicate=config.replicate,
+        compare=config.compare,
         unreplied=config.udp == "all",
         park_timeout_s=config.park_timeout_s,
         ignore=tuple(str(network) for network in config.ignore_addresses),
         filter=config.filter,
         lag_limit_s=config.lag_limit_ms / 1000,
         same_conditions=config.same_conditions,
-        max_expectations=config.max_expectations,
     )
 
 

@@ -16,6 +16,13 @@ RECONCILE = "reconcile"  # this backup's kernel against the external cache
 FLUSH = "flush"  # out of this kernel with all that is replicated
 GIVE = "give"  # this backup's table for an active node that lacks it
 LOOSEN = "loosen"  # this active node's TCP connections, some packets of which passed through the peer
+AUDIT = "audit"  # the active node's kernel against what it told
+COMPARE = "compare"  # flows of the active node for a comparison with a backup's
+KERNEL = "kernel"  # now and then: this backup's kernel against the external cache
+
+PACED = (AUDIT, COMPARE, KERNEL)  # nobody waits for them: they are read slowly
+
+SHARE = 0.01  # of a core, that paced dumps may cost on average
 
 REREAD_S = 5.0  # before the table is read again where events go on to be lost; doubles
 REREAD_MAX_S = 60.0
@@ -43,6 +50,7 @@ class Dumps:
         self._queue: collections.deque[str] = collections.deque()
         self._reread_wait_s = REREAD_S
         self._lost_at: float | None = None  # when events were lost last
+        self._spent_s = 0.0
 
     def runs(self, *purposes: str) -> bool:
         """Does a dump for one of these purposes run?"""
@@ -53,6 +61,13 @@ class Dumps:
         """A dump runs or waits."""
         return self.current is not None or bool(self._queue)
 
+    @property
+    def urgent(self) -> bool:
+        """One runs or waits that is not paced."""
+        if self.current is not None and self.current.purpose not in PACED:
+            return True
+        return any(purpose not in PACED for purpose in self._queue)
+
     def want(self, purpose: str) -> None:
         if purpose not in self._queue:
             self._queue.append(purpose)
@@ -62,14 +77,32 @@ class Dumps:
         if self.current is not None or not self._queue:
             return None
         self._number += 1
-        self.current = Dump(self._number, self._queue.popleft())
+        purpose = next((one for one in self._queue if one not in PACED), self._queue[0])
+        self._queue.remove(purpose)
+        self.current = Dump(self._number, purpose)
         self.seen = set()
+        self._spent_s = 0.0
         return self.current
 
     def stop(self, *purposes: str) -> None:
         """The running one, if it is for one of these purposes, is of no use any more."""
         if self.runs(*purposes):
             self.current = None
+
+    def cancel(self, *purposes: str) -> None:
+        """Dumps for these purposes are wanted no more."""
+        self.stop(*purposes)
+        for purpose in purposes:
+            if purpose in self._queue:
+                self._queue.remove(purpose)
+
+    def spend(self, seconds: float) -> None:
+        """What the running dump has cost of a core."""
+        self._spent_s += seconds
+
+    def pause(self, least_s: float) -> float:
+        """After the dump that ran last: seconds before the next one like it, so that they cost ``SHARE`` at most."""
+        return max(least_s, self._spent_s / SHARE)
 
     def finished(self, now: float) -> str:
         """The running one came to its end; returns its purpose, or nothing if none runs."""

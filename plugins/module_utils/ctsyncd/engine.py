@@ -20,22 +20,22 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from . import conditions, readiness, wire
-from .dumps import BULK, FLUSH, GIVE, LOOSEN, RECONCILE, Dump, Dumps
+from .checker import EQUAL, Checker
+from .dumps import AUDIT, BULK, COMPARE, FLUSH, GIVE, KERNEL, LOOSEN, PACED, RECONCILE, Dump, Dumps
 from .errors import WireError
-from .expectation import Expectation
-from .expectation import pack as pack_expectation
 from .filters import Filter
 from .flow import Flow
-from .helpers import Helpers
 from .jobs import Job
 from .peer import ROLE_CODES, Peer
 from .pending import Pending
+from .prover import Prover
 from .replicas import Replicas
-from .rows import Changes, unpack
+from .rows import SHAPES, Changes, unpack
 from .session import BlockReceived, PeerLeft, Session, SessionUp, StatusReceived
 from .situation import DUMP_ROOM, Question, Settings, Situation, filter_of, filtering
 from .source import Source
 from .tables import Copies, ExternalCache
+from .verification import Verification
 
 PURGE_AFTER_S = 60.0
 
@@ -54,8 +54,9 @@ class Engine:
         self.dumps = Dumps()
         self.peer = Peer(self.situation, self.dumps, session, now)
         self.replicas = Replicas(self.situation, self.dumps, now)
-        self.helpers = Helpers(self.situation, self.replicas)
-        self.source = Source(self.situation, self.dumps, self.peer, self.helpers.source)
+        self.source = Source(self.situation, self.dumps, self.peer)
+        self.prover = Prover(self.situation, self.dumps, self.peer, self.source, now)
+        self.checker = Checker(self.situation, self.dumps, self.peer, self.replicas, now)
         self._completing = False
         self._informed = False  # this node's table is as good as any: complete, or its own
         self._purge_at: float | None = None
@@ -137,6 +138,11 @@ class Engine:
             self._become_active(first, now)
         else:
             self._become_backup()
+        self._nothing_compared(now)
+
+    def _nothing_compared(self, now: float) -> None:
+        self.prover.reset(now)
+        self.checker.reset(now)
 
     def _become_active(self, first: bool, now: float) -> None:
         """The virtual IPs are here.  In hot standby the kernel holds the flows already: nothing stands in the way.
@@ -155,7 +161,6 @@ class Engine:
         self._completing = self.replicas.adopting = False
         if not first and self.settings.takes_over:
             self.replicas.takeover.begin()
-        self.helpers.become_active(first)
         self.peer.bulk_due = True
 
     def _become_backup(self) -> None:
@@ -164,7 +169,6 @@ class Engine:
         self.peer.bulk_due = False
         self.source.forget()
         self.replicas.clear()
-        self.helpers.become_backup()
         self.complete = False
         self._completing = False
         if self.peer.learn:  # it never knew all
@@ -200,8 +204,6 @@ class Engine:
                 self.replicas.forget_ended(changes)
             if self.source.telling:
                 self.source.changed(changes, now)
-            elif self.helpers.source.masters:
-                self.helpers.source.ended(changes.gone)
         if changes.lost:
             self.counters["overruns"] += 1
             self.dumps.events_lost(now)
@@ -216,12 +218,7 @@ class Engine:
         if question.replica:
             if not self.active:
                 self.replicas.in_the_way(question.replica, found)
-        elif not self.active or not self.source.telling:
-            pass
-        elif found is None:
-            if question.adjustment:
-                self.helpers.source.ended((question.flow.key,))
-        elif not question.adjustment or self.helpers.source.adjusted(found):
+        elif found is not None and self.active and self.source.telling:
             self.source.judge(found, now)  # an event did not say enough
 
     def internal(self, flow: Flow) -> bool:
@@ -233,7 +230,18 @@ class Engine:
     @property
     def dump_room(self) -> bool:
         """May the running dump be read on?"""
+        if self.dumps.runs(COMPARE) and not self.prover.room:
+            return False
         return len(self.peer.pending) < DUMP_ROOM and self.replicas.jobs.waiting < DUMP_ROOM
+
+    @property
+    def dump_paced(self) -> bool:
+        """The running dump is to be read slowly, and what it costs told to :meth:`dump_cost`."""
+        return self.dumps.runs(*PACED)
+
+    def dump_cost(self, seconds: float) -> None:
+        """So much time of a core a part of a paced dump took."""
+        self.dumps.spend(seconds)
 
     def dump_slice(self, changes: Changes, now: float) -> None:
         """Entries of the dump that :attr:`dump` asks for."""
@@ -249,6 +257,10 @@ class Engine:
                 replicas.flush_rows(key_len, rows)
             elif purpose == LOOSEN:
                 replicas.loosen_rows(key_len, rows)
+            elif purpose in (AUDIT, COMPARE):
+                self.prover.rows(purpose, key_len, rows, now)
+            elif purpose == KERNEL:
+                self.checker.kernel_rows(key_len, rows)
             else:
                 peer.give_rows(key_len, rows, self.cache, now)
         for flow in changes.flows:
@@ -260,6 +272,10 @@ class Engine:
                 replicas.flush_flow(flow)
             elif purpose == LOOSEN:
                 replicas.loosen_flow(flow)
+            elif purpose in (AUDIT, COMPARE):
+                self.prover.flow(purpose, flow, now)
+            elif purpose == KERNEL:
+                self.checker.kernel_flow(flow)
             else:
                 peer.give_flow(flow, self.cache, now)
 
@@ -268,12 +284,18 @@ class Engine:
         purpose = self.dumps.finished(now)
         if not purpose:
             return
+        if purpose in PACED:
+            if purpose == KERNEL:
+                self.checker.kernel_finished(consistent, now)
+            else:
+                self.prover.finished(purpose, consistent, now)
+            self.dumps.seen = set()
+            return
         self.counters["dumps"] += 1
         if not consistent and purpose != FLUSH:
             self.counters["dumps_interrupted"] += 1
         if purpose == BULK:
             if consistent:
-                self._tell_expectations({one.name: one for one in self.helpers.source.expectations(now)}, now)
                 self.peer.bulk_sent(now)
             else:
                 self.peer.bulk_due = True
@@ -307,7 +329,14 @@ class Engine:
             if self.settings.replicate:
                 dumps.want(BULK)
         begun = dumps.begin()
-        if begun is not None and begun.purpose in (BULK, GIVE):
+        if begun is None:
+            return
+        if begun.purpose == KERNEL:
+            self.checker.kernel_begins()
+        elif begun.purpose in PACED:
+            self.prover.begin(begun.purpose, now)
+        elif begun.purpose in (BULK, GIVE):
+            self.prover.reset(now)
             self.source.begin_bulk()
             peer.begin_bulk(now)
             self.counters["bulks_sent" if begun.purpose == BULK else "bulks_given"] += 1
@@ -354,6 +383,7 @@ class Engine:
     def _session_up(self, now: float) -> None:
         peer = self.peer
         peer.session_up(now)
+        self._nothing_compared(now)
         self.source.forget()
         self.cache.end_bulk()
         self._completing = False
@@ -387,22 +417,17 @@ class Engine:
         elif kind == wire.RECORD_GONE:
             key_len, joined = wire.decode_gone(payload)
             if not self.active:
-                gone = wire.split_keys(key_len, joined)
-                self.replicas.delete(gone)
-                self.helpers.replicas.masters_gone(gone)
-        elif kind == wire.RECORD_EXPECT:
-            if not self.active or self._accept_late(1, now):
-                self.helpers.receive(payload, now)
-        elif kind == wire.RECORD_EXPECT_GONE:
-            self.helpers.receive_gone(payload)
+                keys = wire.split_keys(key_len, joined)
+                self.checker.told(keys)
+                self.replicas.delete(keys)
         elif kind == wire.RECORD_BULK_BEGIN:
             wire.decode_bulk_begin(payload)
             if self.active:
                 self.peer.teaching_begins()
             else:
                 self._completing = False
+                self.checker.reset(now)
                 self.replicas.begin_bulk()
-                self.helpers.replicas.begin_bulk()
         elif kind == wire.RECORD_BULK_END:
             wire.decode_bulk_end(payload)
             if self.active:
@@ -413,8 +438,45 @@ class Engine:
             self._bulk_requested()
         elif kind == wire.RECORD_CONDITIONS:
             self.peer.conditions = wire.decode_conditions(payload)
+        elif wire.RECORD_DIGEST <= kind <= wire.RECORD_REPORT:
+            self._receive_comparison(kind, payload, now)
         else:
             self.counters["skipped_unknown_record"] += 1
+
+    def _receive_comparison(self, kind: int, payload: bytes, now: float) -> None:
+        checker, prover = self.checker, self.prover
+        checker.complete = self.complete
+        if kind == wire.RECORD_DIGEST:
+            checker.digest(*wire.decode_digest(payload), now)
+        elif kind == wire.RECORD_BUCKETS_REQUEST:
+            prover.buckets_requested(now)
+        elif kind == wire.RECORD_BUCKETS:
+            _number, first, sums = wire.decode_sums(payload)
+            checker.buckets_told(first, sums, now)
+        elif kind == wire.RECORD_COMPARE_REQUEST:
+            prover.compare(wire.decode_compare(payload), now)
+        elif kind == wire.RECORD_COMPARE_BEGIN:
+            checker.begin(wire.decode_compare(payload), now)
+        elif kind == wire.RECORD_COMPARE_ROWS:
+            key_len, joined = wire.decode_rows(payload)
+            rows = dict(wire.iter_rows(key_len, joined))
+            checker.named(len(joined) // SHAPES[key_len].row)
+            passed = self.filter.passing_rows(key_len, rows)
+            checker.rows(key_len, self.filter.selected_rows(key_len, passed), now)
+        elif kind == wire.RECORD_COMPARE_FLOW:
+            key, value, extras = wire.decode_flow_record(payload)
+            flow = unpack(key, value, extras)
+            checker.named(1)
+            if self.filter.passes_through(flow) and self.filter.selects(flow):
+                checker.flow(key, value, extras, now)
+        elif kind == wire.RECORD_COMPARE_END:
+            checker.end(*wire.decode_bulk_end(payload), now)
+        elif kind == wire.RECORD_STATES_BEGIN:
+            checker.states_begin(wire.decode_number(payload), now)
+        elif kind == wire.RECORD_STATES:
+            checker.states_told(*wire.decode_sums(payload), now)
+        else:
+            prover.reported(wire.decode_report(payload), now)
 
     def _bulk_requested(self) -> None:
         self.counters["bulks_requested"] += 1
@@ -427,13 +489,14 @@ class Engine:
     def _bulk_ended(self) -> None:
         """What the bulk did not name goes; then this kernel's table is compared with the cache."""
         self.replicas.end_bulk()
-        self.helpers.replicas.end_bulk()
         self.counters["bulks_received"] += 1
         self._completing = True
         if self.situation.hot:
             self.dumps.want(RECONCILE)
 
     def _receive_rows(self, key_len: int, rows: Mapping[bytes, bytes], now: float) -> None:
+        if self.checker.listens:
+            self.checker.told(rows)
         passed = self.filter.passing_rows(key_len, rows)
         if len(passed) != len(rows):
             self.counters["refused_own_addresses"] += len(rows) - len(passed)
@@ -449,6 +512,7 @@ class Engine:
 
     def _receive_flow(self, key: bytes, value: bytes, extras: bytes, now: float) -> None:
         flow = unpack(key, value, extras)
+        self.checker.told((key,))
         if not self.filter.passes_through(flow):
             self.counters["refused_own_addresses"] += 1
         elif not self.filter.selects(flow):
@@ -472,14 +536,12 @@ class Engine:
         """Put every flow of the external cache that the kernel does not hold into the kernel; returns how many."""
         waiting = self.copies.lacking(self.cache.table)
         self.replicas.takeover.add(waiting)
-        self.helpers.replicas.commit()
         return len(waiting)
 
     def flush_external(self) -> int:
         """Forget the external cache (the kernel keeps its entries); returns how many entries it had."""
         forgotten = len(self.cache)
         self.replicas.forget_all()
-        self.helpers.replicas.clear()
         if not self.active:
             self.complete = self._completing = False
         return forgotten
@@ -512,6 +574,13 @@ class Engine:
         else:
             self.flush_kernel()
 
+    def verify(self, now: float) -> Verification:
+        """Compare all flows of both nodes, and what the backup's kernel holds.  Nothing is repaired."""
+        if self.active:
+            return self.prover.verify(now)
+        self.checker.complete = self.complete
+        return self.checker.verify(now)
+
     def refusals(self) -> int:
         """Requests that the kernel refused so far."""
         return sum(count for name, count in self.counters.items() if name.startswith("kernel_refused_"))
@@ -519,7 +588,7 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Nothing is under way towards the kernel."""
-        return not (self.replicas.busy or self.dumps.wanted)
+        return not (self.replicas.busy or self.dumps.urgent)
 
     # --- output ------------------------------------------------------------------------------------------------------
 
@@ -527,25 +596,17 @@ class Engine:
         """Datagrams to send to the peer now."""
         self.situation.now = now
         self._housekeeping(now)
-        changes = self.helpers.poll(now)
-        if changes:
-            self._tell_expectations(changes, now)
         self.peer.session.set_status(self._status())
         self.peer.give(self.cache, now)
         return self.peer.poll(now)
 
     def next_deadline(self) -> float:
         """When :meth:`poll` wants to be called next (monotonic seconds)."""
-        deadline = self.peer.next_deadline()
+        deadline = min(self.peer.next_deadline(), self.prover.next_deadline(), self.checker.next_deadline())
         for moment in (self._purge_at, self.replicas.refused_at, self.dumps.reread_at):
             if moment is not None and moment < deadline:
                 deadline = moment
-        return min(deadline, self.helpers.next_deadline())
-
-    def _tell_expectations(self, changes: Mapping[bytes, Expectation | None], now: float) -> None:
-        if self.source.telling and self.peer.fits(len(changes)):
-            for name, one in changes.items():
-                self.peer.pending.put_expectation(name, None if one is None else pack_expectation(one), now)
+        return deadline
 
     def _housekeeping(self, now: float) -> None:
         replicas, dumps = self.replicas, self.dumps
@@ -559,7 +620,7 @@ class Engine:
             self.peer.learn_more(now)
         if self.active and self.settings.takes_over and len(self.cache) and not replicas.busy:
             replicas.forget_all()  # these flows are this node's own now
-        if self._completing and not dumps.wanted and not replicas.busy:
+        if self._completing and not dumps.urgent and not replicas.busy:
             self._completing = False
             self.complete = self._informed = True
         if (
@@ -571,12 +632,19 @@ class Engine:
             and self.peer.may_be_asked(now)
         ):
             self.peer.request_bulk(now)
+        self.prover.poll(now)
+        self.checker.complete = self.complete
+        self.checker.poll(now)
         self._next_dump(now)
 
     def _status(self) -> wire.Status:
         flags = wire.STATUS_REPLICATES if self.settings.replicate else 0
         if self.complete:
             flags |= wire.STATUS_COMPLETE
+            if self.checker.state == EQUAL:
+                flags |= wire.STATUS_EQUAL
+            elif self.checker.alarm(self.situation.now):
+                flags |= wire.STATUS_DIFFERS
         flows = len(self.source.announced) if self.active else len(self.cache)
         if self.dumps.runs(BULK):
             flows = max(flows, self.peer.bulk_last)
@@ -600,10 +668,10 @@ class Engine:
             self.replicas.excluded > 0,
             len(self.copies.refused),
             self.overloaded,
+            bool(self.checker.alarm(now)),
             self.problem,
             self.impaired,
             self.situation.conditions,
-            self.helpers.problem,
         )
 
     def verdict(self, now: float) -> readiness.Verdict:
@@ -647,12 +715,17 @@ class Engine:
 
     def _impairments(self) -> tuple[str, ...]:
         found = list(self.impaired)
-        if not self.active and self.replicas.excluded:
+        if self.active:
+            if self.peer.differs:
+                found.append(f"the table of {self.peer.name} differs from this node's: see ctsyncd verify")
+            return tuple(found)
+        if self.replicas.excluded:
             found.append(
                 f"{self.peer.name} replicates flows that this node's filter excludes: give both the same filter"
             )
-        if self.helpers.problem:
-            found.append(self.helpers.problem)
+        alarm = self.checker.alarm(self.situation.now)
+        if alarm:
+            found.append(alarm)
         return tuple(found)
 
     def peer_status(self, now: float) -> dict[str, Any]:
@@ -668,7 +741,8 @@ class Engine:
         else:
             receiving = self.cache.bulk_running or self._completing
             bulk = "complete" if self.complete else "receiving" if receiving else "none"
-        return peer.describe(bulk, self._progress(), now)
+        equality = self.prover.describe() if self.active else self.checker.describe(now)
+        return peer.describe(bulk, self._progress(), equality, now)
 
     def external_flows(self) -> Iterator[tuple[Flow, float]]:
         """The external cache: flows and when their replication began (monotonic seconds)."""

@@ -85,6 +85,16 @@ class Peer:
         return bool(self.status.flags & wire.STATUS_COMPLETE)
 
     @property
+    def equal(self) -> bool:
+        """It says that its table is this active node's."""
+        return bool(self.status.flags & wire.STATUS_EQUAL)
+
+    @property
+    def differs(self) -> bool:
+        """It says that its table is not, and that this is worth an alarm."""
+        return bool(self.status.flags & wire.STATUS_DIFFERS)
+
+    @property
     def role_name(self) -> str:
         """Empty if it is not known."""
         return ROLE_NAMES.get(self.status.role, "")
@@ -325,8 +335,13 @@ class Peer:
         last = self.session.last_seen
         return None if last is None else max(0.0, now - last)
 
-    def describe(self, bulk: str, progress: tuple[int, int] | None, now: float) -> dict[str, Any]:
-        """Its part of ``status --json``.  ``bulk``: has it the table of the active node, or this node its?"""
+    def describe(
+        self, bulk: str, progress: tuple[int, int] | None, equality: dict[str, Any], now: float
+    ) -> dict[str, Any]:
+        """Its part of ``status --json``.  ``bulk``: has it the table of the active node, or this node its?
+
+        ``equality``: are the tables equal?
+        """
         alive = self.session.alive(now)
         events, age = self.lag(now)
         silent = self.silent_s(now)
@@ -338,5 +353,6 @@ class Peer:
             "lag": {"events": events, "age_s": round(age, 3)},
             "bulk": bulk,
             "table": readiness.table_text(self._situation.active, bulk, progress),
+            "equality": equality,
             "progress": None if progress is None else {"flows": progress[0], "expected": progress[1]},
         }

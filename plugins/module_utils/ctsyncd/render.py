@@ -191,6 +191,44 @@ def _dict_direction(family: int, proto: int, way: Tuple) -> dict[str, Any]:
     return result
 
 
+def key_dict(flow: Flow) -> dict[str, Any]:
+    """What identifies the flow, as a JSON object: the keys of :func:`as_dict` that its key tells."""
+    result = as_dict(flow)
+    wanted = ("protocol", "protonum", "family", "zone", "zone_direction", "orig")
+    return {name: result[name] for name in wanted if name in result}
+
+
+_DIFFERENCES = {
+    "missing": "missing on {backup}: {active} has them",
+    "left_over": "left over on {backup}: {active} has them no more",
+    "translation": "translated in another way on {backup}",
+    "state": "in another state on {backup}",
+    "kernel_missing": "missing in the kernel of {backup}: its external cache has them",
+    "kernel_left_over": "left over in the kernel of {backup}: its external cache has them not",
+    "kernel_differs": "different in the kernel of {backup} from its external cache",
+}
+
+
+def verification_text(result: Mapping[str, Any]) -> str:
+    """The object of ``verify --json`` for a person.  Ends with a newline."""
+    names = {"active": result.get("active"), "backup": result.get("backup")}
+    if result.get("equal") is None:
+        return f"cannot tell: {result.get('reason')}\n"
+    if result["equal"]:
+        return f"equal: {result.get('flows')} flows on {names['active']} and {names['backup']}\n"
+    lines = [f"different: of {result.get('flows')} flows of {names['active']}"]
+    for difference in result.get("differences") or ():
+        kind, count, flows = difference.get("kind"), difference.get("count"), difference.get("flows") or ()
+        lines.append(f"{count} {_DIFFERENCES.get(str(kind), str(kind)).format(**names)}")
+        for flow in flows:
+            tuple_text = " ".join(f"{name}={value}" for name, value in flow["orig"].items())
+            zone = f" zone={flow['zone']}" if flow.get("zone") else ""
+            lines.append(f"  {flow['protocol']:<8} {flow['protonum']} {tuple_text}{zone}")
+        if len(flows) < int(count or 0):
+            lines.append(f"  and {int(count or 0) - len(flows)} more")
+    return "\n".join(lines) + "\n"
+
+
 def json_line(flow: Flow, age_s: int | None = None) -> str:
     """The flow as one line of JSON, without a newline."""
     return json.dumps(as_dict(flow, age_s), separators=(", ", ": "))
@@ -240,6 +278,9 @@ def _peer_text(peer: Mapping[str, Any]) -> str:
         words.append(f"lag {events} changes, {_seconds(lag.get('age_s'))}" if events else "no lag")
     if peer.get("table"):
         words.append(str(peer["table"]))
+    equality = peer.get("equality")
+    if isinstance(equality, Mapping):
+        words.append(_equality_text(equality))
     return ", ".join(words)
 
 
@@ -257,6 +298,17 @@ def _link_text(link: Mapping[str, Any], peer: Any) -> str:
     if link.get("loss"):
         words.append(f"{100 * link['loss']:.0f} % of the probes lost")
     return ", ".join(words)
+
+
+def _equality_text(equality: Mapping[str, Any]) -> str:
+    state = equality.get("state")
+    if state == "equal":
+        return "tables equal"
+    if state != "differs":
+        return "tables not compared"
+    part = f" in {equality['buckets']} of {equality.get('of')} parts" if equality.get("buckets") else ""
+    since = f" for {_seconds(equality['since_s'])}" if equality.get("since_s") is not None else ""
+    return f"tables differ{part}{since}"
 
 
 def _seconds(value: Any) -> str:

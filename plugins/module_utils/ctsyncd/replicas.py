@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from .constants import IPPROTO_TCP, IPS_ASSURED, IPS_SEEN_REPLY
 from .ctnetlink import FALLBACK_TIMEOUT
 from .dumps import Dumps
-from .flow import Flow, flow_key
+from .flow import Flow
 from .jobs import CREATE, DELETE, LOOSEN, TIMER, UPDATE, Job, JobQueue, Request, Work, size_of
 from .rows import (
     MARK_FROM_END,
@@ -38,8 +38,6 @@ from .takeover import TakeOver, is_open, timeout_of
 FEW_ROWS = 16  # up to which they are compared one by one
 RETRY_REFUSED_S = 10.0  # at first; the wait doubles from one vain attempt to the next
 RETRY_REFUSED_MAX_S = 600.0
-
-UNKNOWN_HELPERS = 16  # names that are kept
 
 ADOPTING = 1  # attempt of an update whose success means: the kernel holds the replica
 
@@ -71,7 +69,6 @@ class Replicas:
         self._counters = situation.counters
         self._dumps = dumps
         self._asked = 0  # flows handed out whose result is not here yet
-        self._orphans: dict[bytes, list[Request]] = {}  # by the key of the master that they wait for
         self._refused_wait_s = RETRY_REFUSED_S
 
     def clear(self) -> None:
@@ -79,8 +76,6 @@ class Replicas:
         self.takeover.stop()
         self.jobs.clear()
         self.forget_all()
-        self._orphans.clear()
-        self._situation.unknown_helpers.clear()
         self.excluded = 0
 
     def forget_all(self) -> None:
@@ -116,7 +111,7 @@ class Replicas:
             changed.append((key, value, extras.get(key, b"")))
             if extras and rows[key][:-TAIL_BYTES] != value[:-TAIL_BYTES]:
                 extras.pop(key, None)  # it is another flow
-        self.cache.replace_rows(rows)
+        self.cache.replace_rows(rows, [(key, value) for key, value, _extras in changed])
         if not self._situation.hot:
             return
         for key, value, old_extras in changed:
@@ -146,7 +141,7 @@ class Replicas:
             self._make((key,))
 
     def delete(self, keys: Iterable[bytes]) -> None:
-        known = [key for key in keys if self.cache.pop(key)]
+        known = self.cache.take(keys)
         self.copies.forget(known)
         if self._situation.hot:
             self.jobs.work(DELETE, known)
@@ -204,8 +199,7 @@ class Replicas:
                 key for key, value in rows.items() if key in table and not is_open(key[0], value[-STATE_FROM_END])
             )
         ended.extend(flow.key for flow in changes.flows if not is_open(flow.proto, flow.state))
-        for key in ended:
-            self.cache.pop(key)
+        self.cache.take(ended)
         self.copies.forget(ended)
 
     # --- dumps -------------------------------------------------------------------------------------------------------
@@ -244,6 +238,20 @@ class Replicas:
         self._make(missing)
         self.adopting = False
 
+    def mend(self, translated: Sequence[bytes], others: Sequence[bytes]) -> None:
+        """The kernel holds replicas with another translation, or in another state than it must."""
+        if translated:
+            self._replace(translated)
+        self._hold(UPDATE, others, ADOPTING)
+
+    def make_again(self, keys: Sequence[bytes]) -> None:
+        """The kernel lost replicas, and said nothing."""
+        self._make(keys)
+
+    def remove_ghosts(self, keys: Sequence[bytes]) -> None:
+        """The kernel has entries that are no replicas."""
+        self.jobs.work(DELETE, keys)
+
     def flush_rows(self, key_len: int, rows: Mapping[bytes, bytes]) -> None:
         doomed = list(self._situation.filter.concerned_rows(key_len, rows))
         self.copies.lose([key for key in doomed if key in self.cache])
@@ -272,8 +280,7 @@ class Replicas:
     @property
     def busy(self) -> bool:
         """Something is under way towards the kernel, or is to be."""
-        waiting = self._orphans and not self.cache.bulk_running
-        return bool(self.jobs or self._asked or self.takeover.running or waiting)
+        return bool(self.jobs or self._asked or self.takeover.running)
 
     @property
     def overloaded(self) -> bool:
@@ -286,9 +293,6 @@ class Replicas:
         # only when the kernel has what it was asked for before: a replica under way still gets a parked timer
         if not (self._asked or out):
             out = self.takeover.work(limit)
-            if not out and self._orphans and not self.takeover.running and not self.cache.bulk_running:
-                self._adopt_orphans(list(self._orphans))  # no master comes any more
-                out = self.jobs.take(limit)
         self._asked += sum(map(size_of, out))
         return out
 
@@ -392,8 +396,6 @@ class Replicas:
             return ()
         table, active = self.cache.table, self._situation.active
         known = [key for key in keys if key in table]
-        if self._orphans:
-            self._adopt_orphans(known)
         late = [key for key in keys if key not in table] if active and len(known) != len(keys) else ()
         if self._dumps.current is not None:
             self._dumps.seen.update(known)  # a running dump may have passed its place already
@@ -435,35 +437,14 @@ class Replicas:
             else:
                 self.jobs.work(DELETE, [key])
                 self._make((key,), 1)
-        elif error == errno.ENOENT and flow.master is not None and attempt < 2:
-            if attempt == 0 and self._waits_for_master(request):
-                return
+        elif error in (errno.ENOENT, errno.EOPNOTSUPP) and flow.master is not None and attempt < 2:
             self._counters["degraded_without_master"] += 1
             self.jobs.ask(CREATE, key, flow._replace(master=None, master_proto=0), timeout, 2)
         elif error != errno.EEXIST and flow.helper is not None and attempt < 3:
             self._counters["degraded_without_helper"] += 1
-            if len(self._situation.unknown_helpers) < UNKNOWN_HELPERS:
-                self._situation.unknown_helpers.add(flow.helper)
             self.jobs.ask(CREATE, key, flow._replace(helper=None), timeout, 3)
         else:
             self._refuse(request, error)
-
-    def _waits_for_master(self, request: Request) -> bool:
-        """A related flow came before the flow that it is related to: may that one still come?"""
-        flow, master = request.flow, request.flow.master
-        if master is None:
-            return False
-        key = flow_key(flow.master_proto or flow.proto, flow.zone, master, flow.zone_dir)
-        if not self.cache.bulk_running and (key not in self.cache or self.copies.held(key)):
-            return False
-        self._orphans.setdefault(key, []).append(request._replace(attempt=1))
-        return True
-
-    def _adopt_orphans(self, masters: Iterable[bytes]) -> None:
-        """The kernel has these flows now, or will never have them."""
-        for key in masters:
-            for request in self._orphans.pop(key, ()):
-                self.jobs.push(request)
 
     def _refuse(self, request: Request, error: int) -> None:
         name = errno.errorcode.get(error, str(error)).lower()

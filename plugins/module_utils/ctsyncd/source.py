@@ -8,30 +8,32 @@ from __future__ import annotations
 import collections
 from collections.abc import Mapping, Sequence
 
+from .digest import Announced, States
 from .dumps import BULK, Dumps
-from .expectation_source import ExpectationSource
 from .flow import Flow
 from .jobs import Job, Request
 from .peer import Peer
-from .rows import Changes, merge_extras, pack, pack_extras
+from .rows import SHAPES, Changes, merge_extras, pack, pack_extras
 from .situation import Question, Situation
 
 EARLY_FLOWS = 16_384  # not replicated yet, of which extras are kept (some 200 bytes each)
 
 
 class Source:
-    """``announced``: keys of flows that the peer was told of.
+    """``announced``: the flows that the peer was told of.
 
     ``early``: extras of flows that are not announced yet (the kernel tells most of them only once), the oldest first.
+    ``states``: must be told of all that the peer is told of.  ``touched``: keys of flows that events name, if wanted.
     """
 
-    def __init__(self, situation: Situation, dumps: Dumps, peer: Peer, expectations: ExpectationSource) -> None:
-        self.announced: set[bytes] = set()
+    def __init__(self, situation: Situation, dumps: Dumps, peer: Peer) -> None:
+        self.announced = Announced()
         self.early: collections.OrderedDict[bytes, bytes] = collections.OrderedDict()
+        self.states: States | None = None
+        self.touched: set[bytes] | None = None
         self._situation = situation
         self._dumps = dumps
         self._peer = peer
-        self._expectations = expectations
 
     @property
     def telling(self) -> bool:
@@ -40,7 +42,7 @@ class Source:
 
     def forget(self) -> None:
         """Nothing was told."""
-        self.announced = set()
+        self.announced.clear()
         self.early.clear()
 
     # --- events ------------------------------------------------------------------------------------------------------
@@ -51,6 +53,8 @@ class Source:
         bulk = self._dumps.runs(BULK)
         if bulk:  # what the dump says of them may be older
             self._dumps.seen.update(gone, *changes.rows.values())
+        if self.touched is not None:
+            self.touched.update(gone, *changes.rows.values(), (flow.key for flow in changes.flows))
         if gone:
             if self.early:
                 for key in gone:
@@ -58,7 +62,7 @@ class Source:
             if not bulk:
                 announced = self.announced
                 gone = [key for key in gone if key in announced]
-            self._end(gone, now)
+            self.end(gone, now)
         for key_len, rows in changes.rows.items():
             self._judge_rows(key_len, rows, now)
         for flow in changes.flows:
@@ -71,13 +75,13 @@ class Source:
             others = {key: value for key, value in rows.items() if key in announced and key not in chosen}
             if others:
                 kept = self._situation.filter.keep_rows(key_len, others)
-                self._end([key for key in others if key not in kept], now)
+                self.end([key for key in others if key not in kept], now)
                 chosen = {**chosen, **kept}
         if chosen and self._peer.fits(len(chosen)):
             self._put_rows(key_len, chosen, now)
 
     def _put_rows(self, key_len: int, rows: Mapping[bytes, bytes], now: float) -> None:
-        self.announced.update(rows)
+        self._told(key_len, rows)
         pending = self._peer.pending
         early = self.early.keys() & rows.keys() if self.early else ()
         if early:
@@ -93,7 +97,7 @@ class Source:
             if chosen.keeps(flow):
                 self._announce(flow, now)
             else:
-                self._end((key,), now)
+                self.end((key,), now)
         elif chosen.matches(flow):
             self._announce(flow, now)
         else:
@@ -113,39 +117,45 @@ class Source:
             self._situation.counters["early_extras_dropped"] += 1
 
     def _announce(self, flow: Flow, now: float) -> None:
-        if flow.helper is not None:
-            self._expectations.master(flow)
         if self._peer.fits(1):
             key, value, extras = pack(flow)
             if self.early:
                 extras = merge_extras(self.early.pop(key, b""), extras)
-            self.announced.add(key)
+            self._told(len(key), {key: value})
             self._peer.pending.put_flow(key, value, extras, now)
 
-    def _end(self, keys: Sequence[bytes], now: float) -> None:
-        if self._expectations.masters:
-            self._expectations.ended(keys)
+    def _told(self, key_len: int, rows: Mapping[bytes, bytes]) -> None:
+        self.announced.add(rows, SHAPES[key_len].reply)
+        if self.states is not None:
+            self.states.touch(rows)
+
+    def end(self, keys: Sequence[bytes], now: float) -> None:
+        """Tell of the end of these flows."""
         if keys and self._peer.fits(len(keys)):
-            self.announced.difference_update(keys)
+            self.announced.discard(keys)
+            if self.states is not None:
+                self.states.touch(keys)
             self._peer.pending.remove(keys, now)
 
     def announce_late(self, keys: Sequence[bytes], job: Job, now: float) -> None:
         """Late flows of the former active node; this node's bulk may have gone out without them."""
         if self._peer.bulk_due or not self.telling or not self._peer.fits(len(keys)):
             return
-        self.announced.update(keys)
         if isinstance(job, Request):
-            self._peer.pending.put_flow(*pack(job.flow), now)
+            key, value, extras = pack(job.flow)
+            self._told(len(key), {key: value})
+            self._peer.pending.put_flow(key, value, extras, now)
         else:
             late = set(keys)
             rows = {key: value for key, value in zip(job.keys, job.values) if key in late}
+            self._told(job.key_len, rows)
             self._peer.pending.put_rows(job.key_len, rows, now)
 
     # --- bulk --------------------------------------------------------------------------------------------------------
 
     def begin_bulk(self) -> None:
         """What this bulk does not name, and no event does, is gone."""
-        self.announced = set()
+        self.announced.clear()
 
     def bulk_rows(self, key_len: int, rows: Mapping[bytes, bytes], now: float) -> None:
         chosen, seen = self._situation.filter.select_rows(key_len, rows), self._dumps.seen
@@ -166,3 +176,26 @@ class Source:
             self._announce(flow, now)
         else:
             self._remember(flow)
+
+    # --- comparisons -------------------------------------------------------------------------------------------------
+
+    def chosen(self, key_len: int, rows: Mapping[bytes, bytes]) -> Mapping[bytes, bytes]:
+        """Which of these entries of the kernel the peer must know of."""
+        chosen = self._situation.filter.select_rows(key_len, rows)
+        if len(chosen) == len(rows):
+            return chosen
+        others = {key: value for key, value in rows.items() if key in self.announced and key not in chosen}
+        return {**chosen, **self._situation.filter.keep_rows(key_len, others)} if others else chosen
+
+    def keeps(self, flow: Flow) -> bool:
+        """Must the peer know of this entry of the kernel?"""
+        chosen = self._situation.filter
+        return chosen.keeps(flow) if flow.key in self.announced else chosen.matches(flow)
+
+    def tell_untold(self, key_len: int, rows: Mapping[bytes, bytes], now: float) -> None:
+        """The kernel has these flows, of one shape: tell of the untold ones, and those with another translation."""
+        strangers = self.announced.strangers(rows, SHAPES[key_len].reply)
+        if strangers and self._peer.fits(len(strangers)):
+            self._situation.counters["untold_told"] += len(strangers)
+            self.announced.discard(strangers)
+            self._put_rows(key_len, {key: rows[key] for key in strangers}, now)

@@ -15,6 +15,9 @@ import struct
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
+from .digest import Digest
+from .rows import TAIL_BYTES
+
 _SINCE = struct.Struct("!I")
 _SINCE_BYTES = 4
 
@@ -35,12 +38,14 @@ class ExternalCache:
     """The flows of the peer, by key, with what the running bulk has not named yet.
 
     In ``table`` stands the value and, behind it, in 4 bytes the seconds from ``started`` to the first replication.
+    ``digest`` is that of the table.
     """
 
     def __init__(self, limit: int, started: float = 0.0) -> None:
         self.limit = limit
         self.table: dict[bytes, bytes] = {}
         self.extras: dict[bytes, bytes] = {}
+        self.digest = Digest()
         self._started = started
         self._unnamed: set[bytes] | None = None
 
@@ -85,15 +90,22 @@ class ExternalCache:
                     yield self._replica(key, stored)
 
     def add_rows(self, rows: Mapping[bytes, bytes], now: float) -> Mapping[bytes, bytes]:
-        """Store flows that are not here yet; returns those for which there was room."""
+        """Store flows of one shape that are not here yet; returns those for which there was room."""
         room = self.limit - len(self.table)
         if len(rows) > room:
             rows = dict(itertools.islice(rows.items(), max(0, room)))
-        self.table.update(zip(rows, map(operator.add, rows.values(), itertools.repeat(self._since(now)))))
+        if rows:
+            self.table.update(zip(rows, map(operator.add, rows.values(), itertools.repeat(self._since(now)))))
+            self.digest.add(rows, rows.values(), len(next(iter(rows.values()))) - TAIL_BYTES)
         return rows
 
-    def replace_rows(self, rows: Mapping[bytes, bytes]) -> None:
-        """Newer values of flows that are all here; extras stay, and so does the beginning of the replication."""
+    def replace_rows(self, rows: Mapping[bytes, bytes], changed: Iterable[tuple[bytes, bytes]]) -> None:
+        """Newer values of flows that are all here; extras stay, and so does the beginning of the replication.
+
+        ``changed``: of those of them whose translation may have changed, the key and the value that is here.
+        """
+        for key, value in changed:
+            self._translate(key, value, rows[key])
         table = self.table
         table.update({key: value + table[key][-_SINCE_BYTES:] for key, value in rows.items()})
         self.name(rows)
@@ -103,6 +115,10 @@ class ExternalCache:
         stored = self.table.get(key)
         if stored is None and len(self.table) >= self.limit:
             return False
+        if stored is None:
+            self.digest.add((key,), (value,), len(value) - TAIL_BYTES)
+        else:
+            self._translate(key, stored, value)
         self.table[key] = value + (self._since(now) if stored is None else stored[-_SINCE_BYTES:])
         if extras:
             self.extras[key] = extras
@@ -111,16 +127,38 @@ class ExternalCache:
         self.name((key,))
         return True
 
-    def pop(self, key: bytes) -> bool:
-        """Forget a flow; False if it was not here."""
-        self.extras.pop(key, None)
-        if self._unnamed:
-            self._unnamed.discard(key)
-        return self.table.pop(key, None) is not None
+    def _translate(self, key: bytes, before: bytes, now: bytes) -> None:
+        reply = len(now) - TAIL_BYTES
+        if before[:reply] != now[:reply]:
+            self.digest.remove((key,), (before,), reply)
+            self.digest.add((key,), (now,), reply)
+
+    def take(self, keys: Iterable[bytes]) -> list[bytes]:
+        """Forget flows; returns those that were here."""
+        pop = self.table.pop
+        known: list[bytes] = []
+        found: dict[int, tuple[list[bytes], list[bytes]]] = {}
+        for key in keys:
+            stored = pop(key, None)
+            if stored is not None:
+                known.append(key)
+                shape = found.get(len(stored))
+                if shape is None:
+                    shape = found[len(stored)] = [], []
+                shape[0].append(key)
+                shape[1].append(stored)
+        for size, (gone, values) in found.items():
+            self.digest.remove(gone, values, size - TAIL_BYTES - _SINCE_BYTES)
+        if self.extras:
+            for key in known:
+                self.extras.pop(key, None)
+        self.name(known)
+        return known
 
     def clear(self) -> None:
         self.table = {}
         self.extras = {}
+        self.digest = Digest()
         self._unnamed = None
 
     def _since(self, now: float) -> bytes:

@@ -10,7 +10,7 @@ label of the counter that the fault belongs to, and nothing else, whatever the b
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import compress
 from typing import NamedTuple
 
@@ -55,8 +55,17 @@ RECORD_BULK_BEGIN = 4
 RECORD_BULK_END = 5
 RECORD_BULK_REQUEST = 6
 RECORD_CONDITIONS = 7
-RECORD_EXPECT = 32
-RECORD_EXPECT_GONE = 33
+RECORD_DIGEST = 16
+RECORD_BUCKETS_REQUEST = 17
+RECORD_BUCKETS = 18
+RECORD_COMPARE_REQUEST = 19
+RECORD_COMPARE_BEGIN = 20
+RECORD_COMPARE_ROWS = 21
+RECORD_COMPARE_FLOW = 22
+RECORD_COMPARE_END = 23
+RECORD_STATES_BEGIN = 24
+RECORD_STATES = 25
+RECORD_REPORT = 26
 
 MAX_ROWS = 1024  # rows of one record: what a few bytes may grow to
 
@@ -224,6 +233,8 @@ ROLE_TRANSITION = 3
 
 STATUS_REPLICATES = 0x01  # the sender replicates (not switched off)
 STATUS_COMPLETE = 0x02  # the sender, a backup, holds the complete table
+STATUS_EQUAL = 0x04  # the last digest said that this table is the active node's
+STATUS_DIFFERS = 0x08  # it did not, for a while, or again and again
 
 _STATUS = struct.Struct("!BBI")
 
@@ -644,3 +655,128 @@ def decode_flow_record(payload: bytes) -> tuple[bytes, bytes, bytes]:
     if extras:
         shapes.unpack(key, value, extras)
     return key, value, extras
+
+
+# --- comparisons -----------------------------------------------------------------------------------------------------
+
+BUCKETS = 1024
+BUCKETS_TOLD = 32  # at most in one record
+COMPARE_REPAIR = 0x01  # the receiver takes what it is told
+COMPARE_REPORT = 0x02  # the receiver answers with REPORT
+
+_DIGEST = struct.Struct("!IQ")
+_COMPARE = struct.Struct("!IB")
+_SUMS = struct.Struct("!IH")
+_REPORT = struct.Struct("!II7I")
+REPORT_COUNTS = 7
+_BITMAP_BYTES = BUCKETS // 8
+
+
+def encode_digest(flows: int, total: int) -> bytes:
+    return tlv(RECORD_DIGEST, _DIGEST.pack(flows, total))
+
+
+def decode_digest(payload: bytes) -> tuple[int, int]:
+    """Flows and digest of the whole table.  Longer payloads come from newer peers and are accepted.
+
+    Raises WireError ``malformed``.
+    """
+    if len(payload) < _DIGEST.size:
+        raise WireError("malformed", "digest: truncated")
+    flows, total = _DIGEST.unpack_from(payload)
+    return flows, total
+
+
+def encode_sums(kind: int, number: int, first: int, sums: Sequence[int]) -> bytes:
+    """BUCKETS or STATES: at most ``BUCKETS_TOLD`` sums of the buckets from ``first`` on."""
+    return tlv(kind, _SUMS.pack(number, first) + struct.pack(f"!{len(sums)}Q", *sums))
+
+
+def decode_sums(payload: bytes) -> tuple[int, int, tuple[int, ...]]:
+    """Number, first bucket and sums.  Raises WireError ``malformed``."""
+    count, rest = divmod(len(payload) - _SUMS.size, 8)
+    if rest or not 1 <= count <= BUCKETS_TOLD:
+        raise WireError("malformed", f"sums: {len(payload)} bytes")
+    number, first = _SUMS.unpack_from(payload)
+    if first + count > BUCKETS:
+        raise WireError("malformed", f"sums: buckets {first} to {first + count - 1}")
+    return number, first, struct.unpack_from(f"!{count}Q", payload, _SUMS.size)
+
+
+def encode_number(kind: int, number: int) -> bytes:
+    """A record that is a number: STATES_BEGIN."""
+    return tlv(kind, _U32.pack(number))
+
+
+def decode_number(payload: bytes) -> int:
+    """Raises WireError ``malformed``."""
+    if len(payload) < _U32.size:
+        raise WireError("malformed", "number: truncated")
+    return int(_U32.unpack_from(payload)[0])
+
+
+class Compare(NamedTuple):
+    """A comparison: its number, ``COMPARE_*`` flags, and the buckets whose flows are compared."""
+
+    number: int
+    flags: int
+    buckets: frozenset[int]
+
+
+def encode_compare(kind: int, compare: Compare) -> bytes:
+    """COMPARE_REQUEST or COMPARE_BEGIN."""
+    bits = 0
+    for bucket in compare.buckets:
+        bits |= 1 << bucket
+    return tlv(kind, _COMPARE.pack(compare.number, compare.flags) + bits.to_bytes(_BITMAP_BYTES, "little"))
+
+
+def decode_compare(payload: bytes) -> Compare:
+    """Longer payloads come from newer peers and are accepted.  Raises WireError ``malformed``."""
+    if len(payload) < _COMPARE.size + _BITMAP_BYTES:
+        raise WireError("malformed", "compare: truncated")
+    number, flags = _COMPARE.unpack_from(payload)
+    bits = format(int.from_bytes(payload[_COMPARE.size : _COMPARE.size + _BITMAP_BYTES], "little"), f"0{BUCKETS}b")
+    return Compare(number, flags, frozenset(at for at, bit in enumerate(reversed(bits)) if bit == "1"))
+
+
+def encode_compare_end(number: int, flows: int) -> bytes:
+    return tlv(RECORD_COMPARE_END, _BULK_END.pack(number, flows))
+
+
+class Report(NamedTuple):
+    """What a comparison found: flows compared, differences by kind, and some of them: kind and key."""
+
+    number: int
+    flows: int
+    counts: tuple[int, ...]
+    keys: list[tuple[int, bytes]]
+
+
+def encode_report(report: Report, room: int) -> bytes:
+    """As many of the keys as fit into ``room`` bytes are told."""
+    out = [_REPORT.pack(report.number, report.flows, *report.counts)]
+    room -= TLV_BYTES + _REPORT.size
+    for kind, key in report.keys:
+        room -= 2 + len(key)
+        if room < 0:
+            break
+        out.append(bytes((kind, len(key))) + key)
+    return tlv(RECORD_REPORT, b"".join(out))
+
+
+def decode_report(payload: bytes) -> Report:
+    """Raises WireError ``malformed``."""
+    if len(payload) < _REPORT.size:
+        raise WireError("malformed", "report: truncated")
+    number, flows, *counts = _REPORT.unpack_from(payload)
+    keys = []
+    at = _REPORT.size
+    while at < len(payload):
+        key = payload[at + 2 : at + 2 + payload[at + 1]] if at + 1 < len(payload) else b""
+        if len(key) not in shapes.SHAPES or payload[at] >= REPORT_COUNTS or len(key) != payload[at + 1]:
+            raise WireError("malformed", "report: key")
+        _check_zones(key, len(key), len(key))
+        keys.append((payload[at], key))
+        at += 2 + len(key)
+    return Report(number, flows, tuple(counts), keys)

@@ -19,11 +19,11 @@ def test_bulk_finds_what_it_did_not_name() -> None:
     cache.add_rows(dict.fromkeys((b"named", b"changed", b"stale", b"closed"), b"1"), 5.0)
     cache.begin_bulk()
     assert cache.bulk_running
-    cache.replace_rows({b"named": b"2"})
+    cache.replace_rows({b"named": b"2"}, ())
     cache.put(b"changed", b"2", b"", 9.0)
     cache.add_rows({b"new": b"2"}, 9.0)
     assert cache.named == 3
-    cache.pop(b"closed")
+    cache.take([b"closed"])
     assert cache.named == 3
     assert cache.end_bulk() == [b"stale"]
     assert not cache.bulk_running
@@ -43,7 +43,7 @@ def test_full_cache_refuses_new_flows_and_keeps_the_old_ones_up_to_date() -> Non
 def test_extras_are_kept_of_those_that_have_some() -> None:
     cache = ExternalCache(9)
     cache.put(b"a", b"1", b"extras", 0.0)
-    cache.replace_rows({b"a": b"2"})
+    cache.replace_rows({b"a": b"2"}, ())
     assert cache.get(b"a") == Replica(b"a", b"2", b"extras", 0.0)
     cache.put(b"a", b"3", b"", 4.0)
     assert (cache.get(b"a"), cache.extras) == (Replica(b"a", b"3", b"", 0.0), {})
@@ -54,7 +54,7 @@ def test_table_may_change_under_a_walk() -> None:
     cache.add_rows({b"a": b"1", b"b": b"1", b"c": b"1"}, 0.0)
     walk = cache.items()
     assert next(walk).key == b"a"
-    cache.pop(b"b")
+    cache.take([b"b"])
     cache.add_rows({b"d": b"1"}, 0.0)
     assert [replica.key for replica in walk] == [b"c"]
 
@@ -62,18 +62,16 @@ def test_table_may_change_under_a_walk() -> None:
 def test_walk_through_a_large_table_takes_each_once_and_few_in_advance() -> None:
     cache = ExternalCache(100_000)
     keys = [b"key %6d" % number for number in range(50_000)]
-    cache.add_rows(dict.fromkeys(keys, b"1"), 0.0)
+    cache.add_rows(dict.fromkeys(keys, bytes(25)), 0.0)
     tracemalloc.start()
     walk = cache.items()
     seen = [next(walk).key]
     grown = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert grown < 50_000
-    for key in keys[:10_000]:  # others came in their place, with the same keys
-        cache.pop(key)
-    cache.add_rows(dict.fromkeys(keys[:10_000], b"2"), 0.0)
-    for key in keys[10_000:20_000]:
-        cache.pop(key)
+    cache.take(keys[:10_000])  # others came in their place, with the same keys
+    cache.add_rows(dict.fromkeys(keys[:10_000], bytes(25)), 0.0)
+    cache.take(keys[10_000:20_000])
     seen += [replica.key for replica in walk]
     assert len(seen) == len(set(seen))
     assert set(seen) - set(seen[:1]) == set(keys) - set(keys[10_000:20_000]) - set(seen[:1])

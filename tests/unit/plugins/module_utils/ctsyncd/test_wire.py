@@ -285,6 +285,11 @@ DECODERS: dict[str, Callable[[bytes], object]] = {
     "rows": wire.decode_rows,
     "gone": wire.decode_gone,
     "flow": wire.decode_flow_record,
+    "digest": wire.decode_digest,
+    "sums": wire.decode_sums,
+    "number": wire.decode_number,
+    "compare": wire.decode_compare,
+    "report": wire.decode_report,
 }
 
 
@@ -292,6 +297,42 @@ def test_every_decoder_is_fed_garbage() -> None:
     assert {name for name in dir(wire) if name.startswith("decode_")} == {
         decode.__name__ for decode in DECODERS.values() if decode.__name__ != "<lambda>"
     }
+
+
+@given(U32, st.integers(0, 255), st.frozensets(st.integers(0, wire.BUCKETS - 1)))
+@example(0, 0, frozenset(range(wire.BUCKETS)))
+def test_compare_round_trip(number: int, flags: int, buckets: frozenset[int]) -> None:
+    compare = wire.Compare(number, flags, buckets)
+    for kind in (wire.RECORD_COMPARE_REQUEST, wire.RECORD_COMPARE_BEGIN):
+        ((found, payload),) = wire.iter_tlv(wire.encode_compare(kind, compare))
+        assert (found, wire.decode_compare(payload)) == (kind, compare)
+
+
+@given(U32, st.integers(0, 992), st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=32))
+def test_sums_round_trip(number: int, first: int, sums: list[int]) -> None:
+    ((kind, payload),) = wire.iter_tlv(wire.encode_sums(wire.RECORD_STATES, number, first, sums))
+    assert (kind, wire.decode_sums(payload)) == (wire.RECORD_STATES, (number, first, tuple(sums)))
+
+
+def test_sums_of_buckets_that_do_not_exist_are_refused() -> None:
+    for first, count in ((993, 32), (1024, 1), (0, 33), (0, 0)):
+        payload = struct.pack("!IH", 1, first) + bytes(8 * count)
+        with pytest.raises(WireError, match="malformed"):
+            wire.decode_sums(payload)
+    with pytest.raises(WireError, match="malformed"):
+        wire.decode_sums(struct.pack("!IH", 1, 0) + bytes(9))
+
+
+@given(U32, U32, st.lists(U32, min_size=7, max_size=7), st.lists(st.integers(0, 6), max_size=40), st.integers(45, 600))
+def test_report_round_trip(number: int, flows: int, counts: list[int], kinds: list[int], room: int) -> None:
+    keys = [(kind, tcp(1000 + place).key) for place, kind in enumerate(kinds)]
+    encoded = wire.encode_report(wire.Report(number, flows, tuple(counts), keys), room)
+    assert len(encoded) <= max(room, 39)
+    ((_kind, payload),) = wire.iter_tlv(encoded)
+    found = wire.decode_report(payload)
+    assert found[:3] == (number, flows, tuple(counts))
+    assert found.keys == keys[: len(found.keys)]
+    assert len(found.keys) == min(len(keys), (room - 39) // 15)
 
 
 def tlvs() -> st.SearchStrategy[bytes]:
