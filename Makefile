@@ -77,7 +77,8 @@ unit: venv ## Unit tests
 
 .PHONY: integration
 integration: root venv ## Integration tests in network namespaces (root)
-	sh tools/need.sh ip:iproute2 iptables-restore:iptables conntrack:conntrack keepalived:keepalived systemctl:systemd
+	sh tools/need.sh ip:iproute2 iptables-restore:iptables conntrack:conntrack keepalived:keepalived systemctl:systemd \
+		vsftpd:vsftpd in.tftpd:tftpd-hpa
 	pytest -q tests/integration
 
 .PHONY: scale

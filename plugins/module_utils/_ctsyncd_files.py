@@ -47,6 +47,7 @@ CONFIG_OPTIONS = (
     "park_timeout_s",
     "ruleset_fingerprint",
     "same_conditions",
+    "max_expectations",
     "log_level",
 )
 

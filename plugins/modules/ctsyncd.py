@@ -156,6 +156,10 @@ options:
     type: str
     choices: [debug, info, warning, error]
     default: info
+  max_expectations:
+    description: Expectations of helpers (FTP, SIP) that are replicated at most. V(0) switches that off.
+    type: int
+    default: 4096
   mode:
     description:
       - With V(hot-standby) the backup writes each replica into its kernel at once.
@@ -464,6 +468,7 @@ def argument_spec() -> dict[str, Any]:
             },
         },
         "log_level": {"type": "str", "choices": ["debug", "info", "warning", "error"], "default": "info"},
+        "max_expectations": {"type": "int", "default": 4096},
         "mode": {"type": "str", "choices": ["hot-standby", "external-cache"], "default": "hot-standby"},
         "netlink_buffer_bytes": {"type": "int", "default": 67108864},
         "node": {"type": "str"},

@@ -10,6 +10,7 @@ its parser and raises for everything else: another exception, a broken promise, 
 from __future__ import annotations
 
 import base64
+import contextlib
 import errno
 import functools
 import itertools
@@ -31,6 +32,8 @@ from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import 
     ctnetlink,
     daemon,
     engine,
+    expectation,
+    expectation_render,
     netlink,
     readiness,
     render,
@@ -68,6 +71,8 @@ Runner = Callable[[bytes], bool]
 
 SECRET = bytes(range(32))
 OWN = (bytes((192, 168, 0, 1)), bytes((192, 168, 1, 1)), bytes((192, 168, 0, 100)))
+EXPECTATION_CORPUS = Path(__file__).resolve().parents[1] / "corpus" / "expectations.jsonl"
+EXPECTATION_LIMIT = 12
 WIRE_CORPUS = Path(__file__).resolve().parents[1] / "corpus" / "wire.jsonl"
 PAYLOAD = 1400
 TABLE_LIMIT = 64
@@ -218,6 +223,33 @@ def changes(flows: Sequence[Flow], gone: Sequence[bytes] = ()) -> rows.Changes:
     return found._replace(gone=[*found.gone, *gone])
 
 
+def recorded_expectations() -> list[bytes]:
+    """Messages of a kernel."""
+    lines = EXPECTATION_CORPUS.read_text(encoding="ascii").splitlines()[1:]
+    return [bytes.fromhex(json.loads(line)["hex"]) for line in lines]
+
+
+def _expectations() -> list[expectation.Expectation]:
+    """Of FTP (both families) and SIP; two in a zone, of one direction and of both."""
+    read = (next(expectation.parse_messages(message)).expectation for message in recorded_expectations())
+    found = list({one.name: one for one in read if one is not None}.values())
+    return [*found, found[0]._replace(zone=9), found[1]._replace(zone=7, zone_dir=1, used=True)]
+
+
+def expectation_shown(one: expectation.Expectation) -> None:
+    """Every way to show and to write an expectation that came from outside."""
+    texts = (expectation_render.line(one, 5), expectation_render.xml(one), expectation_render.json_line(one))
+    check(not any("\n" in text for text in texts), "an expectation is one line")
+    for make in (expectation.create, functools.partial(expectation.set_timer, seconds=5), expectation.delete):
+        try:
+            message = make(one)
+        except NetlinkError:
+            continue
+        pieces = list(ctnetlink.split(message))
+        check(len(pieces) == 1 and len(message) < 4096, "one request is one short message")
+        ctnetlink.attributes(pieces[0][4], 4)
+
+
 # --- the sync protocol: codecs ---
 
 
@@ -266,6 +298,8 @@ def _wire_seeds() -> list[bytes]:
         wire.encode_bulk_end(3, 9)[wire.TLV_BYTES :],
         b"".join(singles[:4]),
         *(record[wire.TLV_BYTES :] for record in singles + many),
+        *(expectation.pack(one) for one in _expectations()),
+        *(one.name for one in _expectations()),
         *(bytes.fromhex(json.loads(line)["payload"]) for line in WIRE_CORPUS.read_text(encoding="utf-8").splitlines()),
     ]
 
@@ -347,7 +381,15 @@ def wire_runner() -> Runner:
     def part(data: bytes) -> None:
         _round_trip(wire.decode_part(data), wire.encode_part, wire.decode_part, wire.TLV_BYTES)
 
+    def foreseen(data: bytes) -> None:
+        one = expectation.unpack(data)
+        check(expectation.unpack(expectation.pack(one)) == one, "an expectation survives")
+        check(expectation.unpack_name(one.name)[1:3] == (one.zone, one.proto), "so does its name")
+        check(rows.unpack_key(one.master_key)[0].family == one.family, "its master is a flow of its family")
+        expectation_shown(one)
+
     decoders: tuple[Callable[[bytes], Any], ...] = (
+        *(foreseen, expectation.unpack_name),
         *(flow, many, gone, tlvs, hello, ack, status, heard, probe, echo, part, wire.decode_header, wire.decode_block),
         *(wire.decode_bulk_begin, wire.decode_bulk_end, conditions),
     )
@@ -357,7 +399,7 @@ def wire_runner() -> Runner:
         for decode in decoders:
             try:
                 decode(data)
-                accepted = accepted or decode in (flow, many, gone, hello, ack, status)
+                accepted = accepted or decode in (foreseen, flow, many, gone, hello, ack, status)
             except WireError as error:
                 check(error.kind in ("malformed", "truncated", "wrong_version"), f"kind {error.kind}")
         return accepted
@@ -398,7 +440,8 @@ def _engine(
         payload=PAYLOAD,
         now=0.0,
     )
-    settings = Settings(mode=mode, ignore=("192.168.100.0/24", "fd00:1::/64"), table_limit=TABLE_LIMIT)
+    ignore = ("192.168.100.0/24", "fd00:1::/64")
+    settings = Settings(mode=mode, ignore=ignore, table_limit=TABLE_LIMIT, max_expectations=EXPECTATION_LIMIT)
     one = engine.Engine(settings, made, 0.0)
     one.set_addresses(OWN)
     return one
@@ -447,6 +490,7 @@ class Peer:
         if one.dump is not None:
             one.dump_slice(changes(FLOWS[: int(chance.random() * len(FLOWS))]), self.now)
             one.dump_finished(chance.random() < 0.8, self.now)
+        self._look_after_helpers(chance)
         for _dummy in range(200):
             jobs = one.kernel_work(256)
             if not jobs:
@@ -457,7 +501,31 @@ class Peer:
             raise AssertionError("requests to the kernel breed requests without end")
         check(len(one.session._out) == 0, "everything was handed out")
 
+    def _look_after_helpers(self, chance: random.Random) -> None:
+        helpers = self.engine.helpers
+        if helpers.walk is not None:
+            helpers.walked(EXPECTATIONS[: int(chance.random() * len(EXPECTATIONS))], self.now)
+            helpers.walk_ended(chance.random() < 0.8, self.now)
+        for master in helpers.take_asks():
+            helpers.told(master, chance.choice((None, EXPECTATIONS[:2], [])), self.now)
+        for _dummy in range(20):
+            jobs = helpers.work(256)
+            if not jobs:
+                break
+            for job in jobs:
+                try:
+                    job.messages()
+                    helpers.result(job, chance.choice(_ERRNOS))
+                except NetlinkError:
+                    helpers.result(job, errno.EINVAL)
+
     def bounded(self) -> None:
+        source, replicas = self.engine.helpers.source, self.engine.helpers.replicas
+        tables: tuple[Any, ...] = (source._known, source._lingering, replicas._table, replicas._wanted)
+        check(all(len(table) <= EXPECTATION_LIMIT for table in (*tables, replicas._late)), "expectations are bounded")
+        check(len(source._orphans) <= 1024 and len(source.asks) < 10_000, "and those of no flow")
+        check(sum(map(len, source._of.values())) == len(source._known), "the index has what the table has")
+        check(sum(map(len, replicas._of.values())) == len(replicas._table), "on the other side, too")
         one, known = self.engine, self.engine.session._established
         check(len(one.cache) <= TABLE_LIMIT and len(one.pending) <= TABLE_LIMIT, "the tables keep their bounds")
         check(len(one.source.announced) <= 1000 + TABLE_LIMIT, "so does the set of what was announced")
@@ -483,6 +551,9 @@ def session_grammar() -> Grammar:
     ends = b"".join(_gone_records(FLOWS))
     changed = b"".join(_row_records([FLOWS[0]._replace(reply=FLOWS[7].reply, mark=5)]))
     many = [*_row_records(_many(30)), *_row_records(_many(100))]
+    foreseen = [wire.tlv(wire.RECORD_EXPECT, expectation.pack(one)) for one in _expectations()]
+    foreseen += [wire.tlv(wire.RECORD_EXPECT_GONE, one.name) for one in _expectations()[::3]]
+    masters = b"".join(_flow_record(flow) for flow in _masters())
     status = wire.encode_status(wire.Status(wire.ROLE_ACTIVE, wire.STATUS_REPLICATES, 9))
     ack = wire.encode_ack(wire.Ack(1, 513, 0b110))
     hello = wire.encode_hello(wire.Hello(_ECHO, "fw2", 0, "0.1.0"))
@@ -509,6 +580,8 @@ def session_grammar() -> Grammar:
     seeds += [bytes((_DO_ROLE,)) + status, bytes((_DO_WAIT,)) + ack, bytes((_DO_BARE,)) + bulk]
     seeds += [bytes((_DO_EVENT,)) + single[wire.TLV_BYTES :] for single in singles]
     seeds += [bytes((_DO_BARE,)) + record for record in many]
+    seeds += [bytes((_DO_BARE,)) + masters + b"".join(foreseen), bytes((_DO_BARE,)) + b"".join(foreseen[::2])]
+    seeds += [bytes((_DO_BARE,)) + record for record in foreseen]
     numbers = tuple(struct.pack("!Q", number) for number in (0, 1, 2, 3, 511, 512, 1 << 63, (1 << 64) - 1))
     return Grammar(seeds, functools.partial(tlv_lengths, start=1), _tlv_wrap, tuple(range(10)), (_ECHO, *numbers))
 
@@ -559,6 +632,17 @@ def _session_runner(mode: str) -> Runner:
         return peer.engine.session.counters["blocks_received"] > taken
 
     return run
+
+
+EXPECTATIONS = _expectations()
+
+
+def _masters() -> Iterator[Flow]:
+    """The flows whose helpers foresaw them."""
+    for key, one in {one.master_key: one for one in EXPECTATIONS}.items():
+        flow = ctnetlink.flow_of_key(key)
+        state = k.TCP_ESTABLISHED if flow.proto == k.IPPROTO_TCP else None
+        yield flow._replace(status=ALIVE | k.IPS_SRC_NAT, timeout=500, state=state, tcp_flags=(3, 3), helper=one.helper)
 
 
 # --- the sync protocol: before the authentication ---
@@ -793,6 +877,48 @@ def netlink_runner() -> Runner:
 _EVENTS = (event(FLOWS[0], 0, 0), event(FLOWS[0], 2, 0))
 
 
+def expectations_grammar() -> Grammar:
+    messages = recorded_expectations()
+    done = struct.pack("=IHHIIi", 20, ctnetlink.NLMSG_DONE, 2, 7, 99, 0)
+    error = struct.pack("=IHHIIi", 36, ctnetlink.NLMSG_ERROR, 0, 7, 99, -2) + bytes(16)
+    seeds = [*messages, b"".join(messages[:3]) + done, b"".join(messages[-4:]), done, error]
+    words = (*(struct.pack("=HH", 4, kind) for kind in (1, 2, 0x8001, 0x8003, 0x800A)), b"\xff\xff\xff\xff", bytes(4))
+
+    def wrap(kind: int, inner: bytes) -> bytes:
+        return ctnetlink.attribute(kind | 0x8000, inner)
+
+    return Grammar(seeds, netlink_lengths, wrap, (1, 2, 3, 4, 6, 8, 9, 10, 11), words, limit=16384)
+
+
+def expectations_runner() -> Runner:
+    """Events and entries of the kernel's expectation table, into an active engine that knows some of the masters."""
+    peer = Peer()
+    peer.engine.set_role(readiness.ACTIVE, 0.0)
+    known = list(_masters())[::2]
+    peer.engine.kernel_changes(changes(known), peer.now)
+
+    def run(data: bytes) -> bool:
+        peer.now += 0.01
+        found = []
+        with contextlib.suppress(NetlinkError):
+            found += [message for message in expectation.parse_messages(data) if message.expectation is not None]
+        check(len(found) * 40 <= len(data), "no expectation comes from nothing")
+        heard = [(message.expectation, message.gone) for message in found if message.expectation is not None]
+        for one, _gone in heard:
+            check(expectation.unpack(expectation.pack(one)).name == one.name, f"{one!r} does not survive the sync link")
+            expectation_shown(one)
+        helpers = peer.engine.helpers
+        helpers.events(heard, data[:1] == b"\0", peer.now)
+        if helpers.walk is not None:
+            helpers.walked([one for one, _gone in heard], peer.now)
+        peer.turn(random.Random(zlib.crc32(data)))
+        peer.data(wire.encode_ack(_all_received(peer.engine)))
+        peer.bounded()
+        return bool(heard)
+
+    return run
+
+
 def _all_received(one: engine.Engine) -> wire.Ack:
     known = one.session._established
     number = known.next_block if known is not None else 0
@@ -929,6 +1055,7 @@ def control_runner() -> Runner:
     one._event_buffer = 1
     one._events = one._fifo = SimpleNamespace(malformed=0, garbage=0)  # type: ignore[assignment]
     one._link = SimpleNamespace(counters={}, is_open=True)  # type: ignore[assignment]
+    one._helpers = SimpleNamespace(counters={}, statistics=dict)  # type: ignore[assignment]
     one._internal = lambda line: iter((b"", None, line(FLOWS[0], 1).encode() + b"\n"))  # type: ignore[method-assign]
     server = control.ControlServer("/nonexistent", one._command)
     server.counters["failed"] = 0
@@ -1147,6 +1274,7 @@ TARGETS = {
         ),
         Target("sealed", sealed_grammar, sealed_runner, 2000, 12, (3000, 5)),
         Target("netlink", netlink_grammar, netlink_runner, 1000, 14, (60_000, 300)),
+        Target("expectations", expectations_grammar, expectations_runner, 500, 6, (60_000, 300)),
         Target("rtnetlink", rtnetlink_grammar, rtnetlink_runner, 1000, 10, (4000, 60)),
         Target("control", control_grammar, control_runner, 200, 2, (20_000, 20)),
         Target("answer", answer_grammar, answer_runner, 500, 4, (4000, 20)),

@@ -24,7 +24,14 @@ from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import 
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.columns import Gathering
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.crypto import Aead, LibraryCrypto
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.engine import Engine
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.expectation import Expectation
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.expectation_replicas import REMAKE, REMOVE
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.expectation_replicas import TIMER as TIMER_ONLY
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.expectation_replicas import (
+    Job as ExpectationJob,
+)
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import Flow, Tuple
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.helpers import Helpers
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.jobs import (
     CREATE,
     DELETE,
@@ -186,8 +193,29 @@ class Kernel:
         self.helpers = {"ftp"}
         self.refuse: dict[bytes, int] = {}
         self.done: list[Request] = []
+        self.expectations: dict[bytes, Expectation] = {}  # by name
+        self.expected: list[tuple[Expectation, bool]] = []  # events
+        self.functions = {"", "nat-follow-master"}
 
     # what traffic does
+
+    def expect(self, one: Expectation) -> None:
+        """A helper foresees a flow.  What the kernel says of it has no zone."""
+        assert one.master_key in self.table, "the test expects a flow of a master that does not exist"
+        self.expectations[one.name] = one
+        self.expected.append((one._replace(zone=0, zone_dir=3), False))
+
+    def unexpect(self, name: bytes, timeout: int = 0) -> None:
+        """It is used up (``timeout`` seconds were left), or its time is over."""
+        one = self.expectations.pop(name)
+        self.expected.append((one._replace(zone=0, zone_dir=3, timeout=timeout), True))
+
+    def _masterless(self, silent: bool) -> None:
+        """Expectations go with their master."""
+        for name in [name for name, one in self.expectations.items() if one.master_key not in self.table]:
+            one = self.expectations.pop(name)
+            if not silent:
+                self.expected.append((one._replace(zone=0, zone_dir=3), True))
 
     def open(self, flow: Flow) -> Flow:
         assert not self._taken(flow), "the test opens a flow that exists"
@@ -204,6 +232,7 @@ class Kernel:
     def close(self, key: bytes) -> None:
         """The entry ends (timer, or an operator): a DESTROY without timeout and protocol details."""
         self.events.append((self.table.pop(key)._replace(timeout=None, tcp_wscale=None, tcp_flags=None), True))
+        self._masterless(silent=False)
 
     # what the daemon does
 
@@ -231,6 +260,28 @@ class Kernel:
         """The entry that has this tuple in any direction (nf_conntrack_find_get)."""
         wanted = (flow.proto, flow.zone, flow.orig)
         return next((other for other in self.table.values() if wanted in _ends(other)), None)
+
+    def carry_out_expectation(self, job: ExpectationJob) -> int:
+        """As ctnetlink would; 0 or an errno."""
+        operation, one, timeout = job
+        master = self.table.get(one.master_key)
+        if operation in (REMOVE, REMAKE):
+            there = self.expectations.pop(one.name, None)
+            if operation == REMOVE:
+                return 0 if there is not None else errno.ENOENT
+        if operation == TIMER_ONLY:
+            if one.name not in self.expectations:
+                return errno.ENOENT
+        elif master is None:
+            return errno.ENOENT
+        elif master.helper is None or master.helper not in self.helpers:
+            return errno.EOPNOTSUPP
+        elif one.function not in self.functions:
+            return errno.EINVAL
+        elif one.name in self.expectations:
+            return errno.EEXIST
+        self.expectations[one.name] = one._replace(timeout=timeout)
+        return 0
 
     def carry_out(self, job: Job) -> list[tuple[int, int]]:
         """Index and errno of what failed."""
@@ -261,6 +312,7 @@ class Kernel:
             return errno.ENOENT
         if operation == DELETE:
             del self.table[key]
+            self._masterless(silent=True)
         elif operation == LOOSEN:
             assert flow.proto == k.IPPROTO_TCP
             one, other = have.tcp_flags or (0, 0)
@@ -296,6 +348,7 @@ class Node:
 
     def start(self, now: float) -> None:
         self.kernel.events.clear()  # nobody listened
+        self.kernel.expected.clear()
         self._dump = None
         self.engine = self._make(now)
         self.engine.cold_start = self.booted
@@ -324,11 +377,27 @@ class Node:
         self.engine.kernel_changes(self.kernel.take_events(), now)
         self._feed_dump(self.engine, now)
         out = self.engine.poll(now)
+        self._look_after_helpers(self.engine.helpers, now)
         for question in self.engine.take_questions():
             self.engine.answer(question, self.kernel.lookup(question.flow), now)
         for job in self.engine.kernel_work(self.requests_per_turn):
             self.engine.kernel_results(job, self.kernel.carry_out(job))
         return out
+
+    def _look_after_helpers(self, helpers: Helpers, now: float) -> None:
+        events, self.kernel.expected = self.kernel.expected, []
+        if events:
+            helpers.events(events, False, now)
+        listed = [one._replace(zone=0, zone_dir=3) for one in self.kernel.expectations.values()]
+        if helpers.walk is not None:
+            helpers.walked(listed, now)
+            helpers.walk_ended(True, now)
+        for master in helpers.take_asks():
+            theirs = [one for one in self.kernel.expectations.values() if one.master_key == master.key]
+            known = master.key in self.kernel.table
+            helpers.told(master, [one._replace(zone=0, zone_dir=3) for one in theirs] if known else None, now)
+        for job in helpers.work(self.requests_per_turn):
+            helpers.result(job, self.kernel.carry_out_expectation(job))
 
     def _feed_dump(self, engine: Engine, now: float) -> None:
         """A few entries per turn: the table changes under the dump, as it does in the kernel."""

@@ -36,8 +36,8 @@ Usage: ctsyncd [-C FILE] [-d]                run in the foreground (systemd supe
        ctsyncd [-C FILE] WORD
 
 Requests:
-  -i [-x]              print the internal cache: this node's flows that are replicated
-  -e [-x]              print the external cache: the peer's flows
+  -i [ct|expect] [-x]  print the internal cache: this node's flows (or expectations) that are replicated
+  -e [ct|expect] [-x]  print the external cache: the peer's flows, or expectations
   -c                   commit the external cache into the kernel
   -f [internal|external]
                        flush the caches, or one of them
@@ -45,7 +45,7 @@ Requests:
   -R                   read the kernel's table again
   -B                   send everything to the peer
   -n                   ask the peer to send everything
-  -s [network|cache|runtime|link|queue|process]
+  -s [network|cache|runtime|link|queue|process|expect]
                        print statistics
   -t                   schedule a flush of the kernel's table
   -k                   stop the daemon
@@ -66,8 +66,8 @@ Options:
 """
 
 # what a letter asks for, and the words that may follow it (any prefix of a word will do)
-_TABLES = ("ct",)
-_STATISTICS = ("network", "cache", "runtime", "link", "rsqueue", "process", "queue", "ct", "multicast")
+_TABLES = ("ct", "expect")
+_STATISTICS = ("network", "cache", "runtime", "link", "rsqueue", "process", "queue", "ct", "multicast", "expect")
 _STATISTICS_ALIASES = {"rsqueue": "queue", "ct": "summary", "multicast": "link"}
 
 
@@ -82,7 +82,7 @@ _REQUESTS = {
     "-e": _Request("external", _TABLES, DUMP_TIMEOUT_S),
     "-c": _Request("commit", _TABLES),
     "-f": _Request("flush", ("internal", "external")),
-    "-F": _Request("flush-kernel", _TABLES),
+    "-F": _Request("flush-kernel", ("ct",)),
     "-R": _Request("resync", _TABLES),
     "-B": _Request("bulk"),
     "-n": _Request("request"),
@@ -171,8 +171,6 @@ def _expanded(arguments: Iterable[str]) -> list[str]:
 def _word(letter: str, word: str) -> str:
     """The word in full; a prefix is enough, as conntrackd has it."""
     words = _REQUESTS[letter].words
-    if letter != "-f" and word and "expect".startswith(word):
-        raise UsageError(f"{letter} {word}: expectations are not replicated in this version")
     for candidate in words:
         if word and candidate.startswith(word):
             return _STATISTICS_ALIASES.get(candidate, candidate)
@@ -320,6 +318,8 @@ def _message(chosen: Invocation) -> dict[str, Any]:
     message: dict[str, Any] = {"command": chosen.action}
     if chosen.action in ("internal", "external"):
         message["format"] = "xml" if chosen.xml else "json" if chosen.json else "text"
+        if chosen.argument == "expect":
+            message["table"] = "expect"
     elif chosen.action == "flush":
         message["which"] = chosen.argument or "all"
     elif chosen.action == "stats":

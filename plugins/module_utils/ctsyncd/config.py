@@ -224,6 +224,14 @@ OPTIONS: tuple[Option, ...] = (
         2_147_483,
         live=True,
     ),
+    Option(
+        "max_expectations",
+        "integer",
+        4096,
+        "Expectations of helpers (FTP, SIP) that are replicated at most; 0 switches that off.",
+        0,
+        65_536,
+    ),
     Option("log_level", "choice", "info", "Least severity that is logged.", choices=LOG_LEVELS, live=True),
 )
 PEER_OPTIONS: tuple[Option, ...] = (
@@ -287,6 +295,7 @@ class Config:
     datagram_bytes: int = 1400
     netlink_buffer_bytes: int = 64 << 20
     park_timeout_s: int = 86_400
+    max_expectations: int = 4096
     log_level: str = "info"
 
     @property

@@ -316,8 +316,8 @@ def decode_flow(payload: bytes) -> Flow:
     orig_value, reply_value = value(CTA_TUPLE_ORIG), value(CTA_TUPLE_REPLY)
     if orig_value is None or reply_value is None:
         raise NetlinkError("conntrack entry without its two tuples")
-    proto, orig, zone = _decode_tuple(orig_value, family)
-    reply_proto, reply, reply_zone = _decode_tuple(reply_value, family)
+    proto, orig, zone = decode_tuple(orig_value, family)
+    reply_proto, reply, reply_zone = decode_tuple(reply_value, family)
     if reply_proto != proto or len(reply.l4) != len(orig.l4):
         raise NetlinkError(f"tuples of protocols {proto} and {reply_proto}, {len(orig.l4)} and {len(reply.l4)} bytes")
     status = timeout = mark = ident = start = master = seqadj = helper = None
@@ -349,7 +349,7 @@ def decode_flow(payload: bytes) -> Flow:
     if (labels := value(CTA_LABELS)) is not None and len(labels) > LABELS_MAX_LEN:
         raise NetlinkError(f"{len(labels)} bytes of labels")
     if (part := value(CTA_TUPLE_MASTER)) is not None:
-        master_proto, master, _zone = _decode_tuple(part, family)
+        master_proto, master, _zone = decode_tuple(part, family)
     if (part := value(CTA_SEQ_ADJ_ORIG)) is not None and (other := value(CTA_SEQ_ADJ_REPLY)) is not None:
         seqadj = (_decode_seqadj(part), _decode_seqadj(other))
     if (part := value(CTA_TIMESTAMP)) is not None and (part := attributes(part).get(CTA_TIMESTAMP_START)) is not None:
@@ -378,8 +378,8 @@ def decode_flow(payload: bytes) -> Flow:
     )
 
 
-def _decode_tuple(value: bytes, family: int) -> tuple[int, Tuple, int]:
-    """Protocol, tuple and zone (0 if the tuple names none).
+def decode_tuple(value: bytes, family: int) -> tuple[int, Tuple, int]:
+    """Protocol, tuple and zone (0 if the tuple names none).  Raises NetlinkError if it is malformed.
 
     The kernel's usual layout, addresses and ports, is compared as a whole; everything else is walked.
     """
@@ -507,7 +507,8 @@ def attribute(kind: int, value: bytes) -> bytes:
     return _ATTR.pack(length, kind) + value + b"\0" * (-length & 3)
 
 
-def _nested(kind: int, *parts: bytes) -> bytes:
+def nested(kind: int, *parts: bytes) -> bytes:
+    """One attribute that holds others."""
     return attribute(kind | NLA_F_NESTED, b"".join(parts))
 
 
@@ -541,7 +542,7 @@ def mirror(proto: int, direction: Tuple) -> Tuple:
     return Tuple(direction.dst, direction.src, l4)
 
 
-def _tuple(kind: int, family: int, proto: int, direction: Tuple, zone: int = 0) -> bytes:
+def encode_tuple(kind: int, family: int, proto: int, direction: Tuple, zone: int = 0) -> bytes:
     want = _ADDRESS_LEN.get(family)
     if want is None:
         raise NetlinkError(f"address family {family} is neither IPv4 nor IPv6")
@@ -551,7 +552,7 @@ def _tuple(kind: int, family: int, proto: int, direction: Tuple, zone: int = 0) 
         layout, marks = _PORT_TUPLES[family]
         src, dst, l4 = direction
         body = layout.pack(*(marks[0], src, marks[1], dst, marks[2], proto, marks[3], l4[:2], marks[4], l4[2:]))
-        return _nested(kind, body, _tuple_zone(zone)) if zone else _nested(kind, body)
+        return nested(kind, body, _tuple_zone(zone)) if zone else nested(kind, body)
     kinds = (CTA_IP_V4_SRC, CTA_IP_V4_DST) if family == AF_INET else (CTA_IP_V6_SRC, CTA_IP_V6_DST)
     keys = [attribute(CTA_PROTO_NUM, bytes((proto,)))]
     if direction.l4:
@@ -559,10 +560,10 @@ def _tuple(kind: int, family: int, proto: int, direction: Tuple, zone: int = 0) 
         for key, size in _L4_LAYOUTS.get(proto, ()):
             keys.append(attribute(key, direction.l4[at : at + size]))
             at += size
-    return _nested(
+    return nested(
         kind,
-        _nested(CTA_TUPLE_IP, attribute(kinds[0], direction.src), attribute(kinds[1], direction.dst)),
-        _nested(CTA_TUPLE_PROTO, *keys),
+        nested(CTA_TUPLE_IP, attribute(kinds[0], direction.src), attribute(kinds[1], direction.dst)),
+        nested(CTA_TUPLE_PROTO, *keys),
         _tuple_zone(zone),
     )
 
@@ -579,7 +580,7 @@ def _orig(flow: Flow) -> bytes:
     """
     one_way = flow.zone if flow.zone_dir == ZONE_ORIGINAL else 0
     zone = attribute(CTA_ZONE, _U16.pack(flow.zone)) if flow.zone and flow.zone_dir == BOTH_DIRECTIONS else b""
-    return _tuple(CTA_TUPLE_ORIG, flow.family, flow.proto, flow.orig, one_way) + zone
+    return encode_tuple(CTA_TUPLE_ORIG, flow.family, flow.proto, flow.orig, one_way) + zone
 
 
 def _nat(kind: int, family: int, address: bytes, key: bytes) -> bytes:
@@ -588,9 +589,9 @@ def _nat(kind: int, family: int, address: bytes, key: bytes) -> bytes:
     parts = [attribute(kinds[0], address), attribute(kinds[1], address)]
     if key:
         parts.append(
-            _nested(CTA_NAT_PROTO, attribute(CTA_PROTONAT_PORT_MIN, key), attribute(CTA_PROTONAT_PORT_MAX, key))
+            nested(CTA_NAT_PROTO, attribute(CTA_PROTONAT_PORT_MIN, key), attribute(CTA_PROTONAT_PORT_MAX, key))
         )
-    return _nested(kind, *parts)
+    return nested(kind, *parts)
 
 
 def _translations(flow: Flow) -> bytes:
@@ -614,11 +615,11 @@ def _protoinfo(flow: Flow, liberal: bool) -> bytes:
             )
         if state is None:
             return b""
-        return _nested(CTA_PROTOINFO, _tcp(flow, state, liberal))
+        return nested(CTA_PROTOINFO, _tcp(flow, state, liberal))
     if flow.proto == IPPROTO_SCTP and state is not None and flow.sctp_vtags is not None:
-        return _nested(
+        return nested(
             CTA_PROTOINFO,
-            _nested(
+            nested(
                 CTA_PROTOINFO_SCTP,
                 attribute(CTA_PROTOINFO_SCTP_STATE, bytes((state,))),
                 attribute(CTA_PROTOINFO_SCTP_VTAG_ORIGINAL, _U32.pack(flow.sctp_vtags[0])),
@@ -626,9 +627,9 @@ def _protoinfo(flow: Flow, liberal: bool) -> bytes:
             ),
         )
     if flow.proto == IPPROTO_DCCP and state is not None:
-        return _nested(
+        return nested(
             CTA_PROTOINFO,
-            _nested(
+            nested(
                 CTA_PROTOINFO_DCCP,
                 attribute(CTA_PROTOINFO_DCCP_STATE, bytes((state,))),
                 attribute(CTA_PROTOINFO_DCCP_ROLE, b"\0"),  # the original direction is the client's
@@ -666,14 +667,14 @@ def _tcp(flow: Flow, state: int, liberal: bool) -> bytes:
             flags = (flags[0] | TCP_FLAG_BE_LIBERAL, flags[1] | TCP_FLAG_BE_LIBERAL)
     parts.append(attribute(CTA_PROTOINFO_TCP_FLAGS_ORIGINAL, bytes((flags[0] & mask, mask))))
     parts.append(attribute(CTA_PROTOINFO_TCP_FLAGS_REPLY, bytes((flags[1] & mask, mask))))
-    return _nested(CTA_PROTOINFO_TCP, *parts)
+    return nested(CTA_PROTOINFO_TCP, *parts)
 
 
 def _seqadj(flow: Flow) -> bytes:
     if flow.seqadj is None:
         return b""
     return b"".join(
-        _nested(
+        nested(
             kind,
             attribute(CTA_SEQADJ_CORRECTION_POS, _U32.pack(one.correction_pos)),
             attribute(CTA_SEQADJ_OFFSET_BEFORE, _S32.pack(one.offset_before)),
@@ -700,7 +701,7 @@ def _helper(flow: Flow) -> bytes:
         raise NetlinkError(f"helper name {flow.helper!r}") from None
     if len(name) > HELPER_NAME_LEN or name.count(b"\0") != 1:
         raise NetlinkError(f"helper name {flow.helper!r}")
-    return _nested(CTA_HELP, attribute(CTA_HELP_NAME, name))
+    return nested(CTA_HELP, attribute(CTA_HELP_NAME, name))
 
 
 def create(
@@ -737,7 +738,7 @@ def create(
         seq,
         family,
         _orig(flow),
-        _tuple(
+        encode_tuple(
             CTA_TUPLE_REPLY,
             family,
             proto,
@@ -752,7 +753,7 @@ def create(
         _helper(flow) if helper else b"",
         b""
         if flow.master is None or not master
-        else _tuple(CTA_TUPLE_MASTER, family, flow.master_proto or proto, flow.master),
+        else encode_tuple(CTA_TUPLE_MASTER, family, flow.master_proto or proto, flow.master),
         _seqadj(flow),
         _translations(flow) if natted else b"",
     )
@@ -802,7 +803,7 @@ def loosen(flow: Flow, seq: int = 0, ack: bool = False) -> bytes:
     """
     flags = bytes((TCP_FLAG_BE_LIBERAL, TCP_FLAG_BE_LIBERAL))  # value, mask
     parts = (attribute(kind, flags) for kind in (CTA_PROTOINFO_TCP_FLAGS_ORIGINAL, CTA_PROTOINFO_TCP_FLAGS_REPLY))
-    protoinfo = _nested(CTA_PROTOINFO, _nested(CTA_PROTOINFO_TCP, *parts))
+    protoinfo = nested(CTA_PROTOINFO, nested(CTA_PROTOINFO_TCP, *parts))
     return _request(IPCTNL_MSG_CT_NEW, NLM_F_ACK if ack else 0, seq, flow.family, _orig(flow), protoinfo)
 
 

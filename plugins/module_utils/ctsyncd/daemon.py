@@ -25,6 +25,8 @@ from . import (
     control,
     ctnetlink,
     engine,
+    expectation_render,
+    expectation_sockets,
     jobs,
     netlink,
     readiness,
@@ -39,6 +41,7 @@ from .control import ControlError
 from .crypto import LibraryCrypto
 from .errors import ConfigError, NetlinkError
 from .flow import Flow
+from .helper_edge import HelperEdge
 from .link import Link
 from .paths import Paths
 from .session import Session
@@ -143,6 +146,7 @@ class Daemon:
         self._events = netlink.EventSocket(
             config.netlink_buffer_bytes, (self._requests.portid,), self._engine.filter.events
         )
+        self._helpers = HelperEdge(self._engine.helpers, self._requests, self._log)
         self._event_buffer = config.netlink_buffer_bytes
         self._window = Window()
         self._events_at: float | None = None  # events wait; the window ends then
@@ -189,6 +193,8 @@ class Daemon:
         self._all.register(self._events.fileno(), select.EPOLLIN)
         self._all.register(self._selector.fileno(), select.EPOLLIN)
         self._selector.register(self._addresses, selectors.EVENT_READ, self._addresses)
+        if self._helpers.events is not None:
+            self._selector.register(self._helpers.events, selectors.EVENT_READ, self._helpers)
         for link in self._links:
             self._open_link(link, now)
         gc.collect()
@@ -220,7 +226,7 @@ class Daemon:
         self._fifo.close()
         for link in self._links:
             link.close()
-        for edge in (self._dump, self._events, self._addresses, self._requests):
+        for edge in (self._dump, self._events, self._helpers, self._addresses, self._requests):
             if edge is not None:
                 edge.close()
         self._all.close()
@@ -261,6 +267,7 @@ class Daemon:
         if engine_.dump is not None or self._dump is not None:
             self._feed_dump(now)
         self._work_for_kernel()  # before an acknowledgement, which is less urgent
+        self._helpers.turn(now)
         self._send(engine_.poll(now), now)
         self._answer_questions(now)
         for link in self._links:
@@ -275,6 +282,8 @@ class Daemon:
             edge.handle(key, mask, now)
         elif edge is self._fifo:
             self._read_fifo(now)
+        elif edge is self._helpers:
+            self._helpers.read_events(now)
         elif edge is self._addresses:
             self._addresses.drain()
             self._read_addresses(now)
@@ -289,7 +298,7 @@ class Daemon:
             if self._dump is None or not engine_.dump_paced:
                 return 0.0
             deadline = min(deadline, self._dump_at)
-        if self._dump is None and not engine_.idle:
+        if (self._dump is None and not engine_.idle) or self._helpers.busy:
             return 0.0
         if self._events_at is not None:
             deadline = min(deadline, self._events_at)
@@ -616,6 +625,7 @@ class Daemon:
             "mode": self.config.mode,
             "peers": [self._peer_status(now)],
             "flows": {"kernel": _kernel_count(), "external": len(self._engine.cache)},
+            "expectations": self._engine.helpers.describe(),
             "counters": self._counters(),
             "last_transition": {
                 "to": self._engine.role,
@@ -635,6 +645,7 @@ class Daemon:
         sources = (self._engine.counters, self._session.counters, self._session.paths.counters)
         for source in (*sources, *(link.counters for link in self._links)):
             counters.update(source)
+        counters.update(self._helpers.counters)
         counters["events_malformed"] = self._events.malformed
         counters["fifo_garbage"] = self._fifo.garbage
         return dict(sorted(counters.items()))
@@ -660,6 +671,7 @@ class Daemon:
                 "queue": {"unacknowledged changes": self._engine.lag(now)[0], "pending": len(self._engine.pending)}
             },
             "process": {"process": {"pid": os.getpid()}},
+            "expect": {"expectations": {**self._engine.helpers.describe(), **self._helpers.statistics()}},
         }
         return sections.get(section) or {**cache, **network, **sections["link"]}
 
@@ -691,9 +703,13 @@ class Daemon:
         return self._statistics(str(request.get("section", "summary")))
 
     def _command_internal(self, request: dict[str, Any]) -> control.Response:
+        if request.get("table") == "expect":
+            return self._internal_expectations(_renderer(request, expectations=True))
         return self._internal(_renderer(request))
 
     def _command_external(self, request: dict[str, Any]) -> control.Response:
+        if request.get("table") == "expect":
+            return self._external_expectations(_renderer(request, expectations=True))
         return self._external(_renderer(request))
 
     def _internal(self, line: Any) -> Iterator[bytes | None]:
@@ -721,6 +737,18 @@ class Daemon:
                 yield "".join(text + "\n" for text in lines).encode()
                 lines = []
         yield "".join(text + "\n" for text in lines).encode()
+
+    def _internal_expectations(self, line: Any) -> Iterator[bytes | None]:
+        """The kernel's, of flows that are replicated, less those of the peer."""
+        with expectation_sockets.Walk() as walk:
+            while not walk.done:
+                listed = [one for one in walk.read() if self._engine.helpers.internal(one)]
+                yield "".join(line(one, None) + "\n" for one in listed).encode() or None
+
+    def _external_expectations(self, line: Any) -> Iterator[bytes]:
+        now = time.monotonic()
+        for one, since in self._engine.helpers.replicas.items():
+            yield (line(one, int(now - since)) + "\n").encode()
 
     def _command_commit(self, _request: dict[str, Any]) -> control.Response:
         before = self._engine.refusals()
@@ -831,8 +859,9 @@ def _say(text: str) -> control.Response:
     return [text.encode() + b"\n"]
 
 
-def _renderer(request: dict[str, Any]) -> Any:
-    renderers = {"text": render.line, "json": render.json_line, "xml": lambda flow, _age: render.xml(flow)}
+def _renderer(request: dict[str, Any], expectations: bool = False) -> Any:
+    room: Any = expectation_render if expectations else render
+    renderers = {"text": room.line, "json": room.json_line, "xml": lambda entry, _age: room.xml(entry)}
     chosen = renderers.get(str(request.get("format", "text")))
     if chosen is None:
         raise ControlError(f"format {request.get('format')!r} is not one of text, json, xml", 2)
@@ -866,6 +895,7 @@ def _settings(config: Config) -> situation.Settings:
         filter=config.filter,
         lag_limit_s=config.lag_limit_ms / 1000,
         same_conditions=config.same_conditions,
+        max_expectations=config.max_expectations,
     )
 
 

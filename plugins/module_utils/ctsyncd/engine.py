@@ -23,8 +23,11 @@ from . import conditions, readiness, wire
 from .checker import EQUAL, Checker
 from .dumps import AUDIT, BULK, COMPARE, FLUSH, GIVE, KERNEL, LOOSEN, PACED, RECONCILE, Dump, Dumps
 from .errors import WireError
+from .expectation import Expectation
+from .expectation import pack as pack_expectation
 from .filters import Filter
 from .flow import Flow
+from .helpers import Helpers
 from .jobs import Job
 from .peer import ROLE_CODES, Peer
 from .pending import Pending
@@ -54,7 +57,8 @@ class Engine:
         self.dumps = Dumps()
         self.peer = Peer(self.situation, self.dumps, session, now)
         self.replicas = Replicas(self.situation, self.dumps, now)
-        self.source = Source(self.situation, self.dumps, self.peer)
+        self.helpers = Helpers(self.situation, self.replicas)
+        self.source = Source(self.situation, self.dumps, self.peer, self.helpers.source)
         self.prover = Prover(self.situation, self.dumps, self.peer, self.source, now)
         self.checker = Checker(self.situation, self.dumps, self.peer, self.replicas, now)
         self._completing = False
@@ -161,6 +165,7 @@ class Engine:
         self._completing = self.replicas.adopting = False
         if not first and self.settings.takes_over:
             self.replicas.takeover.begin()
+        self.helpers.become_active(first)
         self.peer.bulk_due = True
 
     def _become_backup(self) -> None:
@@ -169,6 +174,7 @@ class Engine:
         self.peer.bulk_due = False
         self.source.forget()
         self.replicas.clear()
+        self.helpers.become_backup()
         self.complete = False
         self._completing = False
         if self.peer.learn:  # it never knew all
@@ -204,6 +210,8 @@ class Engine:
                 self.replicas.forget_ended(changes)
             if self.source.telling:
                 self.source.changed(changes, now)
+            elif self.helpers.source.masters:
+                self.helpers.source.ended(changes.gone)
         if changes.lost:
             self.counters["overruns"] += 1
             self.dumps.events_lost(now)
@@ -218,7 +226,12 @@ class Engine:
         if question.replica:
             if not self.active:
                 self.replicas.in_the_way(question.replica, found)
-        elif found is not None and self.active and self.source.telling:
+        elif not self.active or not self.source.telling:
+            pass
+        elif found is None:
+            if question.adjustment:
+                self.helpers.source.ended((question.flow.key,))
+        elif not question.adjustment or self.helpers.source.adjusted(found):
             self.source.judge(found, now)  # an event did not say enough
 
     def internal(self, flow: Flow) -> bool:
@@ -296,6 +309,7 @@ class Engine:
             self.counters["dumps_interrupted"] += 1
         if purpose == BULK:
             if consistent:
+                self._tell_expectations({one.name: one for one in self.helpers.source.expectations(now)}, now)
                 self.peer.bulk_sent(now)
             else:
                 self.peer.bulk_due = True
@@ -420,6 +434,12 @@ class Engine:
                 keys = wire.split_keys(key_len, joined)
                 self.checker.told(keys)
                 self.replicas.delete(keys)
+                self.helpers.replicas.masters_gone(keys)
+        elif kind == wire.RECORD_EXPECT:
+            if not self.active or self._accept_late(1, now):
+                self.helpers.receive(payload, now)
+        elif kind == wire.RECORD_EXPECT_GONE:
+            self.helpers.receive_gone(payload)
         elif kind == wire.RECORD_BULK_BEGIN:
             wire.decode_bulk_begin(payload)
             if self.active:
@@ -428,6 +448,7 @@ class Engine:
                 self._completing = False
                 self.checker.reset(now)
                 self.replicas.begin_bulk()
+                self.helpers.replicas.begin_bulk()
         elif kind == wire.RECORD_BULK_END:
             wire.decode_bulk_end(payload)
             if self.active:
@@ -489,6 +510,7 @@ class Engine:
     def _bulk_ended(self) -> None:
         """What the bulk did not name goes; then this kernel's table is compared with the cache."""
         self.replicas.end_bulk()
+        self.helpers.replicas.end_bulk()
         self.counters["bulks_received"] += 1
         self._completing = True
         if self.situation.hot:
@@ -536,12 +558,14 @@ class Engine:
         """Put every flow of the external cache that the kernel does not hold into the kernel; returns how many."""
         waiting = self.copies.lacking(self.cache.table)
         self.replicas.takeover.add(waiting)
+        self.helpers.replicas.commit()
         return len(waiting)
 
     def flush_external(self) -> int:
         """Forget the external cache (the kernel keeps its entries); returns how many entries it had."""
         forgotten = len(self.cache)
         self.replicas.forget_all()
+        self.helpers.replicas.clear()
         if not self.active:
             self.complete = self._completing = False
         return forgotten
@@ -596,6 +620,9 @@ class Engine:
         """Datagrams to send to the peer now."""
         self.situation.now = now
         self._housekeeping(now)
+        changes = self.helpers.poll(now)
+        if changes:
+            self._tell_expectations(changes, now)
         self.peer.session.set_status(self._status())
         self.peer.give(self.cache, now)
         return self.peer.poll(now)
@@ -606,7 +633,12 @@ class Engine:
         for moment in (self._purge_at, self.replicas.refused_at, self.dumps.reread_at):
             if moment is not None and moment < deadline:
                 deadline = moment
-        return deadline
+        return min(deadline, self.helpers.next_deadline())
+
+    def _tell_expectations(self, changes: Mapping[bytes, Expectation | None], now: float) -> None:
+        if self.source.telling and self.peer.fits(len(changes)):
+            for name, one in changes.items():
+                self.peer.pending.put_expectation(name, None if one is None else pack_expectation(one), now)
 
     def _housekeeping(self, now: float) -> None:
         replicas, dumps = self.replicas, self.dumps
@@ -672,6 +704,7 @@ class Engine:
             self.problem,
             self.impaired,
             self.situation.conditions,
+            self.helpers.problem,
         )
 
     def verdict(self, now: float) -> readiness.Verdict:
@@ -715,6 +748,8 @@ class Engine:
 
     def _impairments(self) -> tuple[str, ...]:
         found = list(self.impaired)
+        if self.helpers.problem:
+            found.append(self.helpers.problem)
         if self.active:
             if self.peer.differs:
                 found.append(f"the table of {self.peer.name} differs from this node's: see ctsyncd verify")

@@ -4,8 +4,9 @@
 """Changes that wait to be sent: the last state of a flow only, packed into blocks of columns when there is credit.
 
 Changes stand in *generations*.  The last generation is open and takes what comes up; a mark closes it, and so does
-:meth:`Pending.take` when it begins to send it.  What a generation holds is sent in this order: ends, flows, rows, the
-mark.  So the receiver, that applies one after the other, ends with what it would have after all changes one by one.
+:meth:`Pending.take` when it begins to send it.  What a generation holds is sent in this order: ends, flows, rows,
+expectations, the mark.  So the receiver, that applies one after the other, ends with what it would have after all
+changes one by one.
 """
 
 from __future__ import annotations
@@ -25,19 +26,20 @@ SLACK_BYTES = 200  # less room than this, or than an eighth of a block, is not w
 class _Generation:
     """Changes between two marks."""
 
-    __slots__ = ("born", "flows", "gone", "mark", "rows")
+    __slots__ = ("born", "expectations", "flows", "gone", "mark", "rows")
 
     def __init__(self, born: float) -> None:
         self.born = born
         self.gone: dict[int, dict[bytes, None]] = {}  # by length of the key; a dict for its order
         self.flows: dict[bytes, tuple[bytes, bytes]] = {}
         self.rows: dict[int, dict[bytes, bytes]] = {}
+        self.expectations: dict[bytes, bytes] = {}  # records by name
         self.mark: bytes | None = None
 
     def __len__(self) -> int:
         gone = sum([len(keys) for keys in self.gone.values()])
         rows = sum([len(rows) for rows in self.rows.values()])
-        return gone + rows + len(self.flows) + (self.mark is not None)
+        return gone + rows + len(self.flows) + len(self.expectations) + (self.mark is not None)
 
 
 class _Columns:
@@ -202,6 +204,11 @@ class Pending:
                 ended = gone[length] = {}
             ended[key] = None
 
+    def put_expectation(self, name: bytes, payload: bytes | None, now: float) -> None:
+        """The expectation of this name is so now; None: it is gone.  Goes behind the flows, its master's among them."""
+        record = wire.tlv(wire.RECORD_EXPECT_GONE, name) if payload is None else wire.tlv(wire.RECORD_EXPECT, payload)
+        self._opened(now).expectations[name] = record
+
     def mark(self, record: bytes, now: float) -> None:
         """A whole record that goes behind all that came before it and before all that comes after."""
         self._opened(now).mark = record
@@ -269,6 +276,8 @@ class Pending:
             if rows:
                 parts = itertools.chain.from_iterable(rows.items())
                 stages.append(_Columns(wire.RECORD_ROWS, key_len, parts, len(rows)))
+        if generation.expectations:
+            stages.append(_Singles(iter(generation.expectations.values()), len(generation.expectations)))
         if generation.mark is not None:
             stages.append(_Singles(iter((generation.mark,)), 1))
 

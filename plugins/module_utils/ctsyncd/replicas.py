@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from .constants import IPPROTO_TCP, IPS_ASSURED, IPS_SEEN_REPLY
 from .ctnetlink import FALLBACK_TIMEOUT
 from .dumps import Dumps
-from .flow import Flow
+from .flow import Flow, flow_key
 from .jobs import CREATE, DELETE, LOOSEN, TIMER, UPDATE, Job, JobQueue, Request, Work, size_of
 from .rows import (
     MARK_FROM_END,
@@ -38,6 +38,8 @@ from .takeover import TakeOver, is_open, timeout_of
 FEW_ROWS = 16  # up to which they are compared one by one
 RETRY_REFUSED_S = 10.0  # at first; the wait doubles from one vain attempt to the next
 RETRY_REFUSED_MAX_S = 600.0
+
+UNKNOWN_HELPERS = 16  # names that are kept
 
 ADOPTING = 1  # attempt of an update whose success means: the kernel holds the replica
 
@@ -69,6 +71,7 @@ class Replicas:
         self._counters = situation.counters
         self._dumps = dumps
         self._asked = 0  # flows handed out whose result is not here yet
+        self._orphans: dict[bytes, list[Request]] = {}  # by the key of the master that they wait for
         self._refused_wait_s = RETRY_REFUSED_S
 
     def clear(self) -> None:
@@ -76,6 +79,8 @@ class Replicas:
         self.takeover.stop()
         self.jobs.clear()
         self.forget_all()
+        self._orphans.clear()
+        self._situation.unknown_helpers.clear()
         self.excluded = 0
 
     def forget_all(self) -> None:
@@ -280,7 +285,8 @@ class Replicas:
     @property
     def busy(self) -> bool:
         """Something is under way towards the kernel, or is to be."""
-        return bool(self.jobs or self._asked or self.takeover.running)
+        waiting = self._orphans and not self.cache.bulk_running
+        return bool(self.jobs or self._asked or self.takeover.running or waiting)
 
     @property
     def overloaded(self) -> bool:
@@ -293,6 +299,9 @@ class Replicas:
         # only when the kernel has what it was asked for before: a replica under way still gets a parked timer
         if not (self._asked or out):
             out = self.takeover.work(limit)
+            if not out and self._orphans and not self.takeover.running and not self.cache.bulk_running:
+                self._adopt_orphans(list(self._orphans))  # no master comes any more
+                out = self.jobs.take(limit)
         self._asked += sum(map(size_of, out))
         return out
 
@@ -396,6 +405,8 @@ class Replicas:
             return ()
         table, active = self.cache.table, self._situation.active
         known = [key for key in keys if key in table]
+        if self._orphans:
+            self._adopt_orphans(known)
         late = [key for key in keys if key not in table] if active and len(known) != len(keys) else ()
         if self._dumps.current is not None:
             self._dumps.seen.update(known)  # a running dump may have passed its place already
@@ -437,14 +448,35 @@ class Replicas:
             else:
                 self.jobs.work(DELETE, [key])
                 self._make((key,), 1)
-        elif error in (errno.ENOENT, errno.EOPNOTSUPP) and flow.master is not None and attempt < 2:
+        elif error == errno.ENOENT and flow.master is not None and attempt < 2:
+            if attempt == 0 and self._waits_for_master(request):
+                return
             self._counters["degraded_without_master"] += 1
             self.jobs.ask(CREATE, key, flow._replace(master=None, master_proto=0), timeout, 2)
         elif error != errno.EEXIST and flow.helper is not None and attempt < 3:
             self._counters["degraded_without_helper"] += 1
+            if len(self._situation.unknown_helpers) < UNKNOWN_HELPERS:
+                self._situation.unknown_helpers.add(flow.helper)
             self.jobs.ask(CREATE, key, flow._replace(helper=None), timeout, 3)
         else:
             self._refuse(request, error)
+
+    def _waits_for_master(self, request: Request) -> bool:
+        """A related flow came before the flow that it is related to: may that one still come?"""
+        flow, master = request.flow, request.flow.master
+        if master is None:
+            return False
+        key = flow_key(flow.master_proto or flow.proto, flow.zone, master, flow.zone_dir)
+        if not self.cache.bulk_running and (key not in self.cache or self.copies.held(key)):
+            return False
+        self._orphans.setdefault(key, []).append(request._replace(attempt=1))
+        return True
+
+    def _adopt_orphans(self, masters: Iterable[bytes]) -> None:
+        """The kernel has these flows now, or will never have them."""
+        for key in masters:
+            for request in self._orphans.pop(key, ()):
+                self.jobs.push(request)
 
     def _refuse(self, request: Request, error: int) -> None:
         name = errno.errorcode.get(error, str(error)).lower()

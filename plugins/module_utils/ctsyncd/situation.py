@@ -37,6 +37,7 @@ class Settings(NamedTuple):
     compare: bool = True  # digests are compared, and what differs is repaired
     table_limit: int = 1_048_576
     same_conditions: tuple[str, ...] = conditions.KINDS  # what the nodes must have alike
+    max_expectations: int = 4096
 
     @property
     def takes_over(self) -> bool:
@@ -47,11 +48,13 @@ class Settings(NamedTuple):
 class Question(NamedTuple):
     """The caller looks up the kernel's entry with this original tuple, in any direction, for the engine.
 
-    ``replica``: the key of the replica that the entry stands in the way of.
+    ``replica``: the key of the replica that the entry stands in the way of.  ``adjustment``: the entry may have got a
+    sequence adjustment, of which the kernel makes no event.
     """
 
     flow: Flow
     replica: bytes = b""
+    adjustment: bool = False
 
 
 class Situation:
@@ -67,6 +70,7 @@ class Situation:
         self.parameters: tuple[str, ...] = ()  # their names
         self.counters: collections.Counter[str] = collections.Counter()
         self.questions: list[Question] = []
+        self.unknown_helpers: set[str] = set()  # some of those that replicas have and this kernel has not
 
     def take_side(self, side: str) -> None:
         self.side = side

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from .digest import Announced, States
 from .dumps import BULK, Dumps
+from .expectation_source import ExpectationSource
 from .flow import Flow
 from .jobs import Job, Request
 from .peer import Peer
@@ -26,7 +27,7 @@ class Source:
     ``states``: must be told of all that the peer is told of.  ``touched``: keys of flows that events name, if wanted.
     """
 
-    def __init__(self, situation: Situation, dumps: Dumps, peer: Peer) -> None:
+    def __init__(self, situation: Situation, dumps: Dumps, peer: Peer, expectations: ExpectationSource) -> None:
         self.announced = Announced()
         self.early: collections.OrderedDict[bytes, bytes] = collections.OrderedDict()
         self.states: States | None = None
@@ -34,6 +35,7 @@ class Source:
         self._situation = situation
         self._dumps = dumps
         self._peer = peer
+        self._expectations = expectations
 
     @property
     def telling(self) -> bool:
@@ -117,6 +119,8 @@ class Source:
             self._situation.counters["early_extras_dropped"] += 1
 
     def _announce(self, flow: Flow, now: float) -> None:
+        if flow.helper is not None:
+            self._expectations.master(flow)
         if self._peer.fits(1):
             key, value, extras = pack(flow)
             if self.early:
@@ -131,6 +135,8 @@ class Source:
 
     def end(self, keys: Sequence[bytes], now: float) -> None:
         """Tell of the end of these flows."""
+        if self._expectations.masters:
+            self._expectations.ended(keys)
         if keys and self._peer.fits(len(keys)):
             self.announced.discard(keys)
             if self.states is not None:

@@ -490,7 +490,7 @@ def test_the_usual_tuple_layout_and_the_walk_agree(flow: Flow, foreign: bool) ->
     if foreign:
         value[4] ^= 1  # the length of the source address
         with pytest.raises(NetlinkError):
-            ctnetlink._decode_tuple(bytes(value), flow.family)
+            ctnetlink.decode_tuple(bytes(value), flow.family)
     else:
-        got = ctnetlink._decode_tuple(bytes(value), flow.family)
+        got = ctnetlink.decode_tuple(bytes(value), flow.family)
         assert got == ctnetlink._walk_tuple(bytes(value), flow.family) == (flow.proto, flow.orig, 0)

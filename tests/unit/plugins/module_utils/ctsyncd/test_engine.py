@@ -507,19 +507,30 @@ def test_reply_tuple_that_is_taken_by_a_stale_entry_is_refused_and_healed_by_the
 
 
 @pytest.mark.parametrize(
-    ("changes", "counter"),
+    ("changes", "counter", "reasons"),
     [
-        ({"helper": "pptp"}, "degraded_without_helper"),
-        ({"master": tcp(21).orig, "master_proto": k.IPPROTO_TCP}, "degraded_without_master"),
+        (
+            {"helper": "pptp"},
+            "degraded_without_helper",
+            (
+                "this node's kernel does not know helpers of the peer's flows (pptp): load the same helper modules on"
+                " both nodes",
+            ),
+        ),
+        ({"master": tcp(21).orig, "master_proto": k.IPPROTO_TCP}, "degraded_without_master", ()),
     ],
 )
-def test_replica_without_its_helper_or_master_is_better_than_none(changes: dict[str, Any], counter: str) -> None:
+def test_replica_without_its_helper_or_master_is_better_than_none(
+    changes: dict[str, Any], counter: str, reasons: tuple[str, ...]
+) -> None:
     sim = Simulation().start()
     sim.fw1.kernel.open(tcp(1001)._replace(**changes))
     sim.run(1.0)
     assert tcp(1001).key in sim.fw2.kernel.table
     assert sim.fw2.up.counters[counter] == 1
-    assert sim.fw2.up.verdict(sim.now).verdict == readiness.READY
+    verdict = sim.fw2.up.verdict(sim.now)
+    assert verdict.verdict == (readiness.DEGRADED if reasons else readiness.READY)
+    assert verdict.reasons == reasons
 
 
 def test_what_the_kernel_refuses_is_said_and_tried_again() -> None:

@@ -15,23 +15,33 @@ from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import pytest
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import paths, rows, wire
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import expectation, paths, rows, wire
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import session as sessions
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.crypto import LibraryCrypto
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.errors import WireError
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import Flow
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import Flow, Tuple
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.session import (
     BlockReceived,
     Session,
     SessionUp,
 )
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from unit.simulation import SECRET, tcp
+from unit.simulation import SECRET, address, tcp
 
 CORPUS = Path(__file__).resolve().parents[4] / "corpus" / "wire.jsonl"
 DOCUMENT = Path(__file__).resolve().parents[5] / "docs" / "protocol.md"
 FLOW: Flow = tcp(51356, 40000, tcp_flags=(3, 3))
 HELPED: Flow = tcp(51357, 40001, tcp_flags=(3, 3), helper="ftp")._replace(state=None, tcp_wscale=None)
+EXPECTED = expectation.Expectation(
+    *(HELPED.family, HELPED.proto),
+    Tuple(address("192.168.1.3"), address("192.168.1.100"), struct.pack("!HH", 0, 40100)),
+    Tuple(b"\xff" * 4, b"\xff" * 4, struct.pack("!HH", 0, 0xFFFF)),
+    *(HELPED.proto, HELPED.orig),
+    timeout=300,
+    helper="ftp",
+    nat=expectation.Nat(1, bytes(4), struct.pack("!H", 40101)),
+    function="nat-follow-master",
+)
 # 24 connections to two ports: a column of each mode, and a mirrored one
 MANY: list[Flow] = [
     flow._replace(
@@ -93,6 +103,7 @@ def reproduced() -> dict[str, str]:
         "records of 5": records,
         "key of the flow": key,
         "value of the flow": value,
+        "EXPECT of the helper's": expectation.pack(EXPECTED),
         "FLOW of one with a helper": wire.encode_flow_record(*rows.pack(HELPED._replace(tcp_flags=None))),
         "ROWS of 24 flows": wire.encode_rows(13, b"".join(b"".join(rows.pack(flow)[:2]) for flow in MANY)),
         "GONE of 24 flows": wire.encode_gone(13, b"".join(flow.key for flow in MANY)),
