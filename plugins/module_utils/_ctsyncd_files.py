@@ -25,6 +25,7 @@ TMPFILES = "/etc/tmpfiles.d/ctsync.conf"
 SHARED_DIRECTORY = "/run/ctsync"
 TRACK_FILE = "/run/ctsync/not-ready"
 NOTIFY_FIFO = "/run/ctsync/notify.fifo"
+STATE_DIRECTORY = "/var/lib/ctsyncd"  # the flight recorder's files
 CONTROL_SOCKET = "/run/ctsyncd/ctsyncd.sock"
 KEY_BYTES = 32
 KEY_REMEDY = "make one with: openssl rand -base64 32"
@@ -159,6 +160,8 @@ User={user}
 Group={user}
 {credentials}RuntimeDirectory=ctsyncd
 RuntimeDirectoryMode=0750
+StateDirectory=ctsyncd
+StateDirectoryMode=0750
 ReadWritePaths={shared}
 UMask=0077
 

@@ -934,13 +934,14 @@ class Installation:
         link = _files.look(layout.COMMAND)
         if link.kind == stat.S_IFLNK and _text(link.content).startswith(layout.LIBRARY + "/"):
             paths.append(layout.COMMAND)
-        paths += [*_programs(), layout.TRACK_FILE, layout.NOTIFY_FIFO, RESTART_PENDING]
+        paths += [*_programs(), *_stories(), layout.TRACK_FILE, layout.NOTIFY_FIFO, RESTART_PENDING]
         if state.enabled:
             self.work.add(f"{layout.UNIT} at boot", "enabled\n", "disabled\n", self.service.disable)
         for path in paths:
             if _files.look(path).exists:
                 self.work.add(path, "present\n", "", functools.partial(_files.remove, path))
-        for path in (layout.KEY_DIRECTORY, layout.CONFIG_DIRECTORY, layout.LIBRARY, layout.SHARED_DIRECTORY):
+        outer = (layout.CONFIG_DIRECTORY, layout.LIBRARY, layout.SHARED_DIRECTORY, layout.STATE_DIRECTORY)
+        for path in (layout.KEY_DIRECTORY, *outer):
             if _only_ours(path, paths):
                 self.work.add(path, "present\n", "", functools.partial(_files.remove_empty_directory, path))
         if self.params["remove_user"] and self.account.uid is not None:
@@ -1012,6 +1013,11 @@ def _programs() -> list[str]:
 
 def _key_files() -> list[str]:
     return [f"{layout.KEY_DIRECTORY}/{name}" for name in _list(layout.KEY_DIRECTORY) if name.endswith(".key")]
+
+
+def _stories() -> list[str]:
+    """What the flight recorder has kept."""
+    return [f"{layout.STATE_DIRECTORY}/{name}" for name in _list(layout.STATE_DIRECTORY) if name.endswith(".jsonl")]
 
 
 def _only_ours(path: str, removed: list[str]) -> bool:

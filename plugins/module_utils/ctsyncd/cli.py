@@ -55,6 +55,7 @@ Requests:
 Words:
   verify               are the tables of both nodes equal? Exit status 0 yes, 1 no, 2 cannot tell
   status               can this node lose its peer? Exit status 0 READY, 1 DEGRADED, 2 NOT READY
+  recorder             what happened in the last minutes, as JSON lines
   check-config         check the configuration; with --keys, the key files too
   gate --not-ready     tell keepalived "not ready", unless this node holds the virtual IPs
 
@@ -90,7 +91,7 @@ _REQUESTS = {
     "-t": _Request("purge"),
     "-k": _Request("kill"),
 }
-_WORDS = ("status", "verify", "check-config", "gate")
+_WORDS = ("status", "verify", "recorder", "check-config", "gate")
 _FLAGS = ("-d", "-x", "-v", "-h", "-C")
 
 
@@ -329,8 +330,9 @@ def _message(chosen: Invocation) -> dict[str, Any]:
 
 def _ask(chosen: Invocation) -> int:
     """A request to the daemon whose lines are printed as they come."""
-    timeout_s = _REQUESTS[chosen.given].timeout_s
-    raw = chosen.json or chosen.action in ("internal", "external")
+    request = _REQUESTS.get(chosen.given)
+    timeout_s = request.timeout_s if request else DUMP_TIMEOUT_S
+    raw = chosen.json or chosen.action in ("internal", "external", "recorder")
     for line in control.request(_socket_path(chosen), _message(chosen), timeout_s):
         sys.stdout.write(line + "\n" if raw else _for_people(line))
     return OK

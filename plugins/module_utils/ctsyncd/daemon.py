@@ -40,10 +40,12 @@ from .config import Config, parse, read
 from .control import ControlError
 from .crypto import LibraryCrypto
 from .errors import ConfigError, NetlinkError
+from .flights import Flights
 from .flow import Flow
 from .helper_edge import HelperEdge
 from .link import Link
 from .paths import Paths
+from .recorder import Recorder
 from .session import Session
 
 LOG = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ REQUESTS_PER_TURN = 1024
 DUMP_SLICES_PER_TURN = 8
 PACED_REST = 4.0  # a paced dump rests so many times as long as a slice of it took
 MAX_EVENT_BUFFER = 256 << 20
+STORY_PATIENCE_S = 2.0  # for the disk, when the daemon stops
 PARAMETERS_CHECK_S = 10.0  # sysctls change while the daemon runs
 ADDRESS_CHECK_S = 10.0  # the virtual IPs are looked up at every change, and this often in case a change was missed
 SLACK_S = 0.3  # what is not urgent waits so long for a wake-up that is needed anyway
@@ -110,6 +113,10 @@ class Daemon:
         self._path = path
         self._digest = digest
         self._ruleset_problem = ""
+        self._recorder = Recorder()
+        self._recorder.note(now, "start", version=__version__, mode=config.mode, replicate=config.replicate)
+        self._peer_said: dict[str, Any] = {}
+        self._flights = Flights(os.environ.get("STATE_DIRECTORY", ""))
         self._not_reloaded = ""  # why the file's newest text is not in use
         self.started = now
         self.stopping = False
@@ -212,12 +219,16 @@ class Daemon:
         self._stop()
 
     def _stop(self) -> None:
+        now = time.monotonic()
         self._notifier.stopping("stopping")
+        self._recorder.note(now, "stop")
+        self._keep_story(self._recorder.finished(now, at_once=True), now)
         self._session.say_bye()
         now = time.monotonic()
         self._send(self._session.poll(now), now)
         if not self._engine.active:
             self._track.write(readiness.KNOWS_NOTHING)
+        self._flights.finish(STORY_PATIENCE_S)
         self.close()
 
     def close(self) -> None:
@@ -334,6 +345,7 @@ class Daemon:
             link.look()
             self._tell_paths(link, now)
         self._report(now)
+        self._record(now)
         self._notifier.status(self._status_line())
         if self._notifier.watchdog_interval_s is not None and now >= self._watchdog_at - SLACK_S:
             self._watchdog_at = now + self._notifier.watchdog_interval_s
@@ -415,6 +427,7 @@ class Daemon:
         """keepalived tells of a change; the kernel is asked what is true."""
         for transition in self._fifo.read():
             LOG.info("keepalived: %s %s is %s", transition.kind, transition.name, transition.state)
+            self._recorder.note(now, "keepalived", kind=transition.kind, name=transition.name, state=transition.state)
         self._read_addresses(now)
 
     def _read_addresses(self, now: float) -> None:
@@ -432,6 +445,7 @@ class Daemon:
             LOG.info("role %s: holds %d of %d virtual IPs", role, len(self._held), len(virtual))
             self._engine.set_role(role, now)
             self._write_gate(now)
+            self._recorder.transition(now, role)
 
     def _read_conditions(self, now: float) -> None:
         ruleset, self._ruleset_problem = service.read_fingerprint(self.config.ruleset_fingerprint)
@@ -471,6 +485,7 @@ class Daemon:
         self._not_reloaded = ""
         self._digest = fingerprint(text)
         self._apply(new, now)
+        self._recorder.note(now, "reload", changed=[option.key for option in changed])
         LOG.info("SIGHUP: configuration reloaded: %s", ", ".join(option.key for option in changed) or "no change")
 
     def _apply(self, new: Config, now: float) -> None:
@@ -586,12 +601,44 @@ class Daemon:
         self._look_at_links(now)
         problems = (self._not_reloaded, self._ruleset_problem, self._fifo.problem, self._track.problem)
         self._engine.impaired = (*self._broken_links(now), *filter(None, problems))
+        self._engine.problem = self._link.problem
+        self._engine.impaired = tuple(
+            filter(
+                None,
+                (
+                    self._not_reloaded,
+                    self._ruleset_problem,
+                    self._fifo.problem,
+                    self._track.problem,
+                    self._flights.problem,
+                ),
+            )
+        )
         verdict = self._engine.verdict(now)
         if verdict != self._verdict:
             if verdict[0] != self._verdict.verdict:
                 LOG.info("%s", render.verdict_line(verdict._asdict()))
+            self._recorder.note(now, "verdict", **verdict._asdict())
             self._verdict = verdict
         self._set_gate(verdict.gate, now)
+
+    def _record(self, now: float) -> None:
+        events, age = self._engine.lag(now)
+        peer = self._engine.peer_status(now)
+        said = {name: peer[name] for name in ("node", "state", "role", "bulk")}
+        if said != self._peer_said:
+            self._peer_said = said
+            self._recorder.note(now, "peer", **said)
+        self._recorder.sample(now, self._counters(), lag_events=events, lag_s=round(age, 3))
+        self._keep_story(self._recorder.finished(now), now)
+
+    def _keep_story(self, role: str, now: float) -> None:
+        if role:
+            self._flights.keep(role, lambda: self._story(now))
+
+    def _story(self, now: float) -> Iterator[str]:
+        wall_offset = time.time() - now
+        return self._recorder.lines(wall_offset, node=self.config.node, version=__version__, role=self._engine.role)
 
     def _write_gate(self, now: float) -> None:
         self._set_gate(self._engine.verdict(now).gate, now)
@@ -701,6 +748,9 @@ class Daemon:
 
     def _command_stats(self, request: dict[str, Any]) -> control.Response:
         return self._statistics(str(request.get("section", "summary")))
+
+    def _command_recorder(self, _request: dict[str, Any]) -> control.Response:
+        return ((line + "\n").encode() for line in self._story(time.monotonic()))
 
     def _command_internal(self, request: dict[str, Any]) -> control.Response:
         if request.get("table") == "expect":

@@ -39,6 +39,7 @@ PATHS = (
     "UNIT_FILE",
     "TMPFILES",
     "SHARED_DIRECTORY",
+    "STATE_DIRECTORY",
     "TRACK_FILE",
     "NOTIFY_FIFO",
 )
@@ -596,9 +597,12 @@ def test_module_killed_in_the_middle_is_completed_by_the_next_run(host, monkeypa
 
 @needs_root
 def test_absent_leaves_nothing_behind(host):
+    Path(layout.STATE_DIRECTORY).parent.mkdir(parents=True, exist_ok=True)
     empty = host.tree()
     run()
     Path(layout.LIBRARY, "ctsyncd-0123456789ab.pyz").write_bytes(b"an old one")
+    Path(layout.STATE_DIRECTORY).mkdir()
+    Path(layout.STATE_DIRECTORY, "2026-11-23T08-00-00Z-active.jsonl").write_bytes(b"{}")
     before = host.tree()
     prediction = run(check=True, state="absent", remove_user=True)
     assert host.tree() == before
