@@ -599,21 +599,9 @@ class Daemon:
 
     def _report(self, now: float) -> None:
         self._look_at_links(now)
-        problems = (self._not_reloaded, self._ruleset_problem, self._fifo.problem, self._track.problem)
+        problems = [self._not_reloaded, self._ruleset_problem, self._fifo.problem, self._track.problem]
+        problems.append(self._flights.problem)
         self._engine.impaired = (*self._broken_links(now), *filter(None, problems))
-        self._engine.problem = self._link.problem
-        self._engine.impaired = tuple(
-            filter(
-                None,
-                (
-                    self._not_reloaded,
-                    self._ruleset_problem,
-                    self._fifo.problem,
-                    self._track.problem,
-                    self._flights.problem,
-                ),
-            )
-        )
         verdict = self._engine.verdict(now)
         if verdict != self._verdict:
             if verdict[0] != self._verdict.verdict:
