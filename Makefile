@@ -18,6 +18,8 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Said here, too, because Ansible ignores the file in a checkout that everybody may write to.
 export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
 LAB := -i inventories/lab/hosts.yml
+DEMO_FAILED := printf '\n  %s\n  %s\n\n' 'The lab is left as it is, to look at (make lab-shell NODE=fw1). To try again: make demo.' \
+	'To begin afresh, or to remove every trace: make lab-down.' >&2
 
 .PHONY: help
 help: ## Show this list
@@ -28,10 +30,11 @@ help: ## Show this list
 .PHONY: demo
 demo: root venv ## Everything: lab, both firewalls, failover test, verdict (first time some minutes)
 	@echo "== 1/2  Lab and firewalls (site.yml)"
-	ansible-playbook $(LAB) site.yml
+	@ansible-playbook $(LAB) site.yml || { $(DEMO_FAILED); exit 1; }
 	@echo "== 2/2  Failover test, with its negative control (failover-test.yml; some minutes)"
 	@rm -f $(REPORT)/report.json
-	@rc=0; ansible-playbook $(LAB) failover-test.yml || rc=$$?; python3 tools/verdict.py $(REPORT) || rc=1; exit $$rc
+	@rc=0; ansible-playbook $(LAB) failover-test.yml || rc=$$?; python3 tools/verdict.py $(REPORT) || rc=1; \
+	[ $$rc = 0 ] || { $(DEMO_FAILED); }; exit $$rc
 
 .PHONY: site
 site: root venv ## Bring up the lab and deploy the pair (ARGS='--check --diff' to look first)
@@ -47,7 +50,12 @@ lab-up: root venv ## Bring up the lab's four nodes, nothing more
 
 .PHONY: lab-shell
 lab-shell: ## A shell on a node: make lab-shell NODE=fw2
-	docker exec -it "$${CTSYNC_LAB_PREFIX:-ctsync-}$(NODE)" bash
+	@node="$${CTSYNC_LAB_PREFIX:-ctsync-}$(NODE)"; tty=; [ ! -t 0 ] || tty=t; \
+	docker inspect "$$node" >/dev/null 2>&1 || { \
+		echo "There is no node $(NODE): NODE is one of fw1, fw2, a and b, and make lab-up starts them." >&2; exit 1; }; \
+	[ "$$(docker inspect --format '{{.State.Running}}' "$$node")" = true ] || { \
+		echo "$(NODE) is switched off: make site switches it on." >&2; exit 1; }; \
+	exec docker exec -i$$tty "$$node" bash
 
 .PHONY: lab-stop
 lab-stop: root venv ## Remove the nodes; images and caches stay, so that lab-up takes seconds

@@ -24,3 +24,8 @@ export DEBIAN_FRONTEND=noninteractive
 apt-get -qq update
 # shellcheck disable=SC2086 # a list of words
 apt-get -qq -y --no-install-recommends install $missing >/dev/null
+# make lab-down names them (plugins/module_utils/_lab.py): what was installed here stays.
+record=/var/lib/ctsync-lab
+mkdir -p "$record"
+# shellcheck disable=SC2086 # a list of words
+printf '%s\n' $missing >>"$record/packages"

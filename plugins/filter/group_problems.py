@@ -28,6 +28,12 @@ options:
     description: What a node that is not ready adds to its VRRP priority.
     type: int
     default: -60
+  play_hosts:
+    description:
+      - The hosts that take part, such as C(ansible_play_hosts_all). A node that is not among them is a problem. Without
+        it, nobody is missed.
+    type: list
+    elements: str
 author:
   - The ctsync authors
 """
@@ -69,7 +75,10 @@ def node_options(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def group_problems(
-    hosts: Sequence[str], hostvars: Mapping[str, Any], track_weight: int = _keepalived.DEFAULT_WEIGHT
+    hosts: Sequence[str],
+    hostvars: Mapping[str, Any],
+    track_weight: Any = _keepalived.DEFAULT_WEIGHT,
+    play_hosts: Sequence[str] | None = None,
 ) -> list[str]:
     """See DOCUMENTATION. Raises AnsibleFilterError when the input is not what it should be."""
     if isinstance(hosts, (str, bytes)) or not isinstance(hosts, Sequence):
@@ -79,7 +88,9 @@ def group_problems(
         variables = hostvars.get(host) or {}
         nodes[str(host)] = node_options(variables)
         facts[str(host)] = variables.get("ansible_facts") or {}
-    return _preflight.group_problems(nodes, facts, int(track_weight))
+    weight = _preflight.as_int(track_weight)  # one that is no number is said as an option's problem
+    absent = [host for host in nodes if play_hosts is not None and host not in play_hosts]
+    return _preflight.group_problems(nodes, facts, _keepalived.DEFAULT_WEIGHT if weight is None else weight, absent)
 
 
 class FilterModule:

@@ -63,7 +63,7 @@ from ansible_collections.ctsync.ha_firewall.plugins.module_utils import _pair
 def node_of(result: Any) -> Mapping[str, Any]:
     """What a registered result says of its node."""
     if not isinstance(result, Mapping):
-        return {"problem": "it took no part in this run"}
+        return {"problem": "it took no part in this run; run it for the whole pair, without --limit"}
     facts = (result.get("ansible_facts") or {}).get("ha_firewall")
     if not facts:  # a task whose "until" never came true counts as failed, and has the facts
         message = str(result.get("msg") or "no answer").strip()

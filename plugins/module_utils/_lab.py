@@ -107,17 +107,27 @@ def start_in_background(command: Sequence[str], log: str) -> None:
         )
 
 
-def remove_tree(path: str) -> None:
-    """Remove a folder and what is mounted inside it.
+def mount_points(mountinfo: str) -> list[str]:
+    """Where something is mounted, out of /proc/self/mountinfo, which has blanks as octal numbers (proc(5))."""
+    fields = [line.split()[4] for line in mountinfo.splitlines()]
+    return [re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), field) for field in fields]
 
-    :raises LabError: where something stays.
+
+def remove_tree(path: str) -> None:
+    """Remove a folder and what is mounted inside it.  A folder that is a mount point itself is emptied, and stays.
+
+    :raises LabError: where something stays besides.
     """
     with open("/proc/self/mountinfo", encoding="utf-8") as stream:
-        points = [line.split()[4] for line in stream]
+        points = mount_points(stream.read())
     for point in sorted((each for each in points if each.startswith(f"{path}/")), reverse=True):
-        must(run_command(["umount", point]), f"umount {point}")
+        must(run_command(["umount", point]), f"{point} is mounted and cannot be removed: umount {point}")
     try:
-        shutil.rmtree(path)
+        if path not in points:
+            shutil.rmtree(path)
+            return
+        for entry in os.scandir(path):
+            (shutil.rmtree if entry.is_dir(follow_symlinks=False) else os.unlink)(entry.path)
     except FileNotFoundError:
         pass
     except OSError as error:
@@ -606,7 +616,21 @@ def read_record() -> dict[str, Any]:
             record = json.load(stream)
     except (OSError, ValueError):
         record = {}
-    return {"packages": list(record.get("packages", [])), "started": record.get("started", "")}
+    packages = {*record.get("packages", []), *_lines_of(f"{STATE_DIRECTORY}/packages")}
+    return {
+        "packages": sorted(packages),
+        "started": record.get("started", ""),
+        "made": list(record.get("made", [])),  # by an engine in the background
+    }
+
+
+def _lines_of(path: str) -> list[str]:
+    """The words of a text file, one a line; none when there is no such file (tools/need.sh writes it)."""
+    try:
+        with open(path, encoding="utf-8") as stream:
+            return stream.read().split()
+    except OSError:
+        return []
 
 
 def write_record(record: Mapping[str, Any]) -> None:
@@ -833,7 +857,11 @@ class Docker:
                 raise LabError(f"{name} ended while booting: {self.run(['docker', 'logs', '--tail', '20', name]).err}")
             if time.monotonic() > deadline:
                 jobs = self.run(["docker", "exec", name, "systemctl", "list-jobs", "--no-legend"]).out.strip()
-                raise LabError(f"{name} is {state or 'not up'} after {timeout:.0f} s; waiting for: {jobs or 'unknown'}")
+                raise LabError(
+                    f"{name} is {state or 'not up'} after {timeout:.0f} s; waiting for: {jobs or 'unknown'}. Look what"
+                    f" it does: docker exec {name} journalctl -b -n 50 (or docker logs {name}). On a slow machine give"
+                    " it more time: make lab-up ARGS='-e lab_boot_timeout=300'; to begin afresh: make lab-stop"
+                )
             time.sleep(0.1)
 
     def failed_units(self, name: str) -> list[str]:

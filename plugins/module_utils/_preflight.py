@@ -13,9 +13,10 @@ import base64
 import binascii
 import hashlib
 import ipaddress
+import re
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
-from . import _keepalived, _ruleset
+from . import _keepalived, _options, _ruleset
 
 MINIMUM_PYTHON = (3, 9)
 MINIMUM_KEY_BYTES = 32
@@ -48,7 +49,15 @@ VARIABLES: Dict[str, str] = {
     "nat_rules": "ruleset_nat_rules",
     "forward_policy": "ruleset_forward_policy",
 }
+# options of the module ruleset, as its messages name them
+RULESET_OPTIONS = (
+    *("rules", "rules6", "address_sets", "filter_rules", "nat_rules", "forward_policy", "services"),
+    *("rollback_timeout", "canary", "nflog_group"),
+)
 DEFAULTS: Dict[str, Any] = {"sync_port": 3781, "key_id": 1, "rules": [], "rules6": [], "virtual_ips": [], "key": ""}
+
+
+VIRTUAL_IP_KEYS = ("interface", "address", "router_id")
 
 
 class VirtualIp(NamedTuple):
@@ -229,9 +238,14 @@ class _Group:
         if not isinstance(entry, Mapping):
             self.add(host, "virtual_ips", f"{where} is not a mapping: write interface, address and router_id")
             return None
-        missing = [key for key in ("interface", "address", "router_id") if entry.get(key) in (None, "")]
+        unknown = [str(key) for key in entry if key not in VIRTUAL_IP_KEYS]
+        for key in unknown:
+            guess = _options.meant(key, VIRTUAL_IP_KEYS) or f": an entry has {', '.join(VIRTUAL_IP_KEYS)}"
+            self.add(host, "virtual_ips", f"{where}: {key} is not known{guess}")
+        missing = [key for key in VIRTUAL_IP_KEYS if entry.get(key) in (None, "")]
         if missing:
-            self.add(host, "virtual_ips", f"{where} has no {' and no '.join(missing)}: add it")
+            if not unknown:  # a misspelt key is the likelier mistake, and was named
+                self.add(host, "virtual_ips", f"{where} has no {' and no '.join(missing)}: add it")
             return None
         text = str(entry["address"])
         problem = ""
@@ -467,7 +481,8 @@ class _Group:
 
     def _rules(self, host: str) -> None:
         node = self.nodes[host]
-        before = len(self.problems)
+        for sentence in node.get("option_problems") or ():
+            self.say(host, str(sentence))
         for option, family in (("rules", "ipv4"), ("rules6", "ipv6")):
             rules = node.get(option) or []
             if not isinstance(rules, (list, tuple)) or any(not isinstance(rule, str) for rule in rules):
@@ -475,17 +490,24 @@ class _Group:
                 continue
             for problem in _ruleset.lint_rules(list(rules), family, VARIABLES[option]):
                 self.say(host, problem)
-        if node.get("rules_error") and len(self.problems) == before:
-            # only the kernel's own words; what the form shows was said above
-            self._rules_error(host, str(node["rules_error"]))
+        for words in node.get("rules_errors") or ():
+            self._rules_error(host, str(words), str(node.get("services_variable") or "ruleset_services"))
+        for words in node.get("kernel_errors") or ():
+            words = _without_outcome(re.sub(r"^sysctls\[\d+\]\.(name|value): ", "", words))
+            option = "kernel_modules" if words.startswith("The kernel has no module") else "kernel_extra_sysctls"
+            self.say(host, f"{option}: {words}")
 
-    def _rules_error(self, host: str, words: str) -> None:
-        """The ruleset module's message, whose options are called otherwise."""
-        for option in ("rules", "rules6", "address_sets", "filter_rules", "nat_rules", "forward_policy"):
-            if words.startswith(f"{option}: "):
-                self.add(host, option, words[len(option) + 2 :].replace(" Nothing was changed.", ""))
-                return
-        self.add(host, "rules", words.replace(" Nothing was changed.", ""))
+    def _rules_error(self, host: str, words: str, services: str) -> None:
+        """One mistake as the ruleset module says it, whose options are called otherwise; its lines may be many."""
+        words = _without_outcome(words)
+        option = re.match(r"[a-z_0-9]+", words)
+        name = option[0] if option and words[option.end() : option.end() + 1] in (":", "[") else ""
+        if name == "services":
+            self.say(host, services + words[len(name) :])
+        elif name in RULESET_OPTIONS:
+            self.say(host, f"{VARIABLES.get(name, 'ruleset_' + name)}{words[len(name) :]}")
+        else:
+            self.add(host, "rules", words)
 
     def _host(self, host: str) -> None:
         facts = self.facts.get(host) or {}
@@ -543,9 +565,11 @@ class _Group:
         values: Dict[str, Dict[str, Any]] = {}
         for host, node in self.nodes.items():
             held = (node.get("host") or {}).get("sysctls") or {}
-            wanted = {str(row["name"]): str(row["value"]) for row in node.get("sysctls") or () if "value" in row}
+            rows = [row for row in node.get("sysctls") or () if isinstance(row, Mapping)]
+            rows = [row for row in rows if {"name", "value"} <= set(row)]
+            wanted = {str(row["name"]): " ".join(str(row["value"]).split()) for row in rows}
             names = [name for name in held if name not in ROLE_SYSCTLS]
-            values[host] = {name: wanted.get(name, held[name]) for name in {*names, *(wanted if held else ())}}
+            values[host] = {name: wanted.get(name, held.get(name)) for name in {*names, *(wanted if held else ())}}
         for sentence in sysctl_differences(values):
             self.say("", sentence)
 
@@ -593,6 +617,11 @@ class _Group:
         return all(name.startswith(("docker", "br-", "virbr", "podman", "cni", "lxcbr", "lxdbr")) for name in names)
 
 
+def _without_outcome(words: str) -> str:
+    """A module's message without what it says of its own run."""
+    return words.replace(" Nothing was changed.", "").strip()
+
+
 def sysctl_differences(values: Mapping[str, Mapping[str, Any]]) -> List[str]:
     """One sentence for each sysctl that the nodes have, but not with the same value; ``values`` by host."""
     reasons = []
@@ -609,16 +638,25 @@ def group_problems(
     nodes: Mapping[str, Mapping[str, Any]],
     facts: Optional[Mapping[str, Mapping[str, Any]]] = None,
     track_weight: int = _keepalived.DEFAULT_WEIGHT,
+    absent: Sequence[str] = (),
 ) -> List[str]:
     """Everything that is wrong with a pair of firewalls, one sentence each; empty when all is well.
 
     ``nodes``: host name to options (keys of :data:`VARIABLES`; ``key`` may be a key or :func:`summarize_key`'s result;
     ``host`` is the probe of ha_facts' subset ``host``, ``asked_at`` the controller's clock when it was made;
-    ``rules_error`` what the ruleset module said; ``sysctls`` what will be set; ``key_ids`` more keys that are wanted;
+    ``rules_errors`` and ``kernel_errors`` what the modules ruleset and kernel_settings said, ``option_problems`` whole
+    sentences of :func:`_options.judge`; ``sysctls`` what will be set; ``key_ids`` more keys that are wanted;
     ``rotation`` and ``migrate`` allow what these playbooks are for).
     ``facts``: host name to ``ansible_facts``; what needs facts is not checked for a host without.
+    ``absent``: nodes that the present run leaves out.
     """
-    return _Group(nodes, facts or {}, track_weight).check()
+    group = _Group(nodes, facts or {}, track_weight)
+    for host in absent:
+        group.say(
+            host,
+            "takes no part in this run, and half a pair is not deployed: run it for the whole group, without --limit",
+        )
+    return group.check()
 
 
 def vrrp_instances(

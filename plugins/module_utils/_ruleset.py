@@ -370,16 +370,13 @@ def _judge_arguments(args: Sequence[str], family: str, table: str, declared: Dic
             position += 1
         elif token.startswith("--"):
             if not any(option.startswith(token[2:]) for option in known):  # getopt_long takes abbreviations
-                hint = [f"--{o}" for o in known if _near(o, token[2:])]
-                return f"unknown option '{token}'" + (f"; did you mean '{hint[0]}'?" if hint else "")
+                # a transposition in a short word ("sny") leaves two letters of three alike
+                hint = difflib.get_close_matches(token[2:], known, 1, 0.6)
+                return f"unknown option '{token}'" + (f"; did you mean '--{hint[0]}'?" if hint else "")
         elif re.fullmatch(r"-[A-Za-z]", token) and token not in _CORE_SHORT:
             return f"unknown option '{token}'"
         position += 1
     return ""
-
-
-def _near(left: str, right: str) -> bool:
-    return difflib.SequenceMatcher(None, left, right).ratio() >= 0.75
 
 
 def parse_rules(rules: Sequence[str], family: str = "ipv4", option: str = "rules") -> List[Rule]:

@@ -258,7 +258,8 @@ class _Checker:
     def _action(self) -> str:
         actions = _FILTER_ACTIONS if self.table == "filter" else _NAT_ACTIONS
         action: str = self.values.get("action", "").lower()
-        if not action and not any("key 'action'" in problem for problem in self.problems):
+        named = any("key 'action'" in problem or "did you mean 'action'?" in problem for problem in self.problems)
+        if not action and not named:
             self.wrong("action", f"is missing; write one of {', '.join(actions)}")
         elif action and action not in actions:
             self.wrong("action", f"'{action}' is not known{_one_of(action, actions)}")

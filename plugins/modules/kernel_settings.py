@@ -82,6 +82,12 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
+problems:
+  description: What is wrong with O(sysctls), one sentence for each mistake.
+  returned: when keys are wrong
+  type: list
+  elements: str
+  sample: [The kernel has no key net.ipv4.ip_forwards.]
 loaded:
   description: Modules that were loaded, or would be in check mode.
   returned: always
@@ -277,28 +283,35 @@ class Run:
                 " to put back; repair it, or remove it if the present values are to be kept for good."
             )
 
+    def refuse(self, problems: list) -> None:
+        """Fail with all of them; go on when there are none."""
+        if problems:
+            self.module.fail_json(msg=" ".join([*problems, "Nothing was changed."]), problems=problems)
+
     def run(self) -> dict:
         params, module = self.params, self.module
         names = params["modules"] if self.present else []
         settings = [(s["name"], squeeze(s["value"])) for s in params["sysctls"]] if self.present else []
+        problems = []
         for number, (name, value) in enumerate(settings, 1):
             if not is_key(name):
-                module.fail_json(msg=f"sysctls[{number}].name: '{name}' is no key; write it as net.ipv4.ip_forward.")
-            if [key_path(n) for n, _v in settings].count(key_path(name)) > 1:
-                module.fail_json(msg=f"sysctls[{number}].name: {name} is given more than once; keep one of them.")
+                problems.append(f"sysctls[{number}].name: '{name}' is no key; write it as net.ipv4.ip_forward.")
+            elif key_path(name) in [key_path(earlier) for earlier, _v in settings[: number - 1]]:
+                problems.append(f"sysctls[{number}].name: {name} is given more than once; keep one of them.")
             if not value:
-                module.fail_json(msg=f"sysctls[{number}].value: is empty for {name}; give the value to set.")
+                problems.append(f"sysctls[{number}].value: is empty for {name}; give the value to set.")
         to_load = [name for name in names if self.module_missing(name)]
 
         remembered = self.load_state()
         goals = list(settings)
         keep = {}
         for name, value in settings:
+            if not is_key(name):
+                continue
             held = read_key(name)
             if held is None and not to_load:
-                module.fail_json(
-                    msg=f"The kernel has no key {name}. Correct the name, or load the module that brings it"
-                    " ('modules'). Nothing was changed."
+                problems.append(
+                    f"The kernel has no key {name}. Correct the name, or load the module that brings it ('modules')."
                 )
             replaced = remembered.get(name, {}).get("replaced", held)
             keep[name] = {"replaced": replaced, "set": value}
@@ -307,6 +320,7 @@ class Run:
                 module.warn(
                     f"{later} sets {name} to another value at boot, after {params['sysctl_file']}; remove it there."
                 )
+        self.refuse(problems)
         for name, entry in reversed(list(remembered.items())):
             if name not in keep and entry["replaced"] is not None and read_key(name) == entry["set"]:
                 goals.append((name, entry["replaced"]))

@@ -66,6 +66,7 @@ packages:
   sample: [docker.io]
 """
 
+import contextlib
 import os
 import shutil
 import signal
@@ -171,6 +172,19 @@ def absent(check: bool, timeout: float) -> tuple[bool, str]:
     return True, "stopped" if running else "it had stopped by itself"
 
 
+def forget(packages: list[str]) -> None:
+    """Remove the record, or what is empty of it: as long as packages are there, it says which came for the lab."""
+    if packages:
+        _lab.write_record({"packages": packages})
+        return
+    for name in ("record.json", "packages"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{_lab.STATE_DIRECTORY}/{name}")
+    for folder in (f"{_lab.STATE_DIRECTORY}/docker", _lab.STATE_DIRECTORY):
+        with contextlib.suppress(OSError):  # a mount point, or something of others in it
+            os.rmdir(folder)
+
+
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
@@ -188,7 +202,7 @@ def main() -> None:
         module.fail_json(msg=str(error))
     packages = _lab.read_record()["packages"]
     if module.params["state"] == "absent" and not module.check_mode and not _lab.read_record()["started"]:
-        shutil.rmtree(_lab.STATE_DIRECTORY, ignore_errors=True)
+        forget(packages)
     module.exit_json(changed=changed, how=how, packages=packages)
 
 

@@ -42,6 +42,30 @@ MISTAKES = [
         ],
         id="five at once",
     ),
+    pytest.param(
+        {
+            "ha_firewall_service": [],
+            "ha_firewall_services": [{"protocol": "tpc", "port": 22}],
+            "ctsyncd_mode": "hotstandby",
+            "ctsyncd_window_ms": 99,
+            "keepalived_nopreempt": "maybe",
+            "ruleset_rollback_timeout": "30s",
+            "ruleset_rules": ["-A FORWARD -p tcp --sny -j ACCEPT"],
+            "ruleset_filter_rules": [{"action": "acept"}],
+            "kernel_extra_sysctls": [{"name": "net.core.rmem_mux", "value": 1}],
+        },
+        [
+            "ha_firewall_service: is not an option: did you mean ha_firewall_services?",
+            "ha_firewall_services: entry 1: protocol 'tpc' is not one of tcp, udp, sctp; did you mean tcp?",
+            "ctsyncd_mode: 'hotstandby' is not one of hot-standby, external-cache; did you mean hot-standby?",
+            "keepalived_nopreempt: 'maybe' is neither true nor false",
+            "ruleset_rollback_timeout: '30s' is not a whole number",
+            "unknown option '--sny'; did you mean '--syn'?",
+            "ruleset_filter_rules: rule 1, key 'action': 'acept' is not known; did you mean 'accept'?",
+            "kernel_extra_sysctls: The kernel has no key net.core.rmem_mux.",
+        ],
+        id="what only a role would have found",
+    ),
 ]
 
 

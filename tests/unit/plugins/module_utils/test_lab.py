@@ -102,6 +102,30 @@ def test_a_failing_installation_says_what_apt_said(tmp_path, monkeypatch):
     assert _lab.read_record()["packages"] == []
 
 
+def test_mount_points_are_read_with_their_blanks():
+    line = "36 35 98:0 / /srv/a\\040b\\134c rw,noatime master:1 - ext3 /dev/root rw\n"
+    assert _lab.mount_points(line + "37 35 0:1 / /run rw - tmpfs none rw\n") == ["/srv/a b\\c", "/run"]
+
+
+def test_a_folder_that_is_a_mount_point_is_emptied_and_stays(tmp_path, monkeypatch):
+    for folder in ("data", "plain"):
+        (tmp_path / folder / "sub").mkdir(parents=True)
+        (tmp_path / folder / "file").touch()
+        (tmp_path / folder / "link").symlink_to(tmp_path)
+    monkeypatch.setattr(_lab, "mount_points", lambda text: [str(tmp_path / "data")] if text else [])
+    _lab.remove_tree(str(tmp_path / "data"))
+    assert list((tmp_path / "data").iterdir()) == []
+    _lab.remove_tree(str(tmp_path / "plain"))
+    assert not (tmp_path / "plain").exists()
+    _lab.remove_tree(str(tmp_path / "never"))
+
+
+def test_what_is_mounted_inside_and_cannot_be_unmounted_names_the_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(_lab, "mount_points", lambda text: [str(tmp_path / "data/inside")])
+    with pytest.raises(_lab.LabError, match=f"umount {tmp_path}/data/inside"):
+        _lab.remove_tree(str(tmp_path / "data"))
+
+
 # --- image ----------------------------------------------------------------------------------------------------------
 
 

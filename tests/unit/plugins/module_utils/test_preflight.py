@@ -146,7 +146,25 @@ def vips(**change):
         ({"rules": "-P FORWARD DROP"}, "ruleset_rules: is not a list of rules"),
         ({"rules": ["-A FORWARD -i eth0 -j"]}, "ruleset_rules: rule 1"),
         ({"rules6": ["-D FORWARD 1"]}, "ruleset_rules6: rule 1"),
-        ({"rules_error": "rules: rule 1 'x': refused. Nothing was changed."}, "ruleset_rules: rule 1 'x': refused."),
+        ({"rules_errors": ["rules: rule 1 'x': refused. Nothing was changed."]}, "ruleset_rules: rule 1 'x': refused."),
+        ({"rules_errors": ["filter_rules: rule 2, key 'x': wrong."]}, "ruleset_filter_rules: rule 2, key 'x': wrong."),
+        ({"rules_errors": ["rollback_timeout: 5 is out of range."]}, "ruleset_rollback_timeout: 5 is out of range."),
+        (
+            {"rules_errors": ["services[1].port: 'x' is no port."], "services_variable": "ha_firewall_services"},
+            "ha_firewall_services[1].port: 'x' is no port.",
+        ),
+        ({"rules_errors": ["The kernel speaks."]}, "ruleset_rules: The kernel speaks."),
+        (
+            {"kernel_errors": ["The kernel has no key a.b. Nothing was changed."]},
+            "kernel_extra_sysctls: The kernel has",
+        ),
+        ({"kernel_errors": ["sysctls[5].name: a.b is given more than once."]}, "kernel_extra_sysctls: a.b is given"),
+        ({"kernel_errors": ["The kernel has no module x."]}, "kernel_modules: The kernel has no module x."),
+        ({"option_problems": ["ruleset_rule: is not an option"]}, "ruleset_rule: is not an option"),
+        (
+            {"virtual_ips": [{"iface": "eth1", "address": "192.168.0.100/24", "router_id": 51}]},
+            "ha_firewall_virtual_ips: entry 1: iface is not known; did you mean interface?",
+        ),
         ({"host": {"conntrackd": {"pids": [77], "active": True}}}, "conntrackd: is active (process 77)"),
         ({"host": {"conntrackd": {"pids": [], "active": True}}}, "conntrackd: is active; two daemons"),
         ({"host": {"conntrackd": {"pids": [], "enabled": True}}}, "conntrackd: is not active, but would start"),
@@ -213,6 +231,43 @@ def test_limits_and_timeouts_of_the_kernels_are_the_same_or_will_be():
     ours = {"host": {"sysctls": {"net.netfilter.nf_conntrack_tcp_loose": "1"}}}
     other = {"host": {"sysctls": {"net.netfilter.nf_conntrack_tcp_loose": "0"}}}
     assert p.group_problems(pair(one=ours, two=other), all_facts()) == []
+
+
+@pytest.mark.parametrize("name", ["net.core.rmem_max", "net.netfilter.nf_conntrack_buckets"])
+def test_a_sysctl_that_no_probe_knows_is_none_to_compare(name):
+    setting = {"sysctls": [{"name": name, "value": 268435456}, {"name": "without a value"}, "no dictionary"]}
+    nodes = pair(both={"host": {"sysctls": {"net.netfilter.nf_conntrack_events": "1"}}, **setting})
+    assert p.group_problems(nodes, all_facts()) == []
+    nodes["fw2"]["sysctls"] = [{"name": name, "value": 5}]
+    assert p.group_problems(nodes, all_facts()) == [
+        f"{name} differs (fw1: 268435456, fw2: 5): set it once for the group in kernel_extra_sysctls"
+    ]
+
+
+def test_a_sysctl_of_several_numbers_is_compared_without_its_white_space():
+    setting = {"sysctls": [{"name": "net.ipv4.tcp_rmem", "value": "1 2\t3"}]}
+    nodes = pair(one={"host": {"sysctls": {"net.ipv4.tcp_rmem": "1 2 3"}}}, both=setting)
+    nodes["fw2"]["host"]["sysctls"] = {"net.ipv4.tcp_rmem": "9 9 9"}
+    assert p.group_problems(nodes, all_facts()) == []
+
+
+def test_a_node_that_takes_no_part_is_named():
+    found = p.group_problems(pair(), all_facts(), absent=["fw2"])
+    assert len(found) == 1
+    assert found[0].startswith("fw2: takes no part in this run")
+    assert "without --limit" in found[0]
+
+
+def test_mistakes_of_both_forms_of_rules_are_told_together():
+    said = [
+        "rules: rule 1 '-A FORWARD --sny': unknown option '--sny'; did you mean '--syn'?",
+        "nat_rules: rule 1: bad.",
+    ]
+    node_has = {"rules": ["-A FORWARD -p tcp --sny -j DROP"], "rules_errors": said[1:]}
+    found = p.group_problems(pair(both=node_has), all_facts())
+    assert len(found) == 2
+    assert "did you mean '--syn'?" in found[0]
+    assert "ruleset_nat_rules: rule 1: bad." in found[1]
 
 
 @pytest.mark.parametrize(("ahead", "limit", "problems"), [(29, None, 0), (95, None, 1), (95, 120, 0), (-95, None, 1)])

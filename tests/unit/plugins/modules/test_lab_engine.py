@@ -40,6 +40,7 @@ def machine(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
     monkeypatch.setattr(_lab, "STATE_DIRECTORY", str(tmp_path / "state"))
     monkeypatch.setattr(_lab, "RUN_DIRECTORY", str(tmp_path / "run"))
+    monkeypatch.setattr(lab_engine, "ENGINE_PATHS", (str(tmp_path / "run-docker"),))
     real = os.path.isdir
     monkeypatch.setattr(os.path, "isdir", lambda path: path != "/run/systemd/system" and real(path))
     yield tmp_path
@@ -63,6 +64,26 @@ def test_an_engine_is_started_once_and_stopped_again(machine):
     assert _lab.background_pid() is None
     assert not (machine / "run").exists()
     assert lab_engine.absent(False, 20)[0] is False
+
+
+def test_what_the_engine_made_outside_of_its_data_goes_with_it(machine):
+    lab_engine.present(False, 20)
+    (machine / "run-docker").mkdir()
+    lab_engine.absent(False, 20)
+    assert not (machine / "run-docker").exists()
+
+
+def test_the_packages_stay_known_and_without_any_nothing_stays(machine):
+    _lab.write_record({"packages": ["docker.io"], "started": "systemd"})
+    (machine / "state/packages").write_text("python3.11-venv\ndocker.io\n", encoding="ascii")
+    for _again in range(2):
+        assert _lab.read_record()["packages"] == ["docker.io", "python3.11-venv"]
+        lab_engine.forget(_lab.read_record()["packages"])
+        assert _lab.read_record()["started"] == ""
+    (machine / "state/packages").unlink()
+    _lab.write_record({"packages": []})
+    lab_engine.forget([])
+    assert not (machine / "state").exists()
 
 
 def test_an_engine_that_somebody_else_uses_is_left_running(machine):
