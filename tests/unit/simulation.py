@@ -449,7 +449,7 @@ def replicable(flow: Flow) -> bool:
     if flow.orig.src in OWN or flow.reply.src in OWN:
         return False
     if flow.proto == k.IPPROTO_TCP:
-        return flow.state in range(k.TCP_ESTABLISHED, k.TCP_TIME_WAIT + 1)
+        return flow.state in range(k.TCP_ESTABLISHED, k.TCP_LAST_ACK + 1)
     return bool(flow.status & k.IPS_SEEN_REPLY)
 
 
@@ -530,8 +530,14 @@ class Simulation:
     def differences(self, active: Node, backup: Node) -> list[str]:
         """What keeps the backup from being the active node's equal; [] when it is."""
         wanted = {key: flow for key, flow in active.kernel.table.items() if replicable(flow)}
-        cache = {flow.key: flow for flow, _since in backup.up.external_flows()}
-        mine = {key: flow for key, flow in backup.kernel.table.items() if replicable(flow) or key in wanted}
+        # what was told and is over may still be there, or not any more
+        over = {key for key, flow in active.kernel.table.items() if flow.state in (k.TCP_TIME_WAIT, k.TCP_CLOSE)}
+        cache = {flow.key: flow for flow, _since in backup.up.external_flows() if flow.key not in over}
+        mine = {
+            key: flow
+            for key, flow in backup.kernel.table.items()
+            if (replicable(flow) or key in wanted) and key not in over
+        }
         out = list(_compare("cache", wanted, cache, True))
         if backup.up.settings.mode == HOT_STANDBY:
             out.extend(_compare("kernel", wanted, mine, False))

@@ -63,10 +63,10 @@ SLACK_S = 0.3  # what is not urgent waits so long for a wake-up that is needed a
 REPORT_S = 0.1  # between two verdicts
 QUIET_S = 0.05  # without events: the next one is read at once
 SPARSE_S = 0.0066  # between two events: a window would gather a few at most, so each is read at once
-DENSE_S = 0.0001  # between two events: if it is less, the window is DENSE_WINDOW_S, shrunk by the third power
-DENSE_WINDOW_S = 0.02
-SHORTEST_WINDOW_S = 0.002
 AVERAGED_EVENTS = 64
+CROWDED = (10_000.0, 15_000.0)  # flows per second that the peer does not know: from here to there the window shrinks
+CROWDED_WINDOW_S = 0.002
+AVERAGED_S = 0.25  # over which they are counted
 
 NANOSECONDS = 1_000_000_000
 
@@ -75,28 +75,35 @@ class Window:
     """How long changes are gathered before they are read: the fewer wake-ups, the less it costs.
 
     Read at once is the first one after a quiet spell, and all of them while they are few.  Where a window pays it has
-    its full length; at a rate at which it gathers plenty anyway it is shorter.  Times in seconds.
+    its full length.  It is shorter where many flows come up that the peer has to learn of: it gathers plenty anyway,
+    and these are what a loss of this node would lose.  Connections that end as fast as they come up shorten nothing:
+    the longer the window, the more of them are over before they are told.  Times in seconds.
     """
 
     def __init__(self) -> None:
         self._gap = QUIET_S  # between two events, on average
+        self._fresh = 0.0  # flows per second that the peer does not know, on average
         self._last = float("-inf")  # when events were read last
 
     def opens(self, now: float, longest: float) -> float:
         """There is an event: how long may it wait for others?"""
-        gap = self._gap
-        if gap >= SPARSE_S or now - self._last >= QUIET_S:
+        if self._gap >= SPARSE_S or now - self._last >= QUIET_S:
             return 0.0
-        if gap >= DENSE_S:
+        lowest, highest = CROWDED
+        if self._fresh <= lowest:
             return longest
-        return min(longest, max(SHORTEST_WINDOW_S, DENSE_WINDOW_S * (gap / DENSE_S) ** 3))
+        share = max(0.0, (highest - self._fresh) / (highest - lowest))
+        length = CROWDED_WINDOW_S + share * max(0.0, longest - CROWDED_WINDOW_S)
+        return min(longest, max(0.0, self._last + length - now))  # events wait since they were read last
 
-    def read(self, events: int, now: float) -> None:
-        """So many events were read."""
+    def read(self, events: int, fresh: int, now: float) -> None:
+        """So many events were read, with so many flows that the peer does not know."""
         if not events:
             return
-        elapsed = min(now - self._last, QUIET_S)
+        since = now - self._last
         self._last = now
+        self._fresh += (fresh / max(since, CROWDED_WINDOW_S) - self._fresh) * min(1.0, since / AVERAGED_S)
+        elapsed = min(since, QUIET_S)
         if events >= AVERAGED_EVENTS:
             self._gap = elapsed / events
         else:
@@ -502,8 +509,9 @@ class Daemon:
 
     def _read_events(self, now: float) -> None:
         changes = self._events.read(EVENTS_PER_TURN)
-        self._window.read(changes.events, now)
+        told = self._engine.source.told
         self._engine.kernel_changes(changes, now)
+        self._window.read(changes.events, self._engine.source.told - told, now)
         if changes.lost:
             self._overrun(now)
         self._events_at = now if changes.more else None

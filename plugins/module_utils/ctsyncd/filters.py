@@ -31,7 +31,6 @@ from .constants import (
     TCP_SYN_RECV,
     TCP_SYN_SENT,
     TCP_SYN_SENT2,
-    TCP_TIME_WAIT,
 )
 from .flow import Flow
 from .rows import MARK_FROM_END, SHAPES, STATE_FROM_END, STATUS_FROM_END, unpack
@@ -100,7 +99,7 @@ def _among(wanted: Iterable[int]) -> bytes:
 _IS_TCP = _among((IPPROTO_TCP,))
 _IS_SCTP = _among((IPPROTO_SCTP,))
 _IS_VRRP = _among((IPPROTO_VRRP,))
-_TCP_WORTH = _among(range(TCP_ESTABLISHED, TCP_TIME_WAIT + 1))
+_TCP_WORTH = _among(range(TCP_ESTABLISHED, TCP_LAST_ACK + 1))
 _TCP_KEPT = _among((0, *range(TCP_ESTABLISHED, TCP_CLOSE + 1)))  # 0: not said
 _SCTP_WORTH = _among((SCTP_ESTABLISHED,))
 _REPLIED = _table(lambda byte: bool(byte & IPS_SEEN_REPLY))
@@ -385,10 +384,11 @@ class Filter:
         return self.passes_through(flow) and self.selects(flow)
 
     def matches(self, flow: Flow) -> bool:
-        """Is this flow replicated?  Nothing half-open is, and nothing that is over."""
+        """Is this flow replicated?  Nothing half-open is, and nothing that is over before it was told: no packet of a
+        connection in TIME_WAIT matters to anybody but its ends, which give up or start anew without an entry."""
         proto = flow.proto
         if proto == IPPROTO_TCP:
-            worth = flow.state is not None and TCP_ESTABLISHED <= flow.state <= TCP_TIME_WAIT
+            worth = flow.state is not None and TCP_ESTABLISHED <= flow.state <= TCP_LAST_ACK
         elif proto == IPPROTO_SCTP:
             worth = flow.state == SCTP_ESTABLISHED
         else:

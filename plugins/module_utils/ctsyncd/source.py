@@ -21,7 +21,7 @@ EARLY_FLOWS = 16_384  # not replicated yet, of which extras are kept (some 200 b
 
 
 class Source:
-    """``announced``: the flows that the peer was told of.
+    """``announced``: the flows that the peer was told of.  ``told``: how many there were so far.
 
     ``early``: extras of flows that are not announced yet (the kernel tells most of them only once), the oldest first.
     ``states``: must be told of all that the peer is told of.  ``touched``: keys of flows that events name, if wanted.
@@ -29,6 +29,7 @@ class Source:
 
     def __init__(self, situation: Situation, dumps: Dumps, peer: Peer, expectations: ExpectationSource) -> None:
         self.announced = Announced()
+        self.told = 0
         self.early: collections.OrderedDict[bytes, bytes] = collections.OrderedDict()
         self.states: States | None = None
         self.touched: set[bytes] | None = None
@@ -129,7 +130,9 @@ class Source:
             self._peer.pending.put_flow(key, value, extras, now)
 
     def _told(self, key_len: int, rows: Mapping[bytes, bytes]) -> None:
+        known = len(self.announced)
         self.announced.add(rows, SHAPES[key_len].reply)
+        self.told += len(self.announced) - known
         if self.states is not None:
             self.states.touch(rows)
 

@@ -53,15 +53,18 @@ def test_update_makes_window_tracking_liberal_even_where_the_status_stays(operat
 # --- the window ------------------------------------------------------------------------------------------------------
 
 
-def reads(rate: float, longest: float) -> int:
-    """How often in a second events are read that come at a steady rate (per second), once the rate is known."""
+def reads(rate: float, longest: float, share: float = 1.0) -> int:
+    """How often in a second events are read that come at a steady rate (per second), once the rate is known.
+
+    ``share``: how many of them are of flows that the peer does not know.
+    """
     window = daemon.Window()
     count, now, interval = 0, 100.0, 1 / rate
-    while now < 102.0:
+    while now < 103.0:
         moment = now + window.opens(now, longest)
         events = int((moment - now) / interval) + 1
-        window.read(events, moment)
-        count += now >= 101.0
+        window.read(events, int(events * share), moment)
+        count += now >= 102.0
         now += events * interval
     return count
 
@@ -69,11 +72,11 @@ def reads(rate: float, longest: float) -> int:
 def test_first_event_after_a_quiet_spell_is_read_at_once() -> None:
     window = daemon.Window()
     assert window.opens(100.0, 0.02) == 0.0
-    window.read(100, 100.001)  # a burst: more may follow
+    window.read(100, 100, 100.001)  # a burst: more may follow
     assert window.opens(100.002, 0.02) > 0.0
-    window.read(100, 100.022)
+    window.read(100, 100, 100.022)
     assert window.opens(100.023, 0.02) == 0.02
-    window.read(3, 100.043)
+    window.read(3, 3, 100.043)
     assert window.opens(100.094, 0.02) == 0.0
 
 
@@ -84,15 +87,48 @@ def test_first_event_after_a_quiet_spell_is_read_at_once() -> None:
         (100, 0.02, 99, 101),  # a window would gather two: each is read at once
         (300, 0.02, 40, 50),
         (1000, 0.02, 45, 50),
-        (8000, 0.02, 48, 50),
-        (20_000, 0.02, 380, 400),  # 2.5 ms
-        (200_000, 0.02, 490, 500),  # not below 2 ms
+        (9000, 0.02, 48, 50),
+        (20_000, 0.02, 480, 500),  # 2 ms
+        (200_000, 0.02, 480, 505),  # not below 2 ms
         (1000, 0.0, 999, 1001),  # switched off
         (1000, 0.001, 450, 1001),  # shorter than the shortest: as it is configured
+        (50_000, 0.001, 900, 1001),
     ],
 )
 def test_window_follows_the_rate(rate: float, longest: float, fewest: int, most: int) -> None:
     assert fewest <= reads(rate, longest) <= most
+
+
+def test_window_stays_long_where_little_is_new_to_the_peer() -> None:
+    """Ends of flows, changes of flows that it knows, connections that are over before they are told."""
+    assert 48 <= reads(40_000, 0.02, share=0.2) <= 50
+    assert reads(40_000, 0.02, share=0.5) > 400
+
+
+def test_window_is_not_moved_by_a_moment() -> None:
+    """Events that come unevenly, a few milliseconds of silence or a burst, leave it as it is."""
+    window = daemon.Window()
+    now = 100.0
+    for dummy in range(500):
+        now += 0.002
+        window.read(40, 40, now)
+    window.read(40, 40, now + 0.012)
+    assert window.opens(now + 0.012, 0.02) <= daemon.CROWDED_WINDOW_S
+    for dummy in range(500):
+        now += 0.02
+        window.read(80, 80, now)
+    window.read(400, 400, now + 0.02)
+    assert window.opens(now + 0.021, 0.02) == 0.02
+
+
+def test_time_since_the_last_reading_counts_where_many_flows_come_up() -> None:
+    window = daemon.Window()
+    now = 100.0
+    for dummy in range(500):
+        now += 0.002
+        window.read(40, 40, now)
+    assert window.opens(now + 0.0015, 0.02) == pytest.approx(0.0005)
+    assert window.opens(now + 0.004, 0.02) == 0.0
 
 
 # --- work for the kernel ---------------------------------------------------------------------------------------------

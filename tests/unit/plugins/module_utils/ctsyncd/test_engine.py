@@ -214,6 +214,27 @@ def test_half_open_and_own_flows_are_never_sent() -> None:
     assert set(sim.fw2.kernel.table) == {udp(1000).key}
 
 
+def test_connection_that_was_over_before_it_was_told_is_not_told() -> None:
+    """It began and came to TIME_WAIT within one window.  What was told is told to its end."""
+    sim = Simulation().start()
+    kernel = sim.fw1.kernel
+    told = kernel.open(tcp(1001))
+    sim.run(1.0)
+    short = [kernel.open(tcp(port)) for port in range(2000, 2010)]
+    for flow in (*short, told):
+        kernel.change(flow.key, state=k.TCP_TIME_WAIT, timeout=120)
+    sim.run(1.0)
+    assert {flow.key: flow.state for flow, _since in sim.fw2.up.external_flows()} == {told.key: k.TCP_TIME_WAIT}
+    received = sim.fw2.up.counters["records_received"]
+    for flow in short:
+        kernel.close(flow.key)
+    sim.run(1.0)
+    assert sim.fw2.up.counters["records_received"] == received
+    kernel.close(told.key)
+    sim.run(1.0)
+    assert len(sim.fw2.up.cache) == 0
+
+
 @pytest.mark.parametrize("noticed", [True, False])
 def test_key_that_was_announced_once_is_judged_anew(noticed: bool) -> None:
     sim = Simulation().start()
@@ -618,7 +639,7 @@ def test_take_over_never_gives_an_open_flow_less_than_its_protocols_time(injecte
         kernel.open(tcp(1001, timeout=200_000)).key: 432_000,
         kernel.open(tcp(1002, timeout=50)).key: 432_000,
         kernel.open(tcp(1003, timeout=500_000)).key: 500_000,  # set by a timeout policy
-        kernel.open(tcp(1004, state=k.TCP_TIME_WAIT, timeout=100)).key: 100,
+        kernel.open(tcp(1004, state=k.TCP_LAST_ACK, timeout=100)).key: 100,
         kernel.open(udp(1005, timeout=3)).key: 40,
         kernel.open(udp(1006)._replace(timeout=3, status=assured)).key: 150,
         kernel.open(udp(1007)._replace(proto=k.IPPROTO_GRE, timeout=600)).key: PARKED,  # of a fixed timer
@@ -644,7 +665,7 @@ def test_take_over_of_a_large_table_does_not_stop_the_loop(monkeypatch: pytest.M
     monkeypatch.setattr(takeover, "SORTED_PER_TURN", 3)
     sim = Simulation().start()
     open_ones = [sim.fw1.kernel.open(tcp(port, timeout=100)) for port in range(1001, 1021)]
-    closing = [sim.fw1.kernel.open(tcp(port, state=k.TCP_TIME_WAIT, timeout=90)) for port in (2001, 2002)]
+    closing = [sim.fw1.kernel.open(tcp(port, state=k.TCP_LAST_ACK, timeout=90)) for port in (2001, 2002)]
     sim.converge(sim.fw1, sim.fw2)
     sim.fw1.kill()
     engine = sim.fw2.up

@@ -297,6 +297,7 @@ def test_complete_backup_gives_a_rebooted_active_node_its_cache(mode: str) -> No
     """The virtual IPs came back so fast that the backup never had them."""
     sim = Simulation(settings=Settings(mode=mode)).start()
     keys = opened(sim.fw1, range(1000, 1040))
+    sim.converge(sim.fw1, sim.fw2)
     sim.fw1.kernel.change(tcp(1001).key, state=k.TCP_TIME_WAIT, timeout=100)
     sim.converge(sim.fw1, sim.fw2)
     sim.fw1.crash()
