@@ -130,6 +130,10 @@ def render_unit(key_ids: Sequence[int], peers: Sequence[str]) -> str:
 # - Before=keepalived.service: the track file says "not ready" and the FIFO has its reader before VRRP begins; on the
 #   way down keepalived hands over first.  Nothing waits for a complete network: the daemon does that by itself.
 # - ExecStartPre and ExecStopPost also run after a crash or kill -9: no stale "ready" outlives the daemon.
+# - ExecStartPost: a nice value counts within a session or a control group only (sched(7), autogroup), so any busy
+#   program would delay what the daemon tells by tens of milliseconds; a real-time policy counts everywhere.  The lowest
+#   priority does, bounded by kernel.sched_rt_runtime_us.  Not CPUSchedulingPolicy=: where the kernel refuses it (a
+#   container, CONFIG_RT_GROUP_SCHED) the service would not start; "-" lets it run with its nice value.
 # - No PrivateUsers=: capabilities would be those of a child user namespace, and ctnetlink answers EPERM.
 # - No ProcSubset=pid: the daemon reads /proc/sys/net/netfilter.
 # - LimitCORE=0: a core file would hold the session keys.
@@ -147,6 +151,7 @@ Type=notify
 NotifyAccess=main
 ExecStartPre={command} -C {config} gate --not-ready
 ExecStart={command} -C {config}
+ExecStartPost=-+/usr/bin/chrt --rr --pid 1 $MAINPID
 ExecReload=/bin/kill -HUP $MAINPID
 ExecStopPost={command} -C {config} gate --not-ready
 Restart=always

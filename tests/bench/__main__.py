@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -126,16 +127,17 @@ class Run:
         if self.about["disturbance"][-1] > QUIET:
             _say(f"warning: other programs use {self.about['disturbance'][-1]:.0%} of the processors: rough numbers")
         bench = scenarios.Bench(stand, loads.Loads(stand, home), self.size, number)
-        for session in scenarios.sessions(self.options.steps, self.size, number):
+        for session in scenarios.sessions(self.options.steps, number):
             if self.options.variants and session.variant not in self.options.variants:
                 continue
             flows = self._most_flows(session, number)
             try:
                 with topology.table_room(flows):
-                    if session.variant == "none":
+                    if session.variant in daemons.WITHOUT:
                         stand.reset()
                         stand.hold(stand.fw1, True)  # translated connections are answered there
-                        self._steps(session, bench, None)
+                        with bench.loads.listener() if session.variant == "listener" else contextlib.nullcontext():
+                            self._steps(session, bench, None)
                         stand.reset()
                     else:
                         with daemons.pair(stand, session.variant, home / "run", application, flows) as pair:

@@ -26,9 +26,11 @@ from .topology import VIPS, Stand
 
 PYTHON = "/usr/bin/python3"  # what the role's zipapp runs with
 NICE = "-10"  # of the role's unit
+SCHEDULER = ("chrt", "--rr", "1")  # as the role's unit sets it once the daemon is ready
 
 CONNTRACKD = ("conntrackd", "conntrackd-tuned", "conntrackd-direct")
 CTSYNCD = ("ctsyncd", "ctsyncd-cache")
+WITHOUT = ("none", "listener")  # no daemon
 VARIANTS = {
     "conntrackd": "conntrackd, FTFW, the package's example configuration",
     "conntrackd-tuned": "the same with a kernel-space filter and State Accept { ESTABLISHED for TCP }",
@@ -36,6 +38,7 @@ VARIANTS = {
     "ctsyncd": "ctsyncd, shipped defaults (hot standby: replicas go into the kernel at once)",
     "ctsyncd-cache": "ctsyncd, shipped defaults but mode external-cache (replicas go into the kernel at take-over)",
     "none": "no daemon",
+    "listener": "no daemon, but somebody listens to conntrack events, with a filter that drops them all in the kernel",
 }
 
 
@@ -264,7 +267,7 @@ class Ctsyncd(Daemon):
         (home / "conf").write_text(json.dumps(config), encoding="utf-8")
 
     def command(self) -> list[str]:
-        return ["nice", "-n", NICE, str(self.application), "-C", str(self.home / "conf")]
+        return [*SCHEDULER, "nice", "-n", NICE, str(self.application), "-C", str(self.home / "conf")]
 
     def request(self, *argv: str) -> list[str]:
         return [str(self.application), "-C", str(self.home / "conf"), *argv]

@@ -244,6 +244,12 @@ ROWS = (
         Source("conntrackd", "box", "rate"),
         Source("none", "box", "rate"),
     ),
+    Row(
+        *("box-listener", BOX, "the same with a listener that does nothing: the least that replication costs"),
+        "connections/s",
+        Source("listener", "box", "rate"),
+        Source("none", "box", "rate"),
+    ),
     _alone("latency-idle-p50", LATENCY, "idle, p50", "ms", "latency-idle", "kernel_p50_ms", must=1, aim=0.5),
     _alone("latency-idle-p99", LATENCY, "idle, p99", "ms", "latency-idle", "kernel_p99_ms", must=4, aim=1.5),
     _alone("latency-load-p50", LATENCY, "at 20,000/s, p50", "ms", "latency-load", "kernel_p50_ms"),

@@ -18,7 +18,7 @@ from . import topology
 from .topology import Stand
 
 SOURCES = Path(__file__).resolve().parent / "load"
-PROGRAMS = ("connections", "flows", "latency")
+PROGRAMS = ("connections", "flows", "latency", "listener")
 FIRST = "-20"  # nice value of loads that stand for other machines: the daemons cannot slow them down
 
 
@@ -70,14 +70,21 @@ class Loads:
         finally:
             _end(process)
 
-    @contextlib.contextmanager
-    def server(self, nice: str = FIRST) -> Iterator[None]:
+    def server(self, nice: str = FIRST) -> contextlib.AbstractContextManager[None]:
         """The server of the real connections."""
-        process = self._start(self.stand.server, nice, "connections", "serve", *topology.PORTS)
+        return self._running(self.stand.server, nice, "connections", "serve", *topology.PORTS)
+
+    def listener(self) -> contextlib.AbstractContextManager[None]:
+        """On fw1: somebody who listens to conntrack events and takes none (see listener.c)."""
+        return self._running(self.stand.fw1, "0", "listener")
+
+    @contextlib.contextmanager
+    def _running(self, space: Namespace, nice: str, program: str, *argv: object) -> Iterator[None]:
+        process = self._start(space, nice, program, *argv)
         try:
             assert process.stdout is not None
             if process.stdout.readline() != "ready\n":
-                raise RuntimeError("the server of the real connections did not start")
+                raise RuntimeError(f"{program} did not start in {space.label}")
             yield
         finally:
             _end(process)

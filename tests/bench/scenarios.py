@@ -38,14 +38,13 @@ class Size(NamedTuple):
     seconds: float
     idle_s: float
     probes: int
-    held: bool  # also connections that are held open for a while
 
 
 SIZES = {
-    "quick": Size(1, 20_000, (100_000,), (), 4.0, 3.0, 5.0, 150, False),
-    "default": Size(3, 100_000, (25_000, 50_000, 100_000), (), 5.0, 6.0, 10.0, 300, False),
+    "quick": Size(1, 20_000, (100_000,), (), 4.0, 3.0, 5.0, 150),
+    "default": Size(3, 100_000, (25_000, 50_000, 100_000), (), 5.0, 6.0, 10.0, 300),
     "full": Size(
-        5, 100_000, (50_000, 100_000, 250_000, 500_000, 1_000_000), (2_000_000, 4_000_000), 5.0, 10.0, 20.0, 600, True
+        5, 100_000, (50_000, 100_000, 250_000, 500_000, 1_000_000), (2_000_000, 4_000_000), 5.0, 10.0, 20.0, 600
     ),
 }
 EVENT_PROBE = 20_000  # flows that are added and deleted to see what one costs in a table of a certain size
@@ -434,6 +433,7 @@ SESSIONS = (
     Session("conntrackd-direct", ("real-2000", "latency-idle", "latency-load")),
     Session("ctsyncd", ("latency-idle", "latency-load")),
     Session("none", ("box",)),
+    Session("listener", ("box",)),
     Session("conntrackd", ("box",)),
     Session("ctsyncd", ("box",)),
     Session("conntrackd", ("flood-transit", "delete", "flood-site", "flood-snat")),
@@ -476,17 +476,10 @@ def run_step(
     record(step, simple[step]())
 
 
-def sessions(only: tuple[str, ...], size: Size, number: int) -> list[Session]:
+def sessions(only: tuple[str, ...], number: int) -> list[Session]:
     """What round ``number`` does, in its order; ``only``: no steps but these (all of them when empty)."""
     chosen = [
-        Session(
-            session.variant,
-            tuple(
-                step
-                for step in session.steps
-                if (not only or step in only) and (size.held or step != "real-2000-held" or step in only)
-            ),
-        )
+        Session(session.variant, tuple(step for step in session.steps if not only or step in only))
         for session in (SESSIONS if number % 2 == 0 else reversed(SESSIONS))
     ]
     return [session for session in chosen if session.steps]
