@@ -26,7 +26,8 @@ def write(path: Path, fingerprint: str) -> None:
 
 def says(daemon: Daemon, verdict: str, reasons: list[str]) -> bool:
     said = daemon.status()
-    return said["verdict"] == verdict and said["reasons"] == said["differences"] == reasons and said["fit"]
+    found = [said.get(name) for name in ("verdict", "reasons", "differences", "fit")]
+    return found == [verdict, reasons, reasons, True]
 
 
 def test_a_ruleset_that_differs_makes_the_backup_not_ready_and_alarms_the_active_node(
