@@ -21,7 +21,7 @@ from typing import Any
 
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import ctnetlink, expectation
 from integration.netns import Namespace, pair
-from integration.related import Call, Ftp, Tftp, Vsftpd
+from integration.related import Call, Ftp, Registration, Tftp, Vsftpd
 
 CORPUS = Path(__file__).with_name("expectations.jsonl")
 HELPERS = (("tcp", 21, "ftp"), ("udp", 69, "tftp"), ("udp", 5060, "sip"))
@@ -103,6 +103,11 @@ def main() -> None:
             stack.callback(call.close)
             call.invite()
             note("SIP")
+            call.close()
+            registration = Registration(lab.a, lab.b, "192.168.0.3", "192.168.1.3")
+            stack.callback(registration.close)
+            registration.register()
+            note("SIP registration")
     CORPUS.write_text("".join(json.dumps(one) + "\n" for one in out), encoding="ascii")
 
 

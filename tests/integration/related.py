@@ -245,3 +245,51 @@ class Call:
     def close(self) -> None:
         for one in (*self._sip, *self._rtp):
             one.close()
+
+
+class Registration:
+    """A SIP phone registers at a server (RFC 3261, 10), which then calls it from another port."""
+
+    def __init__(self, phone: Namespace, server: Namespace, here: str, there: str) -> None:
+        self._addresses = (here, there)
+        self._phone = Call._socket(phone, here, 5060)
+        self._server = Call._socket(server, there, 5060)
+        self._space = server
+        self._callers: list[socket.socket] = []
+        self.contact: tuple[str, int] = ("", 0)  # the phone, as the server knows it
+
+    def register(self) -> None:
+        here, there = self._addresses
+        lines = (
+            *(f"REGISTER sip:{there} SIP/2.0", f"Via: SIP/2.0/UDP {here}:5060;branch=z9hG4bK2", "Max-Forwards: 70"),
+            *(f"From: <sip:a@{there}>;tag=2", f"To: <sip:a@{there}>", f"Call-ID: 2@{here}", "CSeq: 1 REGISTER"),
+            *(f"Contact: <sip:a@{here}:5060>", "Expires: 3600", "Content-Length: 0", "", ""),
+        )
+        self._phone.sendto("\r\n".join(lines).encode("ascii"), (there, 5060))
+        data, sender = self._server.recvfrom(4000)
+        text = data.decode("ascii")
+        contact = re.search(r"^Contact: <sip:a@([\d.]+):(\d+)>", text, re.MULTILINE)
+        assert contact is not None, text
+        self.contact = (contact[1], int(contact[2]))
+        kept = [line for line in text.split("\r\n")[1:] if not line.startswith(("Contact", "Max", "Content"))]
+        answer = ["SIP/2.0 200 OK", f"Contact: <sip:a@{contact[1]}:{contact[2]}>;expires=3600", "Content-Length: 0"]
+        self._server.sendto("\r\n".join([*answer, *filter(None, kept), "", ""]).encode("ascii"), sender)
+        assert self._phone.recv(4000).startswith(b"SIP/2.0 200 OK")
+
+    def rings(self, port: int, patience: float = TIMEOUT_S) -> bool:
+        """Does a message from this port of the server get to the phone?"""
+        caller = Call._socket(self._space, self._addresses[1], port)
+        self._callers.append(caller)
+        deadline = time.monotonic() + patience
+        lines = ("OPTIONS sip:a SIP/2.0", f"Via: SIP/2.0/UDP {self._addresses[1]}:{port};branch=z9hG4bK{port}")
+        more = (f"From: <sip:b@b>;tag={port}", "To: <sip:a@a>", f"Call-ID: {port}", "CSeq: 1 OPTIONS")
+        message = "\r\n".join((*lines, *more, "Max-Forwards: 70", "Content-Length: 0", "", "")).encode("ascii")
+        while time.monotonic() < deadline:
+            caller.sendto(message, self.contact)
+            with contextlib.suppress(TimeoutError):
+                return self._phone.recv(4000).startswith(b"OPTIONS")
+        return False
+
+    def close(self) -> None:
+        for one in (self._phone, self._server, *self._callers):
+            one.close()

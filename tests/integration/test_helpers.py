@@ -9,8 +9,10 @@ translated is dropped there.
 
 from __future__ import annotations
 
+import concurrent.futures
 import ftplib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +22,7 @@ import pytest
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import constants as k
 from integration.cluster import Cluster, Daemon
 from integration.netns import Namespace, wait_for
-from integration.related import CONTENT, Call, Ftp, Tftp, Vsftpd
+from integration.related import CONTENT, Call, Ftp, Registration, Tftp, Vsftpd
 from integration.test_every_flow import flows, nothing_new
 
 pytestmark = [
@@ -149,6 +151,30 @@ def test_ftp_goes_on_after_a_cut_and_the_next(
             lab.ready(backup, active)
 
 
+def test_a_data_connection_whose_first_packets_were_lost_with_the_node_comes_to_be(
+    cluster: Callable[..., Cluster], tmp_path: Path
+) -> None:
+    """The server's SYN used the expectation up, the answer never came through: the next SYN finds it on the other
+    node."""
+    lab = cluster()
+    assign_helpers(lab)
+    start(lab)
+    Vsftpd(lab.pair.b, tmp_path / "ftp")
+    client = Ftp(lab.pair.a, SERVERS[4], False)
+    lab.stack.callback(client.close)
+    nothing_new(lab)
+    client.prepare()
+    same_expectations(lab.pair.fw1, lab.pair.fw2, 1)
+    answer = ("-i", "eth1", "-p", "tcp", "--tcp-flags", "SYN,ACK", "SYN,ACK", "-j", "DROP")
+    lab.pair.fw1.run("iptables", "-I", "FORWARD", *answer)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        begun = pool.submit(client.start, "small")
+        wait_for(lambda: expected(lab.pair.fw1) == [], "the server's SYN")
+        lab.power_cut(lab.fw1, lab.fw2)
+        begun.result(30.0)
+    client.finish(CONTENT[:1000])
+
+
 @pytest.mark.parametrize("passive", [False, True])
 def test_without_replication_nothing_of_ftp_survives(
     cluster: Callable[..., Cluster], tmp_path: Path, passive: bool
@@ -223,6 +249,32 @@ def test_a_call_is_heard_though_nobody_spoke_before_the_cut(cluster: Callable[..
     lab.power_cut(lab.fw1, lab.fw2)
     wait_for(lambda: lab.fw2.status()["role"] == "active" and max(timers(lab.pair.fw2)) <= 180, "true timers")
     assert call.heard()
+
+
+def test_a_registered_phone_rings_after_a_cut_and_the_next(cluster: Callable[..., Cluster]) -> None:
+    """SIP: the registration's expectation is permanent; that the server confirmed it, the kernel tells by no event."""
+    lab = cluster()
+    assign_helpers(lab)
+    start(lab)
+    phone = Registration(lab.pair.a, lab.pair.b, "192.168.0.3", "192.168.1.3")
+    lab.stack.callback(phone.close)
+    phone.register()
+    assert phone.contact[0] == "192.168.1.100"
+    nothing_new(lab)
+    for number, (active, backup) in enumerate(((lab.fw1, lab.fw2), (lab.fw2, lab.fw1))):
+        (line,) = same_expectations(active.space, backup.space, 1)
+        assert " PERMANENT class=0 helper=sip" in line
+        for daemon, letter in ((active, "-i"), (backup, "-e")):
+            assert daemon.ask(letter, "expect").partition(" nat=")[0] == line
+            xml = re.sub("<timeout>.*?</timeout>", "", daemon.ask(letter, "expect", "-x"))
+            truth = daemon.space.conntrack("-L", "expect", "-o", "xml").splitlines()[2]
+            assert xml.strip() == re.sub("<timeout>.*?</timeout>", "", truth)
+        lab.power_cut(active, backup)
+        assert phone.rings(5100 + number)
+        assert 3000 < max(timers(backup.space)) <= 3600
+        if active is lab.fw1:
+            lab.power_on(active)
+            lab.ready(backup, active)
 
 
 def timers(firewall: Namespace) -> list[int]:

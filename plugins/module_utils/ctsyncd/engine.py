@@ -114,6 +114,7 @@ class Engine:
         situation.filter = filter_of(settings)
         situation.filter.own = own
         if self.active:
+            self.helpers.source.begin()
             self.peer.bulk_due = True
             return
         self.replicas.refilter()
@@ -208,10 +209,10 @@ class Engine:
         else:
             if self.replicas.takeover.running:
                 self.replicas.forget_ended(changes)
+            if self.helpers.source.masters:
+                self.helpers.source.ended(changes.gone)
             if self.source.telling:
                 self.source.changed(changes, now)
-            elif self.helpers.source.masters:
-                self.helpers.source.ended(changes.gone)
         if changes.lost:
             self.counters["overruns"] += 1
             self.dumps.events_lost(now)
@@ -510,7 +511,7 @@ class Engine:
     def _bulk_ended(self) -> None:
         """What the bulk did not name goes; then this kernel's table is compared with the cache."""
         self.replicas.end_bulk()
-        self.helpers.replicas.end_bulk()
+        self.helpers.bulk_ended()
         self.counters["bulks_received"] += 1
         self._completing = True
         if self.situation.hot:
@@ -612,7 +613,7 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Nothing is under way towards the kernel."""
-        return not (self.replicas.busy or self.dumps.urgent)
+        return not (self.replicas.busy or self.dumps.urgent or self.helpers.replicas.busy)
 
     # --- output ------------------------------------------------------------------------------------------------------
 

@@ -57,8 +57,8 @@ FLAG_NAMES = ((PERMANENT, "PERMANENT"), (INACTIVE, "INACTIVE"), (USERSPACE, "USE
 FUNCTION_NAME_LEN = 32
 
 # Helpers whose expectations of class 0 give the helper on to the expected flow (SIP's own signalling).  ctnetlink does
-# not tell which do, and gives the helper that a request names to the flow; so others are made without a name where
-# that loses nothing (the class is taken with a name only).
+# not tell which do.  Older kernels give the helper that a request names to the flow, and take a class with a name only;
+# so others are made without a name where that loses nothing.  Newer ones (6.18.44 is) ignore the name.
 _HANDING_ON = frozenset(("sip",))
 
 _ADDRESS_BYTES = {AF_INET: 4, AF_INET6: 16}

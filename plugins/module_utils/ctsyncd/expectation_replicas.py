@@ -18,9 +18,9 @@ from typing import Callable, NamedTuple
 
 from . import expectation as codec
 from .expectation import Expectation
-from .rows import SHAPES
 
-RECONCILE_S = 10.0  # between two comparisons with the kernel
+RECONCILE_S = 10.0  # between two comparisons with the kernel, or more where there is much to compare:
+COMPARED_PER_S = 100  # so many a second on average
 RETRY_MAX_S = 600.0  # the wait before what the kernel refused is tried again doubles up to this
 
 MAKE = "make"
@@ -96,6 +96,7 @@ class ExpectationReplicas:
         self._retry_at = 0.0
         self._retry_s = RECONCILE_S
         self._taking = False
+        self._more = False  # the last piece of work was not all
 
     def __len__(self) -> int:
         return len(self._table)
@@ -116,7 +117,7 @@ class ExpectationReplicas:
         self._late.clear()
         self.refused.clear()
         self._unnamed = None
-        self._taking = False
+        self._taking = self._more = False
 
     # --- what the peer says ------------------------------------------------------------------------------------------
 
@@ -171,6 +172,10 @@ class ExpectationReplicas:
                 self._wanted.pop(name, None)
                 self.refused.pop(name, None)
 
+    def masters(self) -> list[bytes]:
+        """Keys of the flows that have expectations."""
+        return list(self._of)
+
     def begin_bulk(self) -> None:
         self._unnamed = set(self._table)
 
@@ -212,7 +217,7 @@ class ExpectationReplicas:
     @property
     def busy(self) -> bool:
         """Something is to be done in the kernel as soon as that is possible."""
-        return bool(self._taking and self._wanted) or bool(self._doomed or self._late or self._asked)
+        return self._more or bool(self._taking and self._wanted) or bool(self._doomed or self._late or self._asked)
 
     # --- the kernel --------------------------------------------------------------------------------------------------
 
@@ -221,6 +226,7 @@ class ExpectationReplicas:
 
         ``held``: does the kernel hold this flow?  ``parked_s``: timer of a replica before a take-over.
         """
+        self._more = False
         if not (self._wanted or self._doomed or self._late):
             return []
         jobs = []
@@ -244,8 +250,11 @@ class ExpectationReplicas:
             if self._taking and left <= 0:
                 jobs.append(Job(REMOVE, one, 0))
             elif operation == TIMER or not one.used:
-                jobs.append(Job(operation, one, left if self._taking else max(parked_s, left)))
+                jobs.append(
+                    Job(operation, one, max(parked_s, left) if self._hot and not self._taking else max(1, left))
+                )
         self._asked += len(jobs)
+        self._more = len(jobs) >= limit
         return jobs
 
     def result(self, job: Job, error: int) -> None:
@@ -304,7 +313,7 @@ class ExpectationReplicas:
 
     def compared(self, now: float) -> None:
         """The comparison is over; what was refused gets another chance now and then."""
-        self._compare_at = now + RECONCILE_S
+        self._compare_at = now + max(RECONCILE_S, len(self._table) / COMPARED_PER_S)
         if not self.refused:
             self._retry_s = RECONCILE_S
             self._retry_at = now
@@ -322,8 +331,3 @@ class ExpectationReplicas:
 def _bare_name(name: bytes) -> bytes:
     """An expectation's name with zone 0, as the kernel tells it."""
     return b"\0\0" + name[2:]
-
-
-def bare_key(key: bytes) -> bytes:
-    """A flow's key without its zone."""
-    return key[: len(key) - SHAPES[len(key)].zone]

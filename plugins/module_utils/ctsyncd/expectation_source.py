@@ -26,7 +26,8 @@ LINGER_S = 3.0  # how long a backup keeps an expectation whose flow has begun: r
 LOOK_SOON_S = 0.02  # after an event: the helper changes the packet just after it made the expectation
 LOOK_S = 1.0  # between two turns of the slow look at all control connections
 LOOKS = 40  # of them in one such turn
-WALK_S = 5.0  # between two walks through the table
+WALK_S = 5.0  # between two walks through the table, or more where it is large:
+WALKED_PER_S = 200  # so many entries a second on average
 DRIFT_S = 3  # a timer that is further off than that was set anew
 MASTERS = 65_536  # flows with a helper that are followed
 ORPHANS = 1024  # expectations whose master is not replicated, or not yet
@@ -38,16 +39,16 @@ class ExpectationSource:
     """Expectations of flows that this node replicates, and those flows.
 
     ``limit``: so many expectations are replicated at most.  ``changes``: what peers must be told, the expectation or,
-    where it is gone, None, by name.  ``looks``: flows that the caller looks up for :meth:`adjusted`.  ``asks``: flows
-    whose expectations it lists for :meth:`told`.  ``walking``: it walks through the table, for :meth:`walked` and
-    :meth:`walk_ended`.  Times are monotonic seconds.
+    where it is gone, None, by name.  ``looks``: flows that the caller looks up for :meth:`adjusted`.  ``asks``: flows,
+    by key, whose expectations it lists for :meth:`told`.  ``walking``: it walks through the table, for :meth:`walked`
+    and :meth:`walk_ended`.  Times are monotonic seconds.
     """
 
     def __init__(self, limit: int, counters: collections.Counter[str]) -> None:
         self.limit = limit
         self.changes: dict[bytes, Expectation | None] = {}
         self.looks: list[Flow] = []
-        self.asks: list[Flow] = []
+        self.asks: dict[bytes, Flow] = {}
         self.walking = False
         self.unread = False  # nothing is known yet: a walk is due, or runs
         self._counters = counters
@@ -82,7 +83,8 @@ class ExpectationSource:
         self._lingering.clear()
         self._soon.clear()
         self._turns.clear()
-        self.looks, self.asks = [], []
+        self.looks = []
+        self.asks.clear()
         self.walking = self.unread = False
         self._seen = set()
 
@@ -107,7 +109,7 @@ class ExpectationSource:
             self._masters[key] = flow
             for name in [name for name, one in self._orphans.items() if one.master_key == bare]:
                 self._orphans.pop(name)
-                self.asks.append(flow)
+                self.asks[key] = flow
         elif flow.seqadj is not None:
             self._masters[key] = flow
 
@@ -171,7 +173,7 @@ class ExpectationSource:
         if len(homes) == 1:
             return homes[0]
         if homes:
-            self.asks.extend(self._masters[home] for home in homes)
+            self.asks.update((home, self._masters[home]) for home in homes)
         elif len(self._orphans) < ORPHANS:
             self._orphans[one.name] = one
         return None
@@ -249,7 +251,7 @@ class ExpectationSource:
     def walk_ended(self, whole: bool, now: float) -> None:
         """The walk is over.  ``whole``: nothing can be missing."""
         self.walking = self.unread = False
-        self._walk_at = now + (WALK_S if whole else LOOK_S)
+        self._walk_at = now + (max(WALK_S, len(self._known) / WALKED_PER_S) if whole else LOOK_S)
         if not whole:
             self._counters["expectation_walks_interrupted"] += 1
             return

@@ -19,6 +19,7 @@ EVENTS_PER_TURN = 1024
 SLICES_PER_TURN = 1  # of a walk, about 100 expectations
 JOBS_PER_TURN = 256
 ASKS_PER_TURN = 64
+SLICES_OF_ONE = 64  # of the walk through one flow's expectations: all that it can have
 
 
 class HelperEdge:
@@ -51,7 +52,7 @@ class HelperEdge:
     @property
     def busy(self) -> bool:
         """A walk is not over, or is wanted."""
-        return self._helpers.walk is not None
+        return self._helpers.walk is not None or bool(self._helpers.source.asks)
 
     def close(self) -> None:
         self._end_walk()
@@ -68,11 +69,10 @@ class HelperEdge:
         helpers = self._helpers
         if helpers.walk is not None or self._walk is not None:
             self._feed_walk(now)
-        asks = helpers.take_asks() if helpers.source.asks else []
-        for master in asks[:ASKS_PER_TURN]:
+        for master in helpers.take_asks(ASKS_PER_TURN):
             try:
                 with expectation_sockets.Walk(master) as walk:
-                    listed = walk.read(ASKS_PER_TURN)
+                    listed = walk.read(SLICES_OF_ONE)
                 helpers.told(master, listed, now)
             except (OSError, NetlinkError) as error:
                 if getattr(error, "errno", None) != errno.ENOENT:

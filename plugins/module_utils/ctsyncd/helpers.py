@@ -58,16 +58,25 @@ class Helpers:
         one = unpack(payload)
         if not self.limit:
             self._situation.counters["expectations_refused_over_limit"] += 1
-        elif not self._situation.active:
+        elif self._situation.active:
+            if not one.used:
+                self.replicas.late(one)
+        elif one.master_key in self._flows.cache:  # flows come before their expectations
             self.replicas.store(one, now)
-        elif not one.used:
-            self.replicas.late(one)
+        else:
+            self._situation.counters["expectations_refused_without_master"] += 1
 
     def receive_gone(self, payload: bytes) -> None:
         """EXPECT_GONE.  Raises WireError ``malformed``."""
         unpack_name(payload)
         if not self._situation.active:
             self.replicas.remove(payload)
+
+    def bulk_ended(self) -> None:
+        """What the bulk did not name is gone, and so is what lost its master."""
+        self.replicas.end_bulk()
+        cache = self._flows.cache
+        self.replicas.masters_gone([key for key in self.replicas.masters() if key not in cache])
 
     # --- the kernel --------------------------------------------------------------------------------------------------
 
@@ -99,10 +108,10 @@ class Helpers:
         self.replicas.compared(now)
         self._listed = []
 
-    def take_asks(self) -> list[Flow]:
-        """Flows whose expectations the caller lists, for :meth:`told`."""
-        found, self.source.asks = self.source.asks, []
-        return found
+    def take_asks(self, limit: int = 1024) -> list[Flow]:
+        """Flows whose expectations the caller lists, at most so many at a time, for :meth:`told`."""
+        asks = self.source.asks
+        return [asks.pop(key) for key in list(asks)[:limit]] if asks else []
 
     def told(self, master: Flow, listed: Sequence[Expectation] | None, now: float) -> None:
         """The expectations of a flow, None if the kernel does not know it."""

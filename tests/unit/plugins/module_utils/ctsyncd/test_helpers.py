@@ -9,13 +9,14 @@ import struct
 from typing import Any
 
 import pytest
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import config, readiness
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import constants as k
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import readiness
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.expectation import (
     INACTIVE,
     PERMANENT,
     Expectation,
     Nat,
+    pack,
 )
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.expectation_source import LINGER_S
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import Flow, SeqAdj, Tuple
@@ -304,3 +305,32 @@ def test_none_are_replicated_where_that_is_switched_off() -> None:
     sim, _master, one = replicated(max_expectations=0)
     assert held(sim, one) is None
     assert sim.fw1.up.helpers.walk is None
+
+
+def test_a_master_that_ended_while_nobody_listened_is_forgotten() -> None:
+    sim, master, _one = replicated()
+    sim.fw2.kill()
+    sim.run(3.0)
+    sim.fw1.kernel.close(master.key)
+    sim.run(1.0)
+    assert sim.fw1.up.helpers.describe() == {"internal": 0, "external": 0, "helper_flows": 0}
+
+
+def test_an_expectation_without_its_master_is_refused_and_counted() -> None:
+    sim, _master, _one = replicated()
+    other = foreseen(tcp(9, helper="ftp"), 4009)
+    sim.fw2.up.helpers.receive(pack(other), sim.now)
+    assert held(sim, other) is None
+    assert sim.fw2.up.counters["expectations_refused_without_master"] == 1
+    sim.fw2.up.helpers.receive_gone(other.name)
+    assert len(sim.fw2.up.helpers.replicas) == 1
+
+
+def test_another_filter_takes_the_expectations_with_their_masters() -> None:
+    sim, _master, one = replicated()
+    other = Settings(park_timeout_s=PARKED_S, filter=config.Filter(protocols=(k.IPPROTO_UDP,)))
+    for node in (sim.fw1, sim.fw2):
+        node.up.reconfigure(other, sim.now)
+    sim.run(3.0)
+    assert held(sim, one) is None
+    assert len(sim.fw1.up.helpers.source) == len(sim.fw2.up.helpers.replicas) == 0
