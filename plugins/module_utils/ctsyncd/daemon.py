@@ -65,7 +65,8 @@ QUIET_S = 0.05  # without events: the next one is read at once
 SPARSE_S = 0.0066  # between two events: a window would gather a few at most, so each is read at once
 AVERAGED_EVENTS = 64
 CROWDED = (10_000.0, 15_000.0)  # flows per second that the peer does not know: from here to there the window shrinks
-CROWDED_WINDOW_S = 0.002
+CROWDED_WINDOW_S = 0.002  # ... to this ...
+FLOOD = 0.000_000_1  # ... or, in seconds for each flow per second, to this: from 20,000 on CPU time counts for more
 AVERAGED_S = 0.25  # over which they are counted
 
 NANOSECONDS = 1_000_000_000
@@ -93,7 +94,8 @@ class Window:
         if self._fresh <= lowest:
             return longest
         share = max(0.0, (highest - self._fresh) / (highest - lowest))
-        length = CROWDED_WINDOW_S + share * max(0.0, longest - CROWDED_WINDOW_S)
+        shortest = max(CROWDED_WINDOW_S, self._fresh * FLOOD)
+        length = shortest + share * max(0.0, longest - shortest)
         return min(longest, max(0.0, self._last + length - now))  # events wait since they were read last
 
     def read(self, events: int, fresh: int, now: float) -> None:

@@ -428,8 +428,10 @@ _COLUMNS = struct.Struct("!BH")  # length of the keys, rows
 _FEW = 16
 _FEW_ROWS = 24  # with fewer rows FEW saves next to nothing
 _FEW_SHARE = 20  # where one of two bytes that were looked at is in fewer rows than one in so many, there are not few
-_BITS = bytes(code == ord("1") for code in range(256))
+_ZERO, _ONE = b"01"
+_BITS = bytes(code == _ONE for code in range(256))
 _DIGITS = b"0123456789abcdef"
+_NOT_ZERO = b"0" + b"1" * 255  # of each byte the digit of the mask that it has in a column of its own
 _ZONE_DIRECTIONS = b"\1\2"
 
 
@@ -477,14 +479,16 @@ def encode_rows(key_len: int, rows: bytes) -> bytes:
     """Payload of ROWS: joined rows (1 to ``MAX_ROWS``) of the shape that ``key_len`` tells."""
     layout = _ROWS[key_len]
     width = layout.width
+    if len(rows) == width:
+        return _encode_row(key_len, layout, rows)
     count = len(rows) // width
     columns = [rows[at::width] for at in range(width)]
-    mirrored = 0
+    mirrored, nothing = 0, bytes(count)
     for at, original in enumerate(layout.mirror, layout.reply):
         column, other = columns[at], columns[original]
         mirrored <<= 1
         if column == other:
-            columns[at] = bytes(count)
+            columns[at] = nothing
             mirrored |= 1
         elif column.count(column[0]) != count and other.count(other[0]) != count:
             difference = _xor(column, other)
@@ -496,6 +500,24 @@ def encode_rows(key_len: int, rows: bytes) -> bytes:
     return head + _encode_columns(columns, count)
 
 
+def _encode_row(key_len: int, layout: _Layout, row: bytes) -> bytes:
+    """The same of one row: no column has two different bytes."""
+    at = layout.reply
+    end = at + len(layout.mirror)
+    columns = bytearray(row)
+    mirrored = 0
+    for place, original in enumerate(layout.mirror, at):
+        mirrored <<= 1
+        if row[place] == row[original]:
+            columns[place] = 0
+            mirrored |= 1
+    mirrored <<= -(end - at) % 8
+    head = _COLUMNS.pack(key_len, 1) + mirrored.to_bytes(layout.mirror_mask, "big")
+    low = int(columns.translate(_NOT_ZERO), 2) << -len(row) % 8
+    masks = bytes(layout.mask) + low.to_bytes(layout.mask, "big")
+    return head + masks + columns.translate(None, b"\0")
+
+
 def decode_rows(payload: bytes) -> tuple[int, bytes]:
     """Length of the keys and the joined rows of ROWS.  Raises WireError ``malformed``."""
     key_len, count = _decode_columns_head(payload)
@@ -504,9 +526,13 @@ def decode_rows(payload: bytes) -> tuple[int, bytes]:
     mirrored = _bits(_mask(payload[_COLUMNS.size : at], len(layout.mirror), layout.mirror_mask), len(layout.mirror))
     rows = _decode_columns(payload, at, layout.width, count)
     width = layout.width
-    for to, original in compress(enumerate(layout.mirror, layout.reply), mirrored):
-        column, other = rows[to::width], rows[original::width]
-        rows[to::width] = other if column.count(0) == count else _xor(column, other)
+    if count == 1:
+        for to, original in compress(enumerate(layout.mirror, layout.reply), mirrored):
+            rows[to] ^= rows[original]
+    else:
+        for to, original in compress(enumerate(layout.mirror, layout.reply), mirrored):
+            column, other = rows[to::width], rows[original::width]
+            rows[to::width] = other if column.count(0) == count else _xor(column, other)
     _check_zones(rows, key_len, width)
     return key_len, bytes(rows)
 
@@ -540,30 +566,28 @@ def _xor(one: bytes | bytearray, two: bytes | bytearray) -> bytes:
 
 def _encode_columns(columns: list[bytes], count: int) -> bytes:
     """Masks and columns."""
-    high = low = 0
-    same, few, full = bytearray(), [], []
-    for column in columns:
-        first = column[0]
-        high <<= 1
-        low <<= 1
-        often = column.count(first)
-        if often == count:
-            if first:
-                low |= 1
-                same.append(first)
+    firsts = bytearray([column[0] for column in columns])
+    often = list(map(bytes.count, columns, firsts))
+    low, high = firsts.translate(_NOT_ZERO), bytearray(b"0" * len(columns))
+    few, full = [], []
+    for place, times in enumerate(often):
+        if times == count:
             continue
-        high |= 1
-        if count >= _FEW_ROWS and max(often, column.count(column[count >> 1])) * _FEW_SHARE > count:
+        column = columns[place]
+        high[place] = _ONE
+        firsts[place] = 0
+        if count >= _FEW_ROWS and max(times, column.count(column[count >> 1])) * _FEW_SHARE > count:
             values = bytes(sorted(set(column)))
             if len(values) <= _FEW and 1 + len(values) + (count + 1) // 2 < count:
                 few.append(_encode_few(column, values))
+                low[place] = _ZERO
                 continue
-        low |= 1
+        low[place] = _ONE
         full.append(column)
     pad = -len(columns) % 8
     size = (len(columns) + pad) // 8
-    masks = (high << pad).to_bytes(size, "big") + (low << pad).to_bytes(size, "big")
-    return b"".join((masks, same, *few, *full))
+    masks = (int(high, 2) << pad).to_bytes(size, "big") + (int(low, 2) << pad).to_bytes(size, "big")
+    return b"".join((masks, firsts.translate(None, b"\0"), *few, *full))
 
 
 def _encode_few(column: bytes, values: bytes) -> bytes:

@@ -101,6 +101,21 @@ def test_recorded_events(size: int) -> None:
     assert reader.malformed == 0
 
 
+def test_batches_that_are_all_alike() -> None:
+    """What the batch before was is tried first; one message of the same length among them may be of another kind."""
+    alike, some = 0, EVENTS[:: len(EVENTS) // 60]
+    for message in some:
+        reader = Reader()
+        assert read_events(reader, [message] * 8) == read_events(Reader(columns=False), [message] * 8)
+        others = [other for other in EVENTS if len(other) == len(message)]
+        for other in others:
+            fast = reader.fast
+            for part in ([message] * 7 + [other], [other] + [message] * 7, [message] * 3 + [other]):
+                assert read_events(reader, part) == read_events(Reader(columns=False), part)
+            alike += reader.fast - fast == 20
+    assert alike >= len(some)
+
+
 @pytest.mark.parametrize("size", [1, 40, len(DUMPED)])
 def test_recorded_dumps(size: int) -> None:
     reader = Reader()

@@ -89,7 +89,8 @@ def test_first_event_after_a_quiet_spell_is_read_at_once() -> None:
         (1000, 0.02, 45, 50),
         (9000, 0.02, 48, 50),
         (20_000, 0.02, 480, 500),  # 2 ms
-        (200_000, 0.02, 480, 505),  # not below 2 ms
+        (50_000, 0.02, 195, 205),  # 5 ms
+        (200_000, 0.02, 48, 52),  # 20 ms: the machine has enough to do
         (1000, 0.0, 999, 1001),  # switched off
         (1000, 0.001, 450, 1001),  # shorter than the shortest: as it is configured
         (50_000, 0.001, 900, 1001),
@@ -103,6 +104,7 @@ def test_window_stays_long_where_little_is_new_to_the_peer() -> None:
     """Ends of flows, changes of flows that it knows, connections that are over before they are told."""
     assert 48 <= reads(40_000, 0.02, share=0.2) <= 50
     assert reads(40_000, 0.02, share=0.5) > 400
+    assert 48 <= reads(40_000, 0.02, share=0.25) <= 50
 
 
 def test_window_is_not_moved_by_a_moment() -> None:
