@@ -60,7 +60,7 @@ STORY_PATIENCE_S = 2.0  # for the disk, when the daemon stops
 PARAMETERS_CHECK_S = 10.0  # sysctls change while the daemon runs
 ADDRESS_CHECK_S = 10.0  # the virtual IPs are looked up at every change, and this often in case a change was missed
 SLACK_S = 0.3  # what is not urgent waits so long for a wake-up that is needed anyway
-REPORT_S = 0.1  # between two verdicts
+REPORT_S = 0.1  # between two verdicts, on average
 QUIET_S = 0.05  # without events: the next one is read at once
 SPARSE_S = 0.0066  # between two events: a window would gather a few at most, so each is read at once
 AVERAGED_EVENTS = 64
@@ -334,7 +334,8 @@ class Daemon:
         self._report_due = now < self._report_at
         if self._report_due:
             return
-        self._report_at = now + REPORT_S
+        # two at once may be: a sign of life and its answer leave nothing over for which to wake up
+        self._report_at = max(self._report_at, now - REPORT_S) + REPORT_S
         self._look_at_links(now)
         condition = self._engine.condition(now)
         if condition != self._condition:
