@@ -133,6 +133,27 @@ def test_time_since_the_last_reading_counts_where_many_flows_come_up() -> None:
     assert window.opens(now + 0.004, 0.02) == 0.0
 
 
+def test_news_are_looked_for_twice_at_once_and_ten_times_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sign of life and its answer leave nothing to wake up for; a busy node does not judge in each turn."""
+    looked: list[float] = []
+    monkeypatch.setattr(daemon.Daemon, "_look_at_links", lambda _self, now: looked.append(now))
+    one = object.__new__(daemon.Daemon)
+    one._engine = type("Same", (), {"condition": lambda _self, _now: ()})()
+    one._condition, one._report_at, one._report_due = (), 90.0, True
+
+    def look(now: float) -> bool:
+        one._look_for_news(now)
+        return one._report_due
+
+    assert [look(100.0), look(100.001)] == [False, False]
+    assert look(100.002)
+    assert [look(100.5), look(100.501)] == [False, False]
+    looked.clear()
+    for turn in range(1000):
+        look(101.0 + turn / 1000)
+    assert len(looked) <= 12
+
+
 # --- work for the kernel ---------------------------------------------------------------------------------------------
 
 
