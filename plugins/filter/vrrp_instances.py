@@ -15,7 +15,9 @@ description:
   - The own addresses of the nodes, for unicast, are those in the virtual IP's network that are not virtual themselves.
 options:
   _input:
-    description: The virtual IPs, each with C(interface), C(address) (with prefix length) and C(router_id).
+    description:
+      - The virtual IPs, each with C(interface), C(address) (with prefix length) and C(router_id). Without the latter,
+        an interface gets the next free number from 51 on, in the order of the list.
     type: list
     elements: dict
     required: true

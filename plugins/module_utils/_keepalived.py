@@ -25,6 +25,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
+from . import _vrrp_tracking as tracking
+
 CONFIG_PATH = "/etc/keepalived/keepalived.conf"
 DROPIN_PATH = "/etc/systemd/system/keepalived.service.d/ctsync.conf"
 NOTIFY_FIFO = "/run/ctsync/notify.fifo"
@@ -67,13 +69,18 @@ class ConfigProblem(Exception):
 
 @dataclass(frozen=True)
 class Garp:
-    """Gratuitous ARP and unsolicited neighbour advertisement; delays in seconds, repeats in packets."""
+    """Gratuitous ARP and unsolicited neighbour advertisement; delays in seconds, repeats in packets.
+
+    ``interval``: least time between two packets on one interface, in seconds; 0 for none.
+    """
 
     master_delay: int = 1
     master_repeat: int = 5
     refresh: int = 2
     lower_prio_delay: int = 1
     lower_prio_repeat: int = 5
+    refresh_repeat: int = 1
+    interval: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,14 @@ class Config:
     track_file: str = TRACK_FILE
     track_weight: int = DEFAULT_WEIGHT
     realtime_priority: int = 0
+    track_interfaces: Tuple[tracking.TrackedInterface, ...] = ()
+    bfd: Tuple[tracking.Neighbour, ...] = ()
+    authentication: Optional[tracking.Authentication] = None
+
+    @property
+    def weighs(self) -> bool:
+        """Whether anything lowers the priority of the group."""
+        return bool(self.track_file) or any(entry.weight for entry in (*self.track_interfaces, *self.bfd))
 
 
 class Before(NamedTuple):
@@ -313,8 +328,14 @@ def build_config(params: Mapping[str, Any]) -> Config:
         # 0 switches the repetition off, and half of the healed splits then leave ARP at the loser
         ("lower_prio_delay", 1, 86400),
         ("lower_prio_repeat", 1, 1000),
+        ("refresh_repeat", 1, 1000),
+        ("interval", 0, 1),
     ):
         _check_range(getattr(garp, key), low_limit, high_limit, f"garp.{key}", problems)
+    carriers = [instance.interface for instance in instances]
+    tracked = tracking.build_interfaces(params.get("track_interfaces") or (), carriers, problems)
+    neighbours = tracking.build_neighbours(params.get("bfd") or (), problems)
+    authentication = tracking.build_authentication(params.get("authentication"), problems)
     if problems:
         raise ConfigProblem(problems)
     return Config(
@@ -329,6 +350,9 @@ def build_config(params: Mapping[str, Any]) -> Config:
         track_file=track_file,
         track_weight=weight,
         realtime_priority=realtime,
+        track_interfaces=tracked,
+        bfd=neighbours,
+        authentication=authentication,
     )
 
 
@@ -380,6 +404,11 @@ def render_config(config: Config, version: Tuple[int, ...] = SINCE_HARDENING, be
     out.add("vrrp_garp_master_delay", config.garp.master_delay)
     out.add("vrrp_garp_master_repeat", config.garp.master_repeat)
     out.add("vrrp_garp_master_refresh", config.garp.refresh)
+    if config.garp.refresh_repeat != 1:
+        out.add("vrrp_garp_master_refresh_repeat", config.garp.refresh_repeat)
+    if config.garp.interval:
+        out.add("vrrp_garp_interval", f"{config.garp.interval:g}")
+        out.add("vrrp_gna_interval", f"{config.garp.interval:g}")
     out.add("vrrp_garp_lower_prio_delay", config.garp.lower_prio_delay)
     out.add("vrrp_garp_lower_prio_repeat", config.garp.lower_prio_repeat)
     out.end()
@@ -391,6 +420,11 @@ def render_config(config: Config, version: Tuple[int, ...] = SINCE_HARDENING, be
         out.add(f'file "{config.track_file}"')
         out.add("init_file 1")
         out.end()
+    for neighbour in config.bfd:
+        out.add("")
+        out.block("bfd_instance", neighbour.name)
+        out.lines += [f"    {line}" for line in tracking.render_neighbour(neighbour)]
+        out.end()
     if grouped:
         out.add("")
         out.block("vrrp_sync_group", config.group)
@@ -399,7 +433,7 @@ def render_config(config: Config, version: Tuple[int, ...] = SINCE_HARDENING, be
             out.add(instance.name)
         out.end()
         _add_tracking(out, config)
-        if config.track_file:
+        if config.weighs:
             out.add("sync_group_tracking_weight")
         out.end()
     for instance in config.instances:
@@ -413,6 +447,15 @@ def _add_tracking(out: _Writer, config: Config) -> None:
         out.block("track_file")
         out.add(TRACK_NAME, "weight", config.track_weight)
         out.end()
+    for block, entries in (
+        ("track_interface", [(entry.interface, entry.weight) for entry in config.track_interfaces]),
+        ("track_bfd", [(entry.name, entry.weight) for entry in config.bfd]),
+    ):
+        if entries:
+            out.block(block)
+            for name, weight in entries:
+                out.add(tracking.weighted(name, weight))
+            out.end()
 
 
 def _add_instance(out: _Writer, config: Config, instance: Instance, modern: bool, grouped: bool) -> None:
@@ -426,6 +469,11 @@ def _add_instance(out: _Writer, config: Config, instance: Instance, modern: bool
         out.add("nopreempt")
     elif config.preempt_delay:
         out.add("preempt_delay", f"{config.preempt_delay:g}")
+    if config.authentication:
+        out.block("auth_hmac")
+        for line in tracking.render_authentication(config.authentication):
+            out.add(line)
+        out.end()
     if instance.unicast_peers:
         out.add("unicast_src_ip", instance.unicast_src_ip)
         if modern:

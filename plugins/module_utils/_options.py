@@ -17,7 +17,7 @@ from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Seq
 
 from ansible.module_utils.common.validation import check_type_bool, check_type_dict, check_type_float, check_type_int
 
-from . import _keepalived
+from . import _ctsyncd_files, _keepalived
 from .ctsyncd import config as daemon_config
 
 Spec = Mapping[str, Any]
@@ -35,15 +35,13 @@ PAIR: Dict[str, str] = {
     "ha_firewall_services": "ruleset_services",
     "ha_firewall_sync_address": "",
     "ha_firewall_sync_interface": "",
+    "ha_firewall_sync_links": "ctsyncd_links",
     "ha_firewall_sync_port": "",
     "ha_firewall_virtual_ips": "",
 }
 
 # Options of the role ctsyncd that the daemon's own reader judges, besides their type.
-_DAEMON_OPTIONS = (
-    *("datagram_bytes", "dead_after_ms", "filter", "hello_interval_ms", "ignore_addresses", "lag_limit_ms"),
-    *("log_level", "mode", "netlink_buffer_bytes", "park_timeout_s", "replicate", "udp", "window_ms"),
-)
+_DAEMON_OPTIONS = ("filter", *(name for name in _ctsyncd_files.CONFIG_OPTIONS if name not in ("node", "send_key")))
 # A configuration without fault, into which these options are put.
 _DAEMON_FRAME: Dict[str, Any] = {
     "node": "node",
@@ -54,8 +52,8 @@ _DAEMON_FRAME: Dict[str, Any] = {
     "send_key": 1,
 }
 _KEEPALIVED_OPTIONS = (
-    *("advert_interval", "garp", "nopreempt", "preempt_delay", "realtime_priority", "startup_delay", "track_weight"),
-    "group",
+    *("advert_interval", "authentication", "bfd", "garp", "nopreempt", "preempt_delay", "realtime_priority"),
+    *("startup_delay", "track_interfaces", "track_weight", "group"),
 )
 
 

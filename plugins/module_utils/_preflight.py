@@ -16,7 +16,7 @@ import ipaddress
 import re
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
-from . import _keepalived, _options, _ruleset
+from . import _keepalived, _options, _ruleset, _vrrp_numbers
 
 MINIMUM_PYTHON = (3, 9)
 MINIMUM_KEY_BYTES = 32
@@ -57,6 +57,8 @@ RULESET_OPTIONS = (
 DEFAULTS: Dict[str, Any] = {"sync_port": 3781, "key_id": 1, "rules": [], "rules6": [], "virtual_ips": [], "key": ""}
 
 
+# of these, `alike` has a fingerprint
+SECRET = ("keepalived_authentication",)
 VIRTUAL_IP_KEYS = ("interface", "address", "router_id")
 
 
@@ -183,6 +185,7 @@ class _Group:
         self._same_virtual_ips()
         for host in self.nodes:
             self._vip_interfaces(host)
+            self._keepalived(host)
             self._priority(host)
             self._sync(host)
             self._key(host)
@@ -190,6 +193,7 @@ class _Group:
             self._host(host)
         self._priorities()
         self._sync_group()
+        self._alike()
         self._keys()
         self._sysctls()
         self._clocks()
@@ -211,7 +215,7 @@ class _Group:
         good: List[VirtualIp] = []
         routers: Dict[Tuple[int, int], str] = {}
         seen: Dict[str, int] = {}
-        for number, entry in enumerate(listed):
+        for number, entry in enumerate(_vrrp_numbers.with_router_ids(listed)):
             vip = self._virtual_ip(host, number, entry)
             if vip is None:
                 continue
@@ -307,6 +311,20 @@ class _Group:
                     f" {vip.address.network} (it has: {listed}): give it one, or correct the entry",
                 )
 
+    def _keepalived(self, host: str) -> None:
+        """What keepalived's own test would find, and only after the other roles have worked."""
+        node, addresses = self.nodes[host], self.addresses.get(host)
+        for entry in node.get("track_interfaces") or ():
+            name = str(entry.get("interface") or "") if isinstance(entry, Mapping) else ""
+            if name and addresses is not None and name not in addresses:
+                self.say(host, f"keepalived_track_interfaces: {self._no_interface(name, addresses)}")
+        if node.get("authenticated"):
+            version = str(((node.get("host") or {}).get("keepalived") or {}).get("version") or "")
+            parts = tuple(int(part) for part in version.split(".") if part.isdigit())
+            problem = _keepalived.tracking.hmac_problem(parts)
+            if problem:
+                self.say(host, f"keepalived_{problem}")
+
     @staticmethod
     def _no_interface(name: str, addresses: Mapping[str, Any], of: str = "") -> str:
         known = ", ".join(sorted(known for known in addresses if known != "lo")) or "none"
@@ -318,8 +336,13 @@ class _Group:
         value = self.nodes[host].get("priority")
         lowest = 1 - self.track_weight
         if value in (None, ""):
-            self.add(host, "priority", f"is missing: choose {lowest} to 254, different on each node")
-            return
+            if any(node.get("priority") not in (None, "") for node in self.nodes.values()):
+                self.add(
+                    host,
+                    "priority",
+                    f"is missing: choose {lowest} to 254, different on each node, or leave it out on all of them",
+                )
+            return  # of none of them: they are made by vrrp_priority
         number = as_int(value)
         if number is None or not lowest <= number <= 254:
             self.add(
@@ -410,6 +433,16 @@ class _Group:
                 f"{VARIABLES['sync_address']}: the sync addresses are not in one network ({shown}): connect the sync"
                 " interfaces directly or by a switch, with addresses of one network",
             )
+
+    def _alike(self) -> None:
+        """What belongs to the group as a whole: ``alike`` of each node has the variables by name."""
+        first: Dict[str, Tuple[str, Any]] = {}
+        for host, node in self.nodes.items():
+            for name, value in (node.get("alike") or {}).items():
+                other, wanted = first.setdefault(name, (host, value))
+                if str(value) != str(wanted):
+                    shown = "" if name in SECRET else f" ({other}: {wanted}, {host}: {value})"
+                    self.say("", f"{name}: differs between the nodes{shown}: set it once for the whole group")
 
     # --- key ---
 
@@ -646,7 +679,8 @@ def group_problems(
     ``host`` is the probe of ha_facts' subset ``host``, ``asked_at`` the controller's clock when it was made;
     ``rules_errors`` and ``kernel_errors`` what the modules ruleset and kernel_settings said, ``option_problems`` whole
     sentences of :func:`_options.judge`; ``sysctls`` what will be set; ``key_ids`` more keys that are wanted;
-    ``rotation`` and ``migrate`` allow what these playbooks are for).
+    ``alike`` variables that all nodes must have in common; ``rotation`` and ``migrate`` allow what these playbooks
+    are for).
     ``facts``: host name to ``ansible_facts``; what needs facts is not checked for a host without.
     ``absent``: nodes that the present run leaves out.
     """
@@ -668,7 +702,8 @@ def vrrp_instances(
     ``ansible_facts`` of all nodes, ``node`` included. Raises ValueError naming host and remedy when a node has no own
     address in the virtual IP's network; then there is nobody to send the advertisements to.
     """
-    parsed = [(entry, ipaddress.ip_interface(str(entry["address"]))) for entry in virtual_ips]
+    entries = _vrrp_numbers.with_router_ids(virtual_ips)
+    parsed = [(entry, ipaddress.ip_interface(str(entry["address"]))) for entry in entries]
     virtual = [address.ip for dummy, address in parsed]
     addresses = {host: interface_addresses(known) for host, known in facts.items()}
     instances: Dict[Tuple[str, int, int], Dict[str, Any]] = {}
@@ -702,6 +737,42 @@ def vrrp_instances(
             instance["unicast_peers"] = [own for host, own in found.items() if host != node]
         instances[key] = instance
     return list(instances.values())
+
+
+def vrrp_peers(
+    virtual_ips: Sequence[Mapping[str, Any]], facts: Mapping[str, Mapping[str, Any]]
+) -> List[Dict[str, Any]]:
+    """Who may send VRRP on which interface: the own addresses of the other nodes, whose ``facts`` these are.
+
+    Unicast goes out with the address in the virtual IP's network, multicast with the first (IPv4) or the link-local one
+    (IPv6): all of the family on that interface are taken.  Raises ValueError naming host and remedy when there is none.
+    """
+    parsed = [(str(entry["interface"]), ipaddress.ip_interface(str(entry["address"]))) for entry in virtual_ips]
+    virtual = {address.ip for _interface, address in parsed}
+    found: Dict[str, List[str]] = {}
+    for host, known in facts.items():
+        interfaces = interface_addresses(known)
+        for interface, vip in parsed:
+            there = _interface_for(interfaces, interface, vip, virtual)
+            own = [
+                each.ip for each in interfaces.get(there, ()) if each.version == vip.version and each.ip not in virtual
+            ]
+            if not own:
+                raise ValueError(
+                    f"The address of {host} on {interface} is not known. Run without --limit, gather the facts of all"
+                    " firewalls first, or give ruleset_vrrp_peers."
+                )
+            listed = found.setdefault(interface, [])
+            listed += [str(address) for address in own if str(address) not in listed]
+    return [{"interface": interface, "addresses": addresses} for interface, addresses in found.items()]
+
+
+def _interface_for(interfaces: Mapping[str, Sequence[Interface]], name: str, vip: Interface, virtual: Any) -> str:
+    """How a node calls the interface of a virtual IP: by the same name, or it is the one in that network."""
+    for candidate in (name, *interfaces):
+        if own_address(candidate, vip, interfaces, virtual):
+            return candidate
+    return name
 
 
 def _address_in(

@@ -12,11 +12,51 @@ version_added: 0.1.0
 description:
   - Renders C(keepalived.conf) for VRRP instances that move together, tied to C(ctsyncd) by a notify FIFO and by a track
     file that lowers the priority of a node which is not ready to take over.
-  - The candidate is tested by keepalived itself before it replaces the live file. A running keepalived is reloaded,
-    never restarted, so that the virtual IPs stay where they are.
+  - The candidate is tested by keepalived itself before it replaces the live file. A running keepalived is reloaded, so
+    that the virtual IPs stay where they are. It is restarted only when its program was replaced, see O(restart).
   - When keepalived does not run on with the new configuration, the former one is put back.
   - The file is replaced as a whole. A configuration of others is kept beside it and restored by O(state=absent).
 options:
+  authentication:
+    description:
+      - How the advertisements are authenticated, the same on all nodes. Left out, they are not.
+      - VRRPv3 has no authentication of its own (RFC 5798). keepalived 2.4.0 and newer seals every advertisement with an
+        HMAC (C(auth_hmac)); an older one is refused, because it would silently ignore the setting.
+      - The configuration file can be read by root only then, and diffs do not show the keys.
+      - For a running group use O(authentication.mode=permissive) on all nodes first, one soon after the other, then
+        V(enforce). A node that has no keys drops the advertisements of one that has.
+    type: dict
+    suboptions:
+      anti_replay:
+        description: V(time) needs clocks that agree within the window, V(monotonic) only growing numbers.
+        type: str
+        choices: [time, monotonic]
+        default: time
+      keys:
+        description: The keys that are accepted. List the old and the new one for a while to rotate.
+        type: list
+        elements: dict
+        required: true
+        suboptions:
+          id:
+            description: Number of the key, 1 to 255.
+            type: int
+            required: true
+          key:
+            description: 32 to 64 random bytes as hexadecimal digits, C(openssl rand -hex 32).
+            type: str
+            required: true
+      mode:
+        description: Whether an advertisement without a seal is dropped (V(enforce)) or accepted (V(permissive)).
+        type: str
+        choices: [enforce, permissive]
+        default: enforce
+      send_key:
+        description: Id of the key that is sent with. Needed when there are several.
+        type: int
+      time_window_s:
+        description: How old an advertisement may be with V(time), in seconds. keepalived's default is at least 5.
+        type: int
   advert_interval:
     description:
       - Time between two VRRP advertisements in seconds, a multiple of 0.01. It must be the same on all nodes.
@@ -27,6 +67,52 @@ options:
     description: Whether to keep a copy with a time stamp of each version that is replaced.
     type: bool
     default: false
+  bfd:
+    description:
+      - Neighbours that a node must reach to be of use, such as the next router, watched by BFD (RFC 5880). It
+        notices a loss within tens of milliseconds. They must speak BFD, too.
+      - Not for the other firewall. A node would be of less worth whenever its peer is dead.
+      - A session that is new is down for a second or so. Give it a O(bfd[].weight) at first, on all nodes, and take
+        that away in a second run, or the virtual IPs move once.
+    type: list
+    elements: dict
+    default: []
+    suboptions:
+      idle_tx_ms:
+        description: Time between two packets while the session is down, in milliseconds, 1000 to 10000.
+        type: float
+        default: 1000
+      min_rx_ms:
+        description: Shortest time between two packets that this node can take, in milliseconds, 1 to 1000.
+        type: float
+        default: 50
+      min_tx_ms:
+        description: Shortest time between two packets that this node wants to send, in milliseconds, 1 to 1000.
+        type: float
+        default: 50
+      multiplier:
+        description: Missed packets after which the neighbour counts as lost.
+        type: int
+        default: 5
+      name:
+        description: Name of the session. The default is C(bfd_1) and so on.
+        type: str
+      neighbour:
+        description: Address of the neighbour, on a network of this node.
+        type: str
+        required: true
+      passive:
+        description: Whether to wait for the neighbour's first packet.
+        type: bool
+        default: false
+      source:
+        description: This node's own address in that network.
+        type: str
+        required: true
+      weight:
+        description: As for O(track_interfaces[].weight).
+        type: int
+        default: 0
   enabled:
     description: Whether keepalived is started at boot.
     type: bool
@@ -36,6 +122,12 @@ options:
     type: dict
     default: {}
     suboptions:
+      interval:
+        description:
+          - Least time between two such packets on one interface, in seconds, at most 1. V(0) for none.
+          - For switches that drop bursts, where there are many virtual IPs.
+        type: float
+        default: 0
       lower_prio_delay:
         description: Delay of the second round after an advertisement of lower priority, in seconds, at least 1.
         type: int
@@ -58,6 +150,10 @@ options:
           - After two active nodes find each other again, hosts may believe the wrong one until the next reminder.
         type: int
         default: 2
+      refresh_repeat:
+        description: Packets per reminder.
+        type: int
+        default: 1
   group:
     description: Name of the sync group.
     type: str
@@ -135,6 +231,17 @@ options:
       - Helps against false failovers on busy machines with short intervals. Not available in most containers.
     type: int
     default: 0
+  restart:
+    description:
+      - When keepalived may be restarted. Every change of its configuration takes a reload only. The one reason for a
+        restart is that the program was replaced (a newer package) and the old one still runs.
+      - V(backup) restarts it while this node holds none of the virtual IPs. On the active node it warns and leaves
+        everything as it is; hand over first, then run again.
+      - V(always) also restarts it on the active node, which hands the virtual IPs over.
+      - V(never) only warns. The reason is in RV(restart_reason) in any case.
+    type: str
+    choices: [never, backup, always]
+    default: backup
   running:
     description: Whether keepalived runs. With V(false) a running one is stopped, which gives the virtual IPs away.
     type: bool
@@ -160,6 +267,24 @@ options:
       - keepalived makes a missing file with V(1), and never changes an existing one.
     type: str
     default: /run/ctsync/not-ready
+  track_interfaces:
+    description: More interfaces that a node needs to be of use. Those of O(instances) are watched anyway.
+    type: list
+    elements: dict
+    default: []
+    suboptions:
+      interface:
+        description: Name of the interface.
+        type: str
+        required: true
+      weight:
+        description:
+          - V(0) puts the whole group into the state FAULT while the interface is down, so that all virtual IPs move to
+            another node, or nowhere if that has lost it, too.
+          - -253 to -1 is added to the priority instead. That decides elections; an active node with O(nopreempt) stays
+            active.
+        type: int
+        default: 0
   track_weight:
     description:
       - What a node that is not ready adds to its priority, -253 to -1; one that knows nothing adds it twice.
@@ -171,7 +296,7 @@ notes:
   - Virtual IPs in advertisements must agree between nodes. While one node has a new list and the other the old one,
     they do not accept each other's advertisements. Change it on all nodes close together, in a maintenance window.
   - keepalived 2.2.7 and newer also checks that unicast advertisements come from a peer with TTL 255, that is, from a
-    sender on the same link. VRRPv3 has no authentication.
+    sender on the same link. For authentication see O(authentication).
 requirements:
   - keepalived 2.1.5 or newer
   - systemd, with O(manage_service=true)
@@ -251,6 +376,11 @@ problems:
   type: list
   elements: str
   sample: ["instances[0].router_id: 0 is out of range: choose 1 to 255"]
+restart_reason:
+  description: Why a restart of keepalived is due, and was not done or was.
+  returned: when there is a reason
+  type: str
+  sample: the program was replaced since keepalived started
 rolled_back:
   description: Whether the former configuration was put back after a failure.
   returned: on failure, when something had been changed
@@ -291,7 +421,7 @@ import time
 from typing import Any, Callable, NoReturn, Optional
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils import _files, _systemd
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils import _facts, _files, _systemd
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils import _keepalived as layout
 
 UNIT = "keepalived.service"
@@ -303,19 +433,56 @@ OLDEST = (2, 1, 5)
 
 def argument_spec() -> dict[str, Any]:
     return {
+        "authentication": {
+            "type": "dict",
+            "options": {
+                "anti_replay": {"type": "str", "choices": ["time", "monotonic"], "default": "time"},
+                "keys": {
+                    "type": "list",
+                    "elements": "dict",
+                    "required": True,
+                    "no_log": False,
+                    "options": {
+                        "id": {"type": "int", "required": True},
+                        "key": {"type": "str", "required": True, "no_log": True},
+                    },
+                },
+                "mode": {"type": "str", "choices": ["enforce", "permissive"], "default": "enforce"},
+                "send_key": {"type": "int", "no_log": False},
+                "time_window_s": {"type": "int"},
+            },
+        },
         "advert_interval": {"type": "float", "default": 0.1},
         "backup": {"type": "bool", "default": False},
+        "bfd": {
+            "type": "list",
+            "elements": "dict",
+            "default": [],
+            "options": {
+                "idle_tx_ms": {"type": "float", "default": 1000},
+                "min_rx_ms": {"type": "float", "default": 50},
+                "min_tx_ms": {"type": "float", "default": 50},
+                "multiplier": {"type": "int", "default": 5},
+                "name": {"type": "str"},
+                "neighbour": {"type": "str", "required": True},
+                "passive": {"type": "bool", "default": False},
+                "source": {"type": "str", "required": True},
+                "weight": {"type": "int", "default": 0},
+            },
+        },
         "enabled": {"type": "bool", "default": True},
         "garp": {
             "type": "dict",
             "default": {},
             "apply_defaults": True,
             "options": {
+                "interval": {"type": "float", "default": 0},
                 "lower_prio_delay": {"type": "int", "default": 1},
                 "lower_prio_repeat": {"type": "int", "default": 5},
                 "master_delay": {"type": "int", "default": 1},
                 "master_repeat": {"type": "int", "default": 5},
                 "refresh": {"type": "int", "default": 2},
+                "refresh_repeat": {"type": "int", "default": 1},
             },
         },
         "group": {"type": "str", "default": "ha_firewall"},
@@ -341,10 +508,20 @@ def argument_spec() -> dict[str, Any]:
         "preempt_delay": {"type": "float", "default": 0},
         "priority": {"type": "int"},
         "realtime_priority": {"type": "int", "default": 0},
+        "restart": {"type": "str", "choices": ["never", "backup", "always"], "default": "backup"},
         "running": {"type": "bool", "default": True},
         "startup_delay": {"type": "float", "default": 0},
         "state": {"type": "str", "choices": ["absent", "present"], "default": "present"},
         "track_file": {"type": "str", "default": layout.TRACK_FILE},
+        "track_interfaces": {
+            "type": "list",
+            "elements": "dict",
+            "default": [],
+            "options": {
+                "interface": {"type": "str", "required": True},
+                "weight": {"type": "int", "default": 0},
+            },
+        },
         "track_weight": {"type": "int", "default": layout.DEFAULT_WEIGHT},
     }
 
@@ -400,6 +577,9 @@ class Keepalived:
         self.result["instances"] = [instance.name for instance in config.instances]
         program = self.module.get_bin_path("keepalived")
         version = self._version(program)
+        problem = layout.tracking.hmac_problem(version) if config.authentication else ""
+        if problem:
+            self.module.fail_json(msg=f"{problem}. Nothing was changed.", problems=[problem])
         found = self._look(self.path)
         text = _decode(found)
         foreign = found.exists and not layout.is_ours(text)
@@ -409,9 +589,16 @@ class Keepalived:
         wanted = layout.render_config(config, version or layout.SINCE_HARDENING, before)
         if program:
             self._validate(program, wanted)
-        self._plan_config(found, text, wanted, foreign)
+        fresh = [each.name for each in config.bfd if not each.weight and f"bfd_instance {each.name} {{" not in text]
+        if fresh and self.unit.active:
+            self.module.warn(
+                f"bfd: {', '.join(fresh)} is new and has no weight: until the session is up, for a second or so, this"
+                " node is in FAULT, and the virtual IPs leave it. To avoid that, give it a weight first and take it"
+                " away in a second run"
+            )
+        self._plan_config(found, text, wanted, foreign, 0o600 if config.authentication else 0o644)
         if self.service is not None:
-            self._plan_service(self.service)
+            self._plan_service(self.service, self._restart_now(program, config, text))
         self._finish()
 
     def _config(self) -> layout.Config:
@@ -458,12 +645,29 @@ class Keepalived:
             self.module.fail_json(
                 msg=f"keepalived's test of the new configuration ended with {rc} ({meaning}): {said or 'no output'}."
                 " Nothing was changed.",
-                candidate=text,
+                candidate=layout.tracking.hide_keys(text),
                 **self.result,
             )
 
-    def _plan_config(self, found: _files.Snapshot, text: str, wanted: str, foreign: bool) -> None:
-        file = _files.Wanted(self.path, wanted.encode(), 0o644)
+    def _restart_now(self, program: Optional[str], config: layout.Config, text: str) -> bool:
+        """Whether to restart a running keepalived instead of reloading it; warns when it should be and is not."""
+        if not (program and self.unit.active and self.params["running"] and replaced(program, self.unit.main_pid)):
+            return False
+        self.result["restart_reason"] = reason = "the program was replaced since keepalived started"
+        wanted = [
+            {"interface": instance.interface, "address": address.split("/")[0]}
+            for instance in (*config.instances, *layout.parse_instances(text))
+            for address in instance.virtual_ips
+        ]
+        held = any(vip["held"] for vip in _facts.virtual_ips_held(wanted, _facts.read_addresses()))
+        if self.params["restart"] == "always" or (self.params["restart"] == "backup" and not held):
+            return True
+        remedy = "hand over first (playbook switchover), then run this again" if held else "set restart to backup"
+        self.module.warn(f"keepalived should be restarted, because {reason}; it was not: {remedy}")
+        return False
+
+    def _plan_config(self, found: _files.Snapshot, text: str, wanted: str, foreign: bool, mode: int) -> None:
+        file = _files.Wanted(self.path, wanted.encode(), mode)
         if file.matches(found):
             return
         folder = os.path.dirname(self.path)
@@ -485,7 +689,7 @@ class Keepalived:
     def _backup(self) -> None:
         self.result["backup_file"] = self.module.backup_local(self.path)
 
-    def _plan_service(self, service: _systemd.Service) -> None:
+    def _plan_service(self, service: _systemd.Service, restart: bool) -> None:
         dropin = _files.Wanted(layout.DROPIN_PATH, layout.render_dropin(self.path).encode(), 0o644)
         found = self._look(dropin.path)
         changed = bool(self.work.steps)
@@ -500,6 +704,8 @@ class Keepalived:
         if self.params["running"]:
             if not self.unit.active:
                 self._plan_action("started", service.restart)
+            elif restart:
+                self._plan_action("restarted", service.restart)
             elif changed or os.path.exists(PENDING):
                 self._plan_action("reloaded", self._reload)
         elif self.unit.active:
@@ -666,7 +872,17 @@ def _decode(found: _files.Snapshot) -> str:
 
 def _view(text: str, found: _files.Snapshot) -> str:
     """A file for the diff, with its mode when that is unusual."""
+    text = layout.tracking.hide_keys(text)
     return text if not found.exists or found.mode == 0o644 else f"# mode {found.mode:04o}\n{text}"
+
+
+def replaced(program: str, pid: int) -> bool:
+    """Whether the process runs another file than the program that a start would take; ``False`` where nobody knows."""
+    try:
+        running, installed = os.stat(f"/proc/{pid}/exe"), os.stat(os.path.realpath(program))
+    except OSError:
+        return False
+    return (running.st_dev, running.st_ino) != (installed.st_dev, installed.st_ino)
 
 
 def main() -> None:

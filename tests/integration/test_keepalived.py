@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Iterator
 
 import pytest
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils import _preflight, _ruleset
 from integration import netns
 from integration.vrrp_node import V4, V6, Node, adverts_seen, run_module
 
@@ -121,6 +122,46 @@ def test_advertisements_over_ipv6_count(two: Two) -> None:
     adverts_seen(two.fw1)
     assert "not in range" not in two.fw1.log()
     assert two.fw1.holds_none()
+
+
+def test_the_rulesets_own_rules_let_the_peers_advertisements_through_in_both_families(two: Two) -> None:
+    """VRRP from a stranger is dropped: with the peers' addresses as the role makes them, nobody is a stranger here."""
+    for node, other in ((two.fw1, two.fw2), (two.fw2, two.fw1)):
+        rows = _preflight.vrrp_peers(virtual_ips(node), {"peer": network_facts(other)})
+        pair = _ruleset.Pair(vrrp_peers=tuple((row["interface"], tuple(row["addresses"])) for row in rows))
+        for family, program in (("ipv4", "iptables-restore"), ("ipv6", "ip6tables-restore")):
+            text = _ruleset.render_plan(_ruleset.build_plan(family, [], pair)).text
+            assert "VRRP from a stranger" in text
+            node.space.run(program, "--noflush", stdin=text)
+    two.start_second_active(ipv6=True)
+    netns.wait_for(lambda: two.fw2.holds(V4 | V6), "all virtual IPs")
+    adverts_seen(two.fw1)
+    assert two.fw1.holds_none()
+    # the negative control: without the accepted peers everybody is a stranger, and both become active
+    for program in ("iptables", "ip6tables"):
+        for node in (two.fw1, two.fw2):
+            node.space.run(program, "-I", "CTSYNC-INPUT", "-p", "112", "-j", "DROP")
+    netns.wait_for(lambda: two.fw1.holds(V4 | V6) and two.fw2.holds(V4 | V6), "the split that deaf nodes have")
+
+
+def virtual_ips(node: Node) -> list[dict[str, Any]]:
+    instances = node.options(ipv6=True)["instances"]
+    return [{**instance, "address": address} for instance in instances for address in instance["virtual_ips"]]
+
+
+def network_facts(node: Node) -> dict[str, Any]:
+    """The network facts of a namespace, as Ansible has them."""
+    facts: dict[str, Any] = {"interfaces": []}
+    for link in json.loads(node.space.ip("-j", "address")):
+        rows = [{"address": each["local"], "prefix": each["prefixlen"], **each} for each in link["addr_info"]]
+        four = [row for row in rows if row["family"] == "inet"]
+        facts["interfaces"].append(link["ifname"])
+        facts[link["ifname"]] = {
+            "ipv4": four[0] if four else {},
+            "ipv4_secondaries": four[1:],
+            "ipv6": [row for row in rows if row["family"] == "inet6"],
+        }
+    return facts
 
 
 def test_two_nodes_that_are_not_ready_still_elect_one(two: Two) -> None:
@@ -261,3 +302,130 @@ def test_a_missing_track_file_is_made_as_not_ready_and_an_existing_one_is_left_a
     netns.wait_for(lambda: node.holds(V4), "fw1 to become active again")
     assert node.track_file.read_text(encoding="ascii") == "0\n"
     assert node.priorities() == {150}
+
+
+def uplink(node: Node) -> None:
+    """An interface ``up0`` that loses its carrier when ``far0`` goes down; nobody else is concerned."""
+    node.space.ip("link", "add", "up0", "type", "veth", "peer", "name", "far0")
+    for name in ("up0", "far0"):
+        node.space.ip("link", "set", name, "up")
+
+
+@pytest.mark.parametrize(("weight", "moves"), [(0, True), (-55, False)])
+def test_a_tracked_interface_without_a_weight_moves_the_virtual_ips_and_one_with_a_weight_decides_elections(
+    two: Two, weight: int, moves: bool
+) -> None:
+    """With nopreempt a lower priority alone takes nothing away from an active node; the state FAULT does."""
+    for node in (two.fw1, two.fw2):
+        uplink(node)
+    two.start_second_active(track_interfaces=[{"interface": "up0", "weight": weight}])
+    two.fw2.space.ip("link", "set", "far0", "down")
+    if moves:
+        netns.wait_for(lambda: two.fw1.holds(V4) and two.fw2.holds_none(), "fw1 to take over")
+        assert {instance["state"] for instance in two.fw2.facts()["vrrp"]["instances"]} == {"FAULT"}
+        two.fw2.space.ip("link", "set", "far0", "up")
+        netns.wait_for(
+            lambda: {instance["state"] for instance in two.fw2.facts()["vrrp"]["instances"]} == {"BACKUP"},
+            "fw2 to become backup",
+        )
+        assert two.fw1.holds(V4)
+        return
+    netns.wait_for(lambda: two.fw2.priorities() == {45}, "the effective priority to fall")
+    adverts_seen(two.fw1)
+    assert two.fw2.holds(V4) and two.fw1.holds_none()
+
+
+def test_a_node_that_lost_a_tracked_interface_loses_the_election_with_preemption(two: Two) -> None:
+    for node in (two.fw1, two.fw2):
+        uplink(node)
+        node.configure(nopreempt=False, track_interfaces=[{"interface": "up0", "weight": -55}])
+        node.start()
+    netns.wait_for(lambda: two.fw1.holds(V4) and two.fw2.holds_none(), "fw1 to become active")
+    two.fw1.space.ip("link", "set", "far0", "down")
+    netns.wait_for(lambda: two.fw2.holds(V4) and two.fw1.holds_none(), "fw2 to take over")
+    assert two.fw1.priorities() == {95}
+
+
+@pytest.fixture
+def router(pair: netns.Pair, tmp_path: Path) -> Iterator[None]:
+    """b, the router outside, speaks BFD with both firewalls, by a keepalived that does nothing else."""
+    folder = tmp_path / "router"
+    folder.mkdir()
+    sessions = "".join(
+        f"bfd_instance fw{number} {{\n neighbor_ip 192.168.1.{number}\n source_ip 192.168.1.3\n min_rx 50\n min_tx 50\n"
+        " ttl 255\n passive\n}\n"
+        for number in (1, 2)
+    )
+    (folder / "keepalived.conf").write_text(sessions, encoding="ascii")
+    with (folder / "log").open("w", encoding="utf-8") as log:
+        process = pair.b.popen(
+            *("keepalived", "--dont-fork", "--log-console", "--log-detail", "--no-syslog"),
+            *("--use-file", str(folder / "keepalived.conf"), "--pid", str(folder / "pid")),
+            *("--bfd_pid", str(folder / "bfd.pid"), "--checkers_pid", str(folder / "checkers.pid")),
+            stdout=log,
+            stderr=log,
+        )
+    yield
+    process.terminate()
+    process.wait(30)
+
+
+@pytest.mark.usefixtures("router")
+def test_a_router_that_bfd_does_not_reach_moves_the_virtual_ips(two: Two) -> None:
+    """BFD comes with a weight first: a session that is new is down for a second, and without a weight that is FAULT."""
+
+    def watch(node: Node, weight: int) -> None:
+        neighbour = {"neighbour": "192.168.1.3", "source": f"192.168.1.{node.number}", "weight": weight}
+        node.configure(bfd=[neighbour])
+        node.reload()
+
+    two.start_second_active()
+    for node in (two.fw1, two.fw2):
+        watch(node, -10)
+        netns.wait_for(lambda node=node: node.log().count("is in state Up") == 1, "BFD to come up")
+    for node in (two.fw1, two.fw2):
+        watch(node, 0)
+        netns.wait_for(
+            lambda node=node: node.priorities() == {node.priority}, "the neighbour to count as reached after the reload"
+        )
+    adverts_seen(two.fw1)
+    assert two.fw2.holds(V4) and two.fw1.holds_none()
+    # the way from the router to fw2 is lost, and nothing else: the link is up, VRRP goes on
+    two.fw2.space.run("iptables", "-I", "INPUT", "-p", "udp", "--dport", "3784", "-j", "DROP")
+    netns.wait_for(lambda: two.fw1.holds(V4) and two.fw2.holds_none(), "fw1 to take over")
+    assert {instance["state"] for instance in two.fw2.facts()["vrrp"]["instances"]} == {"FAULT"}
+
+
+def test_every_option_passes_keepalived_s_own_test_and_what_it_lacks_is_refused(two: Two) -> None:
+    node = two.fw1
+    everything = node.options(
+        ipv6=True,
+        nopreempt=False,
+        preempt_delay=5,
+        startup_delay=1,
+        realtime_priority=10,
+        garp={"refresh": 5, "refresh_repeat": 2, "interval": 0.01, "master_repeat": 3},
+        track_interfaces=[{"interface": "eth2"}, {"interface": "lo", "weight": -1}],
+        bfd=[
+            {"neighbour": "192.168.1.3", "source": "192.168.1.1", "multiplier": 3, "weight": -5},
+            {"neighbour": "fd00:c0de:1::3", "source": "fd00:c0de:1::1", "passive": True, "min_rx_ms": 9.5},
+        ],
+    )
+    done = run_module(node.space, "keepalived", **everything)
+    assert not done.get("failed"), done
+    assert done["validation"] == {"rc": 0, "output": done["validation"]["output"], "meaning": ""}
+    for word in ("ignor", "nknown", "nvalid", "WARN"):
+        assert word not in done["validation"]["output"], done["validation"]["output"]
+
+    wrong = node.options(track_interfaces=[{"interface": "eth7"}])
+    failed = run_module(node.space, "keepalived", **wrong)
+    assert failed["failed"] and "tracked interface eth7 doesn't exist" in failed["msg"]
+
+    key = "5a" * 32
+    sealed = run_module(node.space, "keepalived", **node.options(authentication={"keys": [{"id": 1, "key": key}]}))
+    assert key not in json.dumps(sealed)
+    version = tuple(map(int, done["version"].split(".")))
+    if version < (2, 4, 0):
+        assert sealed["failed"] and "has none for VRRPv3" in sealed["msg"]
+    else:
+        assert sealed["validation"]["rc"] == 0

@@ -99,9 +99,11 @@ class Node:
     def start(self) -> None:
         with (self.directory / "log").open("a", encoding="utf-8") as log:
             self._process = self.space.popen(
-                *("keepalived", "--dont-fork", "--log-console", "--log-detail", "--no-syslog", "--vrrp"),
+                # as the service runs it: a process for VRRP, and one for BFD as soon as there is some
+                *("keepalived", "--dont-fork", "--log-console", "--log-detail", "--no-syslog"),
                 *("--use-file", str(self.config)),
                 *("--pid", str(self.directory / "pid"), "--vrrp_pid", str(self.directory / "vrrp.pid")),
+                *("--bfd_pid", str(self.directory / "bfd.pid"), "--checkers_pid", str(self.directory / "checkers.pid")),
                 stdout=log,
                 stderr=log,
             )

@@ -55,8 +55,8 @@ def test_the_weight_moves_the_limits():
 def test_wrong_input_is_refused():
     with pytest.raises(AnsibleFilterError, match="not a list of host names"):
         group_problems.group_problems("fw1", hostvars())
-    with pytest.raises(AnsibleFilterError, match="has no router_id"):
-        vrrp_instances.vrrp_instances([{"interface": "eth1", "address": "192.168.0.100/24"}], {}, "fw1")
+    with pytest.raises(AnsibleFilterError, match="has no address"):
+        vrrp_instances.vrrp_instances([{"interface": "eth1", "router_id": 51}], {}, "fw1")
     with pytest.raises(AnsibleFilterError, match="fw1: no own address"):
         vrrp_instances.vrrp_instances(VARIABLES["ha_firewall_virtual_ips"], {}, "fw1")
 

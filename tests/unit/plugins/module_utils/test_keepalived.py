@@ -258,3 +258,104 @@ def test_values_cannot_be_changed_after_the_check():
     config = k.build_config(options())
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.node = "other"
+
+
+KEY = "00" * 32
+
+
+def test_what_else_is_tracked_and_sealed():
+    config = k.build_config(
+        options(
+            track_file="",
+            track_interfaces=[{"interface": "eth2"}, {"interface": "eth3", "weight": -20}],
+            bfd=[
+                {"neighbour": "192.168.1.3", "source": "192.168.1.1"},
+                {
+                    "name": "v6",
+                    "neighbour": "fd00::3",
+                    "source": "fd00::1",
+                    "passive": True,
+                    "weight": -5,
+                    "min_tx_ms": 9.5,
+                },
+            ],
+            garp={"refresh_repeat": 2, "interval": 0.05},
+            authentication={"keys": [{"id": 7, "key": KEY}], "time_window_s": 9},
+        )
+    )
+    text = k.render_config(config)
+    for part in (
+        "    vrrp_garp_master_refresh_repeat 2\n    vrrp_garp_interval 0.05\n    vrrp_gna_interval 0.05\n",
+        "bfd_instance bfd_1 {\n    neighbor_ip 192.168.1.3\n    source_ip 192.168.1.1\n    min_rx 50\n    min_tx 50\n"
+        "    idle_tx 1000\n    multiplier 5\n    ttl 255\n}\n",
+        "    min_tx 9.5\n    idle_tx 1000\n    multiplier 5\n    hoplimit 255\n    passive\n}\n",
+        "    track_interface {\n        eth2\n        eth3 weight -20\n    }\n"
+        "    track_bfd {\n        bfd_1\n        v6 weight -5\n    }\n    sync_group_tracking_weight\n",
+        f"    auth_hmac {{\n        key 7 hex:{KEY}\n        active_key 7\n        mode enforce\n"
+        "        anti_replay time\n        time_window 9\n    }\n",
+    ):
+        assert part in text
+    assert text.count("auth_hmac {") == 2
+    assert KEY not in k.tracking.hide_keys(text) and "key 7 (not shown)" in k.tracking.hide_keys(text)
+    assert [instance.virtual_ips for instance in k.parse_instances(text)] == [
+        ("192.168.0.100/24",),
+        ("192.168.1.100/24",),
+    ]
+
+
+def test_without_a_weight_the_group_weighs_nothing():
+    text = k.render_config(k.build_config(options(track_file="", track_interfaces=[{"interface": "eth2"}])))
+    assert "sync_group_tracking_weight" not in text and "eth2\n" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"track_interfaces": [{"interface": "eth1"}]}, "track_interfaces[0].interface: eth1 carries an instance"),
+        ({"track_interfaces": [{"interface": "a b"}]}, "track_interfaces[0].interface: 'a b' is not an interface name"),
+        ({"track_interfaces": [{"interface": "x"}] * 2}, "track_interfaces[1].interface: x stands twice"),
+        ({"track_interfaces": [{"interface": "x", "weight": 5}]}, "track_interfaces[0].weight: 5 is out of range"),
+        ({"bfd": [{"neighbour": "router", "source": "192.0.2.1"}]}, "bfd[0].neighbour: 'router' is not an IP address"),
+        ({"bfd": [{"neighbour": "fd00::3", "source": "192.0.2.1"}]}, "bfd[0].source: 192.0.2.1 is not of the family"),
+        ({"bfd": [{"neighbour": "192.0.2.1", "source": "192.0.2.1"}]}, "bfd[0].neighbour: 192.0.2.1 is the source"),
+        ({"bfd": [{"neighbour": "192.0.2.1", "source": "192.0.2.2", "min_rx_ms": 0}]}, "bfd[0].min_rx_ms: 0 is out of"),
+        ({"bfd": [{"neighbour": "192.0.2.1", "source": "192.0.2.2", "multiplier": 0}]}, "bfd[0].multiplier: 0 is out"),
+        ({"bfd": [{"neighbour": "192.0.2.1", "source": "192.0.2.2", "name": "a b"}]}, "bfd[0].name: 'a b': use"),
+        ({"bfd": [{"neighbour": "192.0.2.1", "source": "192.0.2.2", "name": "a"}] * 2}, "bfd[1].name: a stands twice"),
+        ({"garp": {"interval": 2}}, "garp.interval: 2 is out of range"),
+        ({"garp": {"refresh_repeat": 0}}, "garp.refresh_repeat: 0 is out of range"),
+        ({"authentication": {"keys": []}}, "authentication.keys: is empty"),
+        ({"authentication": {"keys": [{"id": 0, "key": KEY}]}}, "authentication.keys[0].id: 0 is out of range"),
+        ({"authentication": {"keys": [{"id": 1, "key": "zz"}]}}, "authentication.keys[0].key: is not 64 to 128 hex"),
+        (
+            {"authentication": {"keys": [{"id": 1, "key": KEY}] * 2, "send_key": 1}},
+            "authentication.keys[1].id: 1 stands",
+        ),
+        (
+            {"authentication": {"keys": [{"id": 1, "key": KEY}, {"id": 2, "key": KEY}]}},
+            "authentication.send_key: is missing",
+        ),
+        (
+            {"authentication": {"keys": [{"id": 1, "key": KEY}], "send_key": 3}},
+            "authentication.send_key: there is no key 3",
+        ),
+        (
+            {"authentication": {"keys": [{"id": 1, "key": KEY}], "time_window_s": 301}},
+            "authentication.time_window_s: 301",
+        ),
+        (
+            {"authentication": {"keys": [{"id": 1, "key": KEY}], "time_window_s": 9, "anti_replay": "monotonic"}},
+            "authentication.time_window_s: has no effect",
+        ),
+    ],
+)
+def test_each_wrong_thing_to_track_or_seal_is_named_with_its_remedy(change, said):
+    found = problems_of(**change)
+    assert len(found) == 1, found
+    assert found[0].startswith(said)
+    assert KEY not in found[0]
+
+
+def test_a_keepalived_without_hmac_is_refused_by_name():
+    assert k.tracking.hmac_problem((2, 4, 0)) == "" and k.tracking.hmac_problem(()) == ""
+    assert k.tracking.hmac_problem((2, 2, 7)).startswith("authentication: keepalived 2.2.7 has none for VRRPv3")

@@ -90,8 +90,8 @@ def vips(**change):
         ({"virtual_ips": "192.168.0.100"}, "ha_firewall_virtual_ips: is not a list"),
         ({"virtual_ips": ["192.168.0.100"]}, "ha_firewall_virtual_ips: entry 1 is not a mapping"),
         (
-            vips(router_id=None, interface=""),
-            "ha_firewall_virtual_ips: entry 1 has no interface and no router_id: add it",
+            vips(address=None, interface=""),
+            "ha_firewall_virtual_ips: entry 1 has no interface and no address: add it",
         ),
         (
             vips(address="192.168.0.300/24"),
@@ -160,6 +160,11 @@ def vips(**change):
         ),
         ({"kernel_errors": ["sysctls[5].name: a.b is given more than once."]}, "kernel_extra_sysctls: a.b is given"),
         ({"kernel_errors": ["The kernel has no module x."]}, "kernel_modules: The kernel has no module x."),
+        ({"track_interfaces": [{"interface": "eth9"}]}, "keepalived_track_interfaces: interface eth9 does not exist"),
+        (
+            {"authenticated": True, "host": {"keepalived": {"version": "2.2.7"}}},
+            "keepalived_authentication: keepalived 2.2.7 has none for VRRPv3",
+        ),
         ({"option_problems": ["ruleset_rule: is not an option"]}, "ruleset_rule: is not an option"),
         (
             {"virtual_ips": [{"iface": "eth1", "address": "192.168.0.100/24", "router_id": 51}]},
@@ -278,6 +283,23 @@ def test_clocks_are_compared_by_the_controllers(ahead, limit, problems):
     assert len(found) == problems, found
     if problems:
         assert found[0].startswith(("fw2: clock: is 95 s ahead of fw1's", "fw1: clock: is 95 s ahead of fw2's"))
+
+
+def test_router_ids_and_priorities_may_be_left_out_on_all_nodes():
+    entries = [{"interface": name, "address": f"192.168.{net}.100/24"} for net, name in ((0, "eth1"), (1, "eth0"))]
+    assert p.group_problems(pair(both={"virtual_ips": entries, "priority": None}), all_facts()) == []
+    made = p.vrrp_instances(entries, all_facts(), "fw1")
+    assert [(instance["interface"], instance["router_id"]) for instance in made] == [("eth1", 51), ("eth0", 52)]
+
+
+def test_what_belongs_to_the_group_is_the_same_on_all_nodes():
+    nodes = pair(both={"alike": {"keepalived_advert_interval": 0.1, "keepalived_authentication": "aa"}})
+    assert p.group_problems(nodes, all_facts()) == []
+    nodes["fw2"]["alike"] = {"keepalived_advert_interval": 0.2, "keepalived_authentication": "bb"}
+    assert p.group_problems(nodes, all_facts()) == [
+        "keepalived_advert_interval: differs between the nodes (fw1: 0.1, fw2: 0.2): set it once for the whole group",
+        "keepalived_authentication: differs between the nodes: set it once for the whole group",
+    ]
 
 
 def test_a_fault_of_both_is_said_once():
@@ -402,3 +424,34 @@ def test_facts_name_interfaces_with_a_dash_otherwise():
     assert {name: list(map(str, found)) for name, found in p.interface_addresses(known).items()} == {
         "br-lan": ["10.0.0.1/24"]
     }
+
+
+def test_vrrp_is_taken_from_every_own_address_of_a_peer_on_that_wire_and_no_virtual_one():
+    entries = [
+        {"interface": "eth1", "address": "192.168.0.100/24", "router_id": 51},
+        {"interface": "eth1", "address": "fd00:c0de::100/64", "router_id": 51},
+        {"interface": "eth0", "address": "192.168.1.100/24", "router_id": 52},
+    ]
+    holder = {
+        "eth1": interface("192.168.0.2/24", "192.168.0.100/24", "fd00:c0de::2/64", "fd00:c0de::100/64", "fe80::2/64")
+    }
+    found = p.vrrp_peers(entries, {"fw2": facts(2, **holder)})
+    assert found == [
+        {"interface": "eth1", "addresses": ["192.168.0.2", "fd00:c0de::2", "fe80::2"]},
+        {"interface": "eth0", "addresses": ["192.168.1.2"]},
+    ]
+    # what keepalived sends with is among them
+    for instance in p.vrrp_instances(entries, {"fw1": facts(1), "fw2": facts(2, **holder)}, "fw2"):
+        (row,) = [row for row in found if row["interface"] == instance["interface"]]
+        assert instance["unicast_src_ip"] in row["addresses"]
+
+
+def test_a_peer_may_call_its_interface_otherwise_and_have_several_networks_on_it():
+    renamed = {
+        "interfaces": ["ens19"],
+        "ens19": interface("10.0.0.2/24", "192.168.0.2/24"),
+    }
+    entries = [{"interface": "eth1", "address": "192.168.0.100/24"}]
+    assert p.vrrp_peers(entries, {"fw2": renamed}) == [{"interface": "eth1", "addresses": ["10.0.0.2", "192.168.0.2"]}]
+    with pytest.raises(ValueError, match="The address of fw2 on eth1 is not known"):
+        p.vrrp_peers(entries, {"fw2": {}})

@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import os
 import stat
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from ansible.module_utils.testing import patch_module_args
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils import _facts, _systemd
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils import _keepalived as layout
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils import _systemd
 from ansible_collections.ctsync.ha_firewall.plugins.modules import ha_facts
 from ansible_collections.ctsync.ha_firewall.plugins.modules import keepalived as module_under_test
 
@@ -304,3 +305,63 @@ def test_a_missing_package_is_an_error_but_not_in_check_mode(host, monkeypatch):
     assert warned == ["keepalived is not installed yet: its configuration was not tested"]
     assert "install the package keepalived first" in host.run()["msg"]
     assert host.files() == {}
+
+
+@needs_root
+def test_keys_are_in_a_file_of_root_alone_and_in_no_output(host):
+    key = "ab" * 32
+    sealed = {"keys": [{"id": 1, "key": key}]}
+    host.play_keepalived(version="2.4.0")
+    host.run()
+    done = host.run(authentication=sealed)
+    assert done["changed"] and done["action"] == "reloaded"
+    assert key not in json.dumps(done)
+    assert f"hex:{key}" in host.config.read_text(encoding="utf-8")
+    assert stat.S_IMODE(host.config.stat().st_mode) == 0o600
+    assert not host.run(authentication=sealed)["changed"]
+    host.play_keepalived(rc=5, said="no", version="2.4.0")
+    assert key not in json.dumps(host.run(authentication={"keys": [{"id": 2, "key": key}]}))
+
+    host.play_keepalived(version="2.2.7")
+    before = host.files()
+    refused = host.run(authentication=sealed)
+    assert refused["failed"] and "keepalived 2.2.7 has none for VRRPv3" in refused["msg"]
+    assert host.files() == before and host.systemd.calls == []
+    assert stat.S_IMODE(host.config.stat().st_mode) == 0o600
+    host.run()
+    assert stat.S_IMODE(host.config.stat().st_mode) == 0o644
+
+
+@needs_root
+def test_a_replaced_program_is_the_one_reason_for_a_restart_and_the_standby_comes_first(host, monkeypatch):
+    host.run()
+    host.systemd.pid = os.getpid()  # runs another program than the installed one
+    held = {_facts.Address("eth0", "192.168.1.100")}
+    monkeypatch.setattr(_facts, "read_addresses", lambda: held)
+    warnings = []
+    monkeypatch.setattr(module_under_test.AnsibleModule, "warn", lambda _module, text: warnings.append(text))
+    for restart in ("never", "backup"):
+        warnings.clear()
+        done = host.run(restart=restart)
+        assert not done["changed"] and host.systemd.calls == []
+        assert done["restart_reason"] == "the program was replaced since keepalived started"
+        assert len(warnings) == 1 and "hand over first (playbook switchover)" in warnings[0]
+    # a change of the configuration is still reloaded there
+    assert host.run(advert_interval=0.2)["action"] == "reloaded"
+
+    held.clear()
+    assert not host.run(advert_interval=0.2, restart="never")["changed"]
+    predicted = host.run(check=True, advert_interval=0.2)
+    assert predicted["action"] == "restarted" and host.systemd.calls == []
+    assert host.run(advert_interval=0.2)["action"] == "restarted"
+    assert host.systemd.calls == ["restart"]
+    held.add(_facts.Address("eth0", "192.168.1.100"))
+    host.systemd.pid = os.getpid()
+    assert host.run(advert_interval=0.2, restart="always")["action"] == "restarted"
+
+
+def test_what_a_process_runs_is_compared_by_file(tmp_path):
+    assert not module_under_test.replaced(os.path.realpath(sys.executable), os.getpid())
+    assert module_under_test.replaced("/bin/sh", os.getpid())
+    assert not module_under_test.replaced("/bin/sh", 0)
+    assert not module_under_test.replaced(str(tmp_path / "none"), os.getpid())
