@@ -272,6 +272,30 @@ def _flow_record(flow: Flow) -> bytes:
     return wire.tlv(wire.RECORD_FLOW, wire.encode_flow_record(*rows.pack(flow)))
 
 
+def _comparison_records() -> list[bytes]:
+    """What two nodes tell each other to compare their tables."""
+    some = wire.Compare(7, wire.COMPARE_REPORT, frozenset(range(1024)))
+    few = wire.Compare(8, wire.COMPARE_REPAIR, frozenset((0, 9, 1023)))
+    report = wire.Report(7, 9, (1, 0, 0, 2, 0, 0, 1), [(0, FLOWS[0].key), (3, FLOWS[1].key), (6, FLOWS[5].key)])
+    (one,) = _row_records(FLOWS[:1])
+    return [
+        wire.encode_digest(0, 0),
+        wire.encode_digest(9, 1 << 63),
+        wire.tlv(wire.RECORD_BUCKETS_REQUEST),
+        *(wire.encode_sums(wire.RECORD_BUCKETS, 1, first, [first] * 32) for first in (0, 512, 992)),
+        wire.encode_compare(wire.RECORD_COMPARE_REQUEST, few),
+        wire.encode_compare(wire.RECORD_COMPARE_BEGIN, some),
+        wire.encode_compare(wire.RECORD_COMPARE_BEGIN, few),
+        wire.tlv(wire.RECORD_COMPARE_ROWS, one[wire.TLV_BYTES :]),
+        wire.tlv(wire.RECORD_COMPARE_FLOW, _flow_record(FLOWS[6])[wire.TLV_BYTES :]),
+        wire.encode_compare_end(7, 2),
+        wire.encode_compare_end(8, 2),
+        wire.encode_number(wire.RECORD_STATES_BEGIN, 3),
+        *(wire.encode_sums(wire.RECORD_STATES, 3, first, [0] * 32) for first in range(0, 1024, 32)),
+        wire.encode_report(report, 600),
+    ]
+
+
 def _many(count: int) -> list[Flow]:
     """Connections to a few ports: their record has columns of each mode."""
     return [
@@ -297,7 +321,7 @@ def _wire_seeds() -> list[bytes]:
         wire.encode_block(9, b"".join(many[:3]))[wire.TLV_BYTES :],
         wire.encode_bulk_end(3, 9)[wire.TLV_BYTES :],
         b"".join(singles[:4]),
-        *(record[wire.TLV_BYTES :] for record in singles + many),
+        *(record[wire.TLV_BYTES :] for record in singles + many + _comparison_records()),
         *(expectation.pack(one) for one in _expectations()),
         *(one.name for one in _expectations()),
         *(bytes.fromhex(json.loads(line)["payload"]) for line in WIRE_CORPUS.read_text(encoding="utf-8").splitlines()),
@@ -309,7 +333,7 @@ def _tlv_wrap(kind: int, inner: bytes) -> bytes:
 
 
 def wire_grammar() -> Grammar:
-    return Grammar(_wire_seeds(), tlv_lengths, _tlv_wrap, tuple(range(12)), (b"\0\0\0", b"\xff\xff\xff", bytes(16)))
+    return Grammar(_wire_seeds(), tlv_lengths, _tlv_wrap, tuple(range(27)), (b"\0\0\0", b"\xff\xff\xff", bytes(16)))
 
 
 def _round_trip(value: Any, encode: Callable[[Any], bytes], decode: Callable[[bytes], Any], skip: int) -> None:
@@ -388,10 +412,30 @@ def wire_runner() -> Runner:
         check(rows.unpack_key(one.master_key)[0].family == one.family, "its master is a flow of its family")
         expectation_shown(one)
 
+    def compare(data: bytes) -> None:
+        found = wire.decode_compare(data)
+        check(all(0 <= one < wire.BUCKETS for one in found.buckets), "only buckets that exist")
+        again = wire.encode_compare(wire.RECORD_COMPARE_BEGIN, found)[wire.TLV_BYTES :]
+        check(wire.decode_compare(again) == found, "a comparison survives")
+
+    def sums(data: bytes) -> None:
+        number, first, found = wire.decode_sums(data)
+        check(first + len(found) <= wire.BUCKETS and 1 <= len(found) <= wire.BUCKETS_TOLD, "only buckets that exist")
+        check(wire.encode_sums(1, number, first, found)[wire.TLV_BYTES :] == data, "sums are written as they were read")
+
+    def report(data: bytes) -> None:
+        found = wire.decode_report(data)
+        check(len(found.keys) <= len(data) // 11 and len(found.counts) == wire.REPORT_COUNTS, "keys are not made up")
+        check(wire.encode_report(found, 1 << 20)[wire.TLV_BYTES :] == data, "a report is written as it was read")
+        for _kind, key in found.keys:
+            check(ctnetlink.flow_of_key(key).key == key, "the key is that of the flow")
+            json.dumps(render.key_dict(ctnetlink.flow_of_key(key)))
+
     decoders: tuple[Callable[[bytes], Any], ...] = (
         *(foreseen, expectation.unpack_name),
         *(flow, many, gone, tlvs, hello, ack, status, heard, probe, echo, part, wire.decode_header, wire.decode_block),
         *(wire.decode_bulk_begin, wire.decode_bulk_end, conditions),
+        *(compare, sums, report, wire.decode_digest, wire.decode_number),
     )
 
     def run(data: bytes) -> bool:
@@ -531,6 +575,7 @@ class Peer:
         check(len(one.source.announced) <= 1000 + TABLE_LIMIT, "so does the set of what was announced")
         noted = (one.copies.asked, one.copies.outdated, one.copies.refused, one.copies._others)
         check(all(len(keys) <= TABLE_LIMIT for keys in noted), "and what is noted of the kernel's copies")
+        check(len(one.prover._wanted) <= 4, "comparisons that wait are few")
         check(len(one.counters) < 120 and len(one.session.counters) < 40, "no input makes up counters")
         if known is not None:
             check(len(known.early) <= WINDOW_BLOCKS, "blocks ahead are bounded by the credit given")
@@ -564,6 +609,9 @@ def session_grammar() -> Grammar:
         wire.encode_block(0, wire.tlv(wire.RECORD_BULK_REQUEST)),
         wire.encode_block(1, wire.encode_bulk_begin(2)),
         wire.encode_block(2, wire.encode_bulk_end(2, 0)),
+        *(wire.encode_block(0, record) for record in _comparison_records()),
+        wire.encode_block(0, b"".join(_comparison_records()[6:13])),
+        wire.encode_block(0, bulk + wire.encode_digest(9, 7) + b"".join(_comparison_records()[7:13])),
         *(status, ack, status + ack, wire.tlv(wire.FRAME_BYE), wire.encode_ack(wire.Ack(0, 1 << 63, 0))),
         wire.encode_ack(wire.Ack(0, 2, 1)) + wire.encode_block(1, singles[0]),
         *(wire.encode_heard(wire.Heard(number, 0)) + ack for number in (0, 2, 9, 1 << 62)),
@@ -583,7 +631,7 @@ def session_grammar() -> Grammar:
     seeds += [bytes((_DO_BARE,)) + masters + b"".join(foreseen), bytes((_DO_BARE,)) + b"".join(foreseen[::2])]
     seeds += [bytes((_DO_BARE,)) + record for record in foreseen]
     numbers = tuple(struct.pack("!Q", number) for number in (0, 1, 2, 3, 511, 512, 1 << 63, (1 << 64) - 1))
-    return Grammar(seeds, functools.partial(tlv_lengths, start=1), _tlv_wrap, tuple(range(10)), (_ECHO, *numbers))
+    return Grammar(seeds, functools.partial(tlv_lengths, start=1), _tlv_wrap, tuple(range(27)), (_ECHO, *numbers))
 
 
 def _numbered(one: engine.Engine, frames: bytes, what: int) -> bytes:
@@ -624,6 +672,8 @@ def _session_runner(mode: str) -> Runner:
             peer.data(_numbered(peer.engine, rest, what))
         peer.turn(chance)
         peer.bounded()
+        if chance.random() < 0.02:
+            peer.engine.verify(peer.now).look(peer.now)
         if chance.random() < 0.05:
             for flow, _since in peer.engine.external_flows():
                 shown(flow)

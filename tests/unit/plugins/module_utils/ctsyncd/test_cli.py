@@ -203,6 +203,58 @@ def test_status_is_the_verdict(daemon: Daemon, run: Run, verdict: str, status: i
     assert (code, json.loads(out)) == (status, document)
 
 
+FLOW = {
+    "protocol": "tcp",
+    "protonum": 6,
+    "family": "ipv4",
+    "zone": 5,
+    "orig": {"src": "10.9.0.1", "dst": "198.51.100.7", "sport": 1001, "dport": 443},
+}
+COMPARED = {"schema": 1, "active": "fw1", "backup": "fw2", "reason": ""}
+DIFFERENT = [{"kind": "missing", "count": 3, "flows": [FLOW]}, {"kind": "kernel_differs", "count": 1, "flows": []}]
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "text"),
+    [
+        (
+            {**COMPARED, "equal": True, "flows": 9, "differences": []},
+            0,
+            "equal: 9 flows on fw1 and fw2\n",
+        ),
+        (
+            {**COMPARED, "equal": False, "flows": 9, "differences": DIFFERENT},
+            1,
+            "different: of 9 flows of fw1\n"
+            "3 missing on fw2: fw1 has them\n"
+            "  tcp      6 src=10.9.0.1 dst=198.51.100.7 sport=1001 dport=443 zone=5\n"
+            "  and 2 more\n"
+            "1 different in the kernel of fw2 from its external cache\n"
+            "  and 1 more\n",
+        ),
+        (
+            {**COMPARED, "equal": None, "reason": "fw2 is silent", "flows": None, "differences": []},
+            2,
+            "cannot tell: fw2 is silent\n",
+        ),
+    ],
+)
+def test_verify_is_an_exit_status(daemon: Daemon, run: Run, answer: dict[str, Any], status: int, text: str) -> None:
+    daemon.answer = lambda request: answer
+    assert run("verify") == (status, text, "")
+    code, out, err = run("verify", "--json")
+    assert (code, json.loads(out), err) == (status, answer, "")
+    assert daemon.requests == [{"command": "verify"}] * 2
+
+
+def test_verify_without_a_daemon_cannot_tell(tmp_path: pathlib.Path, run: Run) -> None:
+    write_config(tmp_path)
+    code, out, err = run("verify")
+    assert (code, out.startswith("cannot tell: "), err) == (2, True, "")
+    code, out, err = run("verify", "--json")
+    assert (code, json.loads(out)["equal"], err) == (2, None, "")
+
+
 def test_status_without_a_daemon(tmp_path: pathlib.Path, run: Run) -> None:
     write_config(tmp_path)
     code, out, err = run("status")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import pytest
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import expectation, paths, rows, wire
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import digest, expectation, paths, rows, wire
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import session as sessions
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.crypto import LibraryCrypto
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.errors import WireError
@@ -113,7 +113,30 @@ def reproduced() -> dict[str, str]:
         "ECHO of it, after 1 ms": wire.encode_echo(wire.Echo(1, 258, 1000)),
         "PART of block 5, from byte 7 on, of 10": wire.encode_part(wire.Part(5, 7, 10, b"abc")),
     }
-    return {name: value.hex() for name, value in raw.items()}
+    return {**{name: value.hex() for name, value in raw.items()}, **compared(key, value)}
+
+
+def compared(key: bytes, value: bytes) -> dict[str, str]:
+    """What the nodes tell each other of a table of this one flow."""
+    announced, states = digest.Announced(), digest.States(3)
+    announced.add({key: value}, 12)
+    states.add(13, {key: value})
+    bucket = digest.bucket(key)
+    first = bucket // 32 * 32
+    records = {
+        "DIGEST of the flow": wire.encode_digest(1, announced.digest.total),
+        "BUCKETS with that of the flow": wire.encode_sums(
+            wire.RECORD_BUCKETS, 2, first, announced.digest.told()[first : first + 32]
+        ),
+        "STATES with that of the flow": wire.encode_sums(
+            wire.RECORD_STATES, 3, first, states.totals()[first : first + 32]
+        ),
+        "COMPARE_REQUEST of its bucket": wire.encode_compare(
+            wire.RECORD_COMPARE_REQUEST, wire.Compare(7, wire.COMPARE_REPAIR, frozenset((bucket,)))
+        ),
+        "REPORT that it is missing": wire.encode_report(wire.Report(7, 1, (1, 0, 0, 0, 0, 0, 0), [(0, key)]), 600),
+    }
+    return {name: record[wire.TLV_BYTES :].hex() for name, record in records.items()}
 
 
 def hkdf(secret: bytes, salt: bytes, info: bytes) -> bytes:
@@ -124,6 +147,27 @@ def hkdf(secret: bytes, salt: bytes, info: bytes) -> bytes:
 
 def test_document_and_code_agree() -> None:
     assert documented() == reproduced()
+
+
+def test_digests_of_the_document_by_its_words() -> None:
+    vectors = {name: bytes.fromhex(text) for name, text in documented().items()}
+    key, value = vectors["key of the flow"], bytearray(vectors["value of the flow"])
+    number, low = zlib.crc32(key), zlib.crc32(value[:12]) >> 24
+    told = (number * (256 * number + low)) % 2**64
+    assert vectors["DIGEST of the flow"] == struct.pack("!IQ", 1, told)
+    bucket, first = number % 1024, number % 1024 // 32 * 32
+    sums = [told if first + at == bucket else 0 for at in range(32)]
+    assert vectors["BUCKETS with that of the flow"] == struct.pack("!IH32Q", 2, first, *sums)
+    value[12:14] = bytes((0, value[13] & 6))  # SEEN_REPLY and ASSURED
+    value[14:18] = bytes(4)  # timeout
+    value[20] = 0  # flags
+    told = zlib.crc32(value, number) ** 2 % 2**64
+    sums = [told if first + at == bucket else 0 for at in range(32)]
+    assert vectors["STATES with that of the flow"] == struct.pack("!IH32Q", 3, first, *sums)
+    bits = bytearray(128)
+    bits[bucket // 8] = 1 << bucket % 8
+    assert vectors["COMPARE_REQUEST of its bucket"] == struct.pack("!IB", 7, 1) + bits
+    assert vectors["REPORT that it is missing"] == struct.pack("!9IBB", 7, 1, 1, 0, 0, 0, 0, 0, 0, 0, 13) + key
 
 
 def test_vectors_open_with_the_keys_of_the_document_and_nothing_of_ours() -> None:
