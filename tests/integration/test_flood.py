@@ -178,6 +178,7 @@ def test_a_flood_on_the_sync_link_stops_nothing_and_gets_nothing_in(lab: Cluster
     assert after["sessions"] == before["sessions"]  # no handshake was started anew
     assert after.get("records_malformed", 0) == 0
     lab.ready(lab.fw1, lab.fw2)
+    wait_for(lab.fw1.equal, "equal tables", 120.0)
     assert len(lab.fw2.ask("-e").splitlines()) == len(sessions)
     lab.power_cut(lab.fw1, lab.fw2)
     for one in sessions:

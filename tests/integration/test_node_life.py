@@ -59,6 +59,7 @@ def survives(lab: Load, sessions: list[Session]) -> None:
     for session in sessions:
         session.talk()
     lab.replicated_all()
+    wait_for(lab.active.equal, "equal tables", 120.0)
     lab.cut()
     result = lab.prove(lab.patience_s)
     assert (result["lost"], result["proved"], result["resets"]) == ({}, lab.sessions, 0)

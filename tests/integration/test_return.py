@@ -124,6 +124,7 @@ def test_node_that_returns_takes_over_when_it_has_the_table_or_is_alone(site: Ca
 
     lab.ready(fw1, fw2)
     lab.replicated_all()
+    wait_for(fw2.equal, "equal tables", 120.0)
     here.cut(fw1)
     here.has_virtual_ips(fw2)
     here.nothing_is_lost(fw2)
