@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import os
 import secrets
+import signal
 import socket
 import struct
 import subprocess
@@ -142,6 +143,9 @@ class Namespace:
         for process in self._processes:
             process.kill()
             process.wait()
+        for pid in run("ip", "netns", "pids", self.name, check=False).stdout.split():  # what these started
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
         run("ip", "netns", "del", self.name, check=False)
 
 
