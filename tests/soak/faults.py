@@ -28,6 +28,7 @@ Act = Callable[["Scene"], "list[str] | None"]
 ACTS: dict[str, Act] = {}
 SILENCE_S = 2.5  # more than dead_after_ms: from then on the silence is told
 SMALL_BUFFER = 65_536
+MOST_CHANGED = 30  # replicas on the backup
 
 
 class Scene:
@@ -456,19 +457,29 @@ def _short_connections(scene: Scene) -> None:
     scene.stand.churn()
 
 
-@act("holes")
-def _holes(scene: Scene) -> list[str]:
-    """What is deleted on the backup is made again."""
-    stand, space = scene.stand, scene.backup.space
-    flows = [json.loads(line) for line in stand.ask(scene.backup, "external", format="json")]
-    wanted = [
-        flow for flow in flows if flow["protocol"] == "tcp" and flow["orig"]["sport"] % 5 == scene.values["port_rest"]
-    ]
-    for flow in wanted[:30]:
+def _change_replicas(scene: Scene, *how: str) -> None:
+    """conntrack(8) with some TCP replicas of the backup."""
+    flows = [json.loads(line) for line in scene.stand.ask(scene.backup, "external", format="json")]
+    rest = scene.values["port_rest"]
+    wanted = [flow for flow in flows if flow["protocol"] == "tcp" and flow["orig"]["sport"] % 5 == rest]
+    for flow in wanted[:MOST_CHANGED]:
         ends = flow["orig"]
         where = ("-f", flow["family"], "-p", "tcp", "-s", ends["src"], "-d", ends["dst"])
-        space.conntrack("-D", *where, "--sport", str(ends["sport"]), "--dport", str(ends["dport"]), check=False)
-    return []
+        ports = ("--sport", str(ends["sport"]), "--dport", str(ends["dport"]))
+        scene.backup.space.conntrack(how[0], *where, *ports, *how[1:], check=False)  # it may have ended
+
+
+@act("holes")
+def _holes(scene: Scene) -> None:
+    """What is deleted on the backup is made again."""
+    _change_replicas(scene, "-D")
+
+
+@act("wrong marks")
+def _wrong_marks(scene: Scene) -> None:
+    """Nobody tells the daemon: it has to find them by comparing."""
+    if scene.stand.compares:
+        _change_replicas(scene, "-U", "--mark", "99")
 
 
 @act("table flushed")

@@ -283,6 +283,7 @@ FAULTS = (
     ),
     Fault("short connections", "many of them", 3, lambda c: {"per_s": 150, "for_s": _seconds(c, 3, 8)}),
     Fault("holes", "an operator deletes replicas on the backup", 4, lambda c: {"port_rest": c.randint(0, 4)}),
+    Fault("wrong marks", "an operator changes replicas on the backup", 3, lambda c: {"port_rest": c.randint(0, 4)}),
     Fault("table flushed", "conntrack -F on the backup", 3, lambda c: {}),
     Fault("ghosts", "entries on the backup that the active node does not have", 3, lambda c: {"flows": 50}),
     Fault(
