@@ -259,28 +259,37 @@ class Stand:
         ]
 
     def equal(self, active: Daemon, backup: Daemon, patience: float = EQUAL_S) -> list[str]:
-        """The differences that stay; empty: none.  ``slow`` is what took longer than a few seconds to become equal."""
-        found: list[str] = []
+        """The differences that stay; empty: none.  ``slow`` is what took longer than a few seconds to become equal.
+
+        Connections begin and end all the time, so there is always one that the backup has not heard of yet: only what
+        was found a second before, too, is a difference.
+        """
+        before: set[str] = set()
+        stays: list[str] = []
         began = time.monotonic()
         self.slow = []
 
         def same() -> bool:
-            nonlocal found
+            nonlocal before, stays
             found = self.differences(active, backup)
-            if found and time.monotonic() > began + SOON_S and not self.slow:
-                self.slow = found[:3]
-            if found:
+            stays = [one for one in found if one in before]
+            done = not found or bool(before and not stays)
+            before = set(found)
+            if stays and time.monotonic() > began + SOON_S and not self.slow:
+                self.slow = stays[:3]
+            if not done:
                 time.sleep(1.0)
-            return not found
+            return done
 
         try:
             wait(same, "equal tables", patience)
         except Trouble:
-            pass
+            return stays
         except ControlError as error:
             return [f"the tables cannot be listed: {error}"]
-        self.equal_s = round(time.monotonic() - began, 1)
-        return found
+        finally:
+            self.equal_s = round(time.monotonic() - began, 1)
+        return []
 
     def verified(self, daemon: Daemon) -> list[str]:
         """What ``ctsyncd verify`` says if it is not "equal", and stays so."""
