@@ -117,7 +117,7 @@ class Run:
 
     def _most_flows(self, session: scenarios.Session, number: int) -> int:
         """How large the table gets in a session."""
-        if "growth" not in session.steps:
+        if not {"growth", "commit"} & set(session.steps):
             return max(2 * self.size.flows, 250_000)
         return max(*self.size.growth, *(self.size.growth_first if number == 0 else ()), 250_000)
 

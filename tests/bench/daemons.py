@@ -216,6 +216,11 @@ General {{
             encoding="ascii",
         )
 
+    def start(self) -> None:
+        for name in ("lock", "ctl"):  # of one that was killed
+            (self.home / name).unlink(missing_ok=True)
+        super().start()
+
     def command(self) -> list[str]:
         return ["conntrackd", "-C", str(self.home / "conf")]
 
@@ -323,6 +328,10 @@ class Pair:
         self.stand.hold(self.stand.fw1, True)
         self.active.start()
         self.backup.start()
+        self.wait()
+
+    def wait(self) -> None:
+        """Until both know each other and are through with their start; RuntimeError if they do not come so far."""
         try:
             wait_for(self._ready, f"{self.variant} to be ready", 60)
         except AssertionError as error:

@@ -18,7 +18,7 @@ from integration.netns import Namespace, wait_for
 
 from .daemons import Ctsyncd, Pair
 from .loads import Loads
-from .measure import moment, per, settled, worked
+from .measure import QUIET_S, moment, per, settled, worked
 from .results import quantile
 from .topology import Stand, entries
 
@@ -236,11 +236,16 @@ def steady(bench: Bench, pair: Pair) -> Values:
 
 
 def commit(bench: Bench, pair: Pair) -> Values:
-    """The backup's external cache into its kernel: the time that ``-c`` takes."""
+    """The backup's external cache into its kernel: the time that ``-c`` takes.
+
+    The active daemon has died, as at a take-over.  Here it must have: all namespaces share one kernel, and that builds
+    an event for each new entry as long as anybody listens in any of them.
+    """
     space = bench.stand.fw2
     flows = pair.external()
     space.conntrack("-F", check=False)
     settled(pair, patience(flows))
+    pair.active.kill()
     before = pair.backup.usage.cpu_ns()
     began = time.monotonic()
     pair.backup.ask("-c")
@@ -248,8 +253,11 @@ def commit(bench: Bench, pair: Pair) -> Values:
     # a daemon may say "done" early: what counts is when the entries are there
     wait_for(lambda: entries(space) >= flows * 0.99, f"{flows} entries after the commit", patience(flows))
     late = time.monotonic() - began
-    settled(pair, patience(flows))
+    time.sleep(QUIET_S)
     cpu = pair.backup.usage.cpu_ns() - before
+    pair.active.start()
+    pair.wait()
+    settled(pair, patience(flows))
     return {
         "flows": flows,
         "ms_per_1000": (late if late > seconds + 0.1 else seconds) * 1e6 / flows,
@@ -404,9 +412,19 @@ def growth(bench: Bench, pair: Pair, record: Callable[[str, Values], None], say:
         record(f"growth-{size}", values)
         if pair.variant in ("conntrackd", "ctsyncd-cache"):
             record(f"resync-{size}", resync(bench, pair))
-            record(f"commit-{size}", commit(bench, pair))
-            bench.stand.fw2.conntrack("-F", check=False)
-            settled(pair, patience(size))
+
+
+def commits(bench: Bench, pair: Pair, record: Callable[[str, Values], None], say: Callable[[str], None]) -> None:
+    """Commits of growing size."""
+    has = 0
+    for size in bench.size.growth + (bench.size.growth_first if bench.round == 0 else ()):
+        say(f"{pair.variant}: {size} flows")
+        _add(bench, "transit", size - has, name="growth", first=has)
+        has = size
+        settled(pair, patience(size))
+        record(f"commit-{size}", commit(bench, pair))
+        bench.stand.fw2.conntrack("-F", check=False)
+        settled(pair, patience(size))
 
 
 def _grown(pair: Pair) -> Values:
@@ -443,6 +461,8 @@ SESSIONS = (
     Session("conntrackd", ("growth",)),
     Session("ctsyncd-cache", ("growth",)),
     Session("ctsyncd", ("growth",)),
+    Session("conntrackd", ("commit",)),
+    Session("ctsyncd-cache", ("commit",)),
 )
 STEPS = tuple(dict.fromkeys(step for session in SESSIONS for step in session.steps))
 
@@ -455,8 +475,8 @@ def run_step(
         record(step, box(bench, pair))
         return
     assert pair is not None
-    if step == "growth":
-        growth(bench, pair, record, say)
+    if step in ("growth", "commit"):
+        (growth if step == "growth" else commits)(bench, pair, record, say)
         return
     simple: dict[str, Callable[[], Values]] = {
         "idle": lambda: idle(bench, pair),

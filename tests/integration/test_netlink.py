@@ -405,6 +405,26 @@ def test_own_requests_are_not_reported_and_foreign_ones_are(net: Net) -> None:
         assert (changes.events, changes.gone, list(changes.rows[len(flows[2].key)])) == (1, [], [flows[2].key])
 
 
+def test_new_entries_are_told_only_to_who_follows_and_ends_always(net: Net) -> None:
+    """Also the end of an entry that was made while nobody followed: the kernel keeps what it needs to tell it."""
+    space = firewall(net)
+    with contextlib.ExitStack() as stack:
+        with space.inside():
+            other = stack.enter_context(netlink.RequestSocket())
+            events = stack.enter_context(netlink.EventSocket())
+        flows = [flow_number(number) for number in range(3)]
+        assert other.inject([ctnetlink.create(flows[0])]) == []
+        assert [event.kind for event in single(events)] == [Kind.NEW]
+        events.follow(False)
+        assert other.inject([ctnetlink.create(flows[1]), ctnetlink.update(flows[0]._replace(mark=5))]) == []
+        assert events.read() == NOTHING
+        assert other.inject([ctnetlink.delete(flow) for flow in flows[:2]]) == []
+        assert events.read().gone == [flow.key for flow in flows[:2]]
+        events.follow(True)
+        assert other.inject([ctnetlink.create(flows[2])]) == []
+        assert [event.kind for event in single(events)] == [Kind.NEW]
+
+
 def test_unwanted_tcp_states_are_not_reported(pair: Pair) -> None:
     """A whole real connection; UDP and the end of every flow pass the filter."""
     pair.activate(pair.fw1)

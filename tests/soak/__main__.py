@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any, Iterator, NoReturn, Sequence
 
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.control import ControlError
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.client import ControlError
 
 from . import faults, judge, plan, report
 from .stand import Stand, Trouble, stand

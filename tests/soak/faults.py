@@ -19,7 +19,7 @@ import signal
 import time
 from typing import Any, Callable, Iterator
 
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.control import ControlError
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.client import ControlError
 from integration.cluster import Daemon, install
 
 from .stand import Stand, Trouble, wait

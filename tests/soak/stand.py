@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import control
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.control import ControlError
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import client
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.client import ControlError
 from integration.cluster import VIP, Daemon, Session, install
 from integration.load import Load, cpu_seconds, memory_kib
 from integration.netns import Namespace, Net, Pair, run
@@ -149,7 +149,7 @@ class Stand:
 
     def ask(self, daemon: Daemon, command: str, **values: Any) -> list[str]:
         """Lines of the daemon's answer, asked through its socket; :class:`ControlError` where it has none."""
-        return list(control.request(str(daemon.home / "socket"), {"command": command, **values}))
+        return list(client.request(str(daemon.home / "socket"), {"command": command, **values}))
 
     def status(self, daemon: Daemon) -> dict[str, Any]:
         """The daemon's status; where nobody answers, one that says so."""

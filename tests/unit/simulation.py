@@ -184,12 +184,14 @@ class Table(Dict[bytes, Flow]):
 
 
 class Kernel:
-    """A conntrack table.  ``helpers``: what this kernel knows; ``refuse``: errno by key, for every create."""
+    """A conntrack table.  ``helpers``: what this kernel knows; ``refuse``: errno by key, for every create.
+    ``followed``: somebody listens to new and changed entries."""
 
     def __init__(self) -> None:
         self.table = Table()
         self.events: list[tuple[Flow, bool]] = []
         self.lost = False
+        self.followed = True
         self.helpers = {"ftp"}
         self.refuse: dict[bytes, int] = {}
         self.done: list[Request] = []
@@ -220,14 +222,16 @@ class Kernel:
     def open(self, flow: Flow) -> Flow:
         assert not self._taken(flow), "the test opens a flow that exists"
         self.table[flow.key] = flow
-        self.events.append((flow, False))
+        if self.followed:
+            self.events.append((flow, False))
         return flow
 
     def change(self, key: bytes, **changes: Any) -> None:
         """A state change; its event leaves out labels and adjustments that did not change."""
         flow = self.table[key] = self.table[key]._replace(**changes)
         unsaid = {name: None for name in ("labels", "seqadj") if name not in changes}
-        self.events.append((flow._replace(**unsaid), False))
+        if self.followed:
+            self.events.append((flow._replace(**unsaid), False))
 
     def close(self, key: bytes) -> None:
         """The entry ends (timer, or an operator): a DESTROY without timeout and protocol details."""
@@ -355,6 +359,7 @@ class Node:
         self.booted = False
         self.engine.set_addresses(OWN)
         self.engine.set_role(self.role, now)
+        self.kernel.followed = self.engine.follows
 
     def kill(self) -> None:
         self.engine = None
@@ -369,12 +374,14 @@ class Node:
         self.role = role
         if self.engine is not None:
             self.engine.set_role(role, now)
+            self.kernel.followed = self.engine.follows
 
     def turn(self, now: float) -> list[bytes]:
         """One turn of the daemon's loop, in its order."""
         if self.engine is None:
             return []
         self.engine.kernel_changes(self.kernel.take_events(), now)
+        self.kernel.followed = self.engine.follows
         self._feed_dump(self.engine, now)
         out = self.engine.poll(now)
         self._look_after_helpers(self.engine.helpers, now)

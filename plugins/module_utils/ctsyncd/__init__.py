@@ -13,8 +13,8 @@ Rooms, from the ground up; a room imports only from the floors below it:
    to the kernel), ``dumps``, ``takeover``, ``replicas`` (a backup's), ``peer`` (one of them), ``source`` (the active
    node's flows), ``expectation_source`` and ``expectation_replicas`` under ``helpers``, ``prover`` and ``checker``
    (equal tables: the active node's part and the backup's), ``engine`` (conducts)
-4. edges: ``crypto``, ``netlink``, ``expectation_sockets``, ``helper_edge``, ``link``, ``control``, ``vrrp``,
-   ``flights``, ``service``
+4. edges: ``crypto``, ``netlink``, ``expectation_sockets``, ``helper_edge``, ``link``, ``control``, ``client``,
+   ``vrrp``, ``flights``, ``service``
 5. ``daemon`` (the event loop), ``cli``, ``__main__``
 
 Only the standard library is imported at import time.

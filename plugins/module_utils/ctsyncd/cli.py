@@ -9,16 +9,18 @@ usage or configuration (``status``: NOT READY, or nobody answers; ``verify``: ca
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import socket
 import sys
 import time
-from typing import Any, Callable, Iterable, NamedTuple
+from typing import TYPE_CHECKING, Any, Callable, Iterable, NamedTuple
 
-from . import __version__, config, control, readiness, render, service, vrrp
+from . import __version__, client
 from .errors import ConfigError, CtsyncError
+
+if TYPE_CHECKING:
+    from . import config
 
 OK = 0
 FAILED = 1
@@ -103,7 +105,7 @@ class Invocation:
     """A command line, taken apart."""
 
     def __init__(self) -> None:
-        self.path = config.DEFAULT_PATH
+        self.path = client.DEFAULT_PATH
         self.action = "run"
         self.argument = ""  # the word after the letter, in full
         self.given = ""  # how the action was spelled
@@ -199,7 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
         chosen = parse(sys.argv[1:] if arguments is None else arguments)
     except UsageError as error:
         _complain(f"{error}")
-        sys.stderr.write(HELP.format(path=config.DEFAULT_PATH))
+        sys.stderr.write(HELP.format(path=client.DEFAULT_PATH))
         return USAGE
     try:
         status = _ACTIONS.get(chosen.action, _ask)(chosen)
@@ -209,7 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
         for problem in error.problems:
             _complain(problem)
         return USAGE
-    except control.ControlError as error:
+    except client.ControlError as error:
         _complain(str(error))
         return error.exit or FAILED
     except CtsyncError as error:
@@ -228,7 +230,7 @@ def _complain(text: str) -> None:
 
 
 def _help(chosen: Invocation) -> int:
-    sys.stdout.write(HELP.format(path=config.DEFAULT_PATH))
+    sys.stdout.write(HELP.format(path=client.DEFAULT_PATH))
     return OK
 
 
@@ -245,6 +247,8 @@ def _run(chosen: Invocation) -> int:
 
 
 def _check_config(chosen: Invocation) -> int:
+    from . import config  # noqa: PLC0415 - only these commands need it
+
     settings = config.load(chosen.path)
     if chosen.keys:
         problems: list[str] = []
@@ -260,6 +264,10 @@ def _check_config(chosen: Invocation) -> int:
 
 def _read_key_as_operator(settings: config.Config, key_id: int, path: str) -> None:
     """Outside the unit there are no credentials: look at the file that the unit loads as ``key-<id>``."""
+    import dataclasses  # noqa: PLC0415 - only this command needs them
+
+    from . import service  # noqa: PLC0415
+
     directory = os.environ.get("CREDENTIALS_DIRECTORY")
     if directory is None and settings.keys[key_id] == f"key-{key_id}":
         file = os.path.join(os.path.dirname(os.path.abspath(path)), "keys", f"{key_id}.key")
@@ -272,6 +280,8 @@ def _gate(chosen: Invocation) -> int:
 
     A node that holds the virtual IPs is left alone: lowering its priority would move them.
     """
+    from . import config, readiness, vrrp  # noqa: PLC0415 - only this command needs them
+
     try:
         settings = config.load(chosen.path)
         track_file, addresses = settings.track_file, {vip.packed for vip in settings.virtual_ips}
@@ -304,7 +314,7 @@ def _lenient(path: str, key: str, default: str) -> str:
     """One path out of a configuration that may be unreadable or wrong: a client needs no more of it."""
     try:
         with open(path, "rb") as stream:
-            value = json.loads(stream.read(config.MAX_BYTES)).get(key, default)
+            value = json.loads(stream.read(client.MAX_CONFIG_BYTES)).get(key, default)
     except (OSError, ValueError, AttributeError, RecursionError):
         return default
     return value if isinstance(value, str) and value.startswith("/") else default
@@ -333,7 +343,7 @@ def _ask(chosen: Invocation) -> int:
     request = _REQUESTS.get(chosen.given)
     timeout_s = request.timeout_s if request else DUMP_TIMEOUT_S
     raw = chosen.json or chosen.action in ("internal", "external", "recorder")
-    for line in control.request(_socket_path(chosen), _message(chosen), timeout_s):
+    for line in client.request(_socket_path(chosen), _message(chosen), timeout_s):
         sys.stdout.write(line + "\n" if raw else _for_people(line))
     return OK
 
@@ -346,18 +356,22 @@ def _for_people(line: str) -> str:
         except ValueError:
             return line + "\n"
         if isinstance(value, dict):
-            return render.statistics(value)
+            from .render import statistics  # noqa: PLC0415 - most answers are lines of text
+
+            return statistics(value)
     return line + "\n"
 
 
 def _status(chosen: Invocation) -> int:
     """The verdict.  No answer is a verdict, too."""
+    from . import render  # noqa: PLC0415 - only this command needs it
+
     try:
-        lines = list(control.request(_socket_path(chosen), {"command": "status"}, STATUS_TIMEOUT_S))
+        lines = list(client.request(_socket_path(chosen), {"command": "status"}, STATUS_TIMEOUT_S))
         status = json.loads(lines[0]) if lines else None
         if not isinstance(status, dict):
-            raise control.ControlError("the daemon's status is not a JSON object")
-    except (control.ControlError, ValueError) as error:
+            raise client.ControlError("the daemon's status is not a JSON object")
+    except (client.ControlError, ValueError) as error:
         _complain(str(error))
         status = {
             "schema": 1,
@@ -376,12 +390,14 @@ def _status(chosen: Invocation) -> int:
 
 def _verify(chosen: Invocation) -> int:
     """Both nodes compare all flows; an answer that is none has a reason."""
+    from . import render  # noqa: PLC0415 - only this command needs it
+
     result: Any = None
     try:
-        lines = list(control.request(_socket_path(chosen), {"command": "verify"}, ACTION_TIMEOUT_S))
+        lines = list(client.request(_socket_path(chosen), {"command": "verify"}, ACTION_TIMEOUT_S))
         result = json.loads(lines[0]) if lines else None
         reason = "the daemon's answer is not a JSON object"
-    except (control.ControlError, ValueError) as error:
+    except (client.ControlError, ValueError) as error:
         reason = str(error)
     if not isinstance(result, dict):
         result = {"schema": 1, "equal": None, "reason": reason, "flows": None, "differences": []}
@@ -392,12 +408,12 @@ def _verify(chosen: Invocation) -> int:
 def _kill(chosen: Invocation) -> int:
     """Stop the daemon and wait until its socket is gone."""
     path = _socket_path(chosen)
-    for line in control.request(path, _message(chosen), STATUS_TIMEOUT_S):
+    for line in client.request(path, _message(chosen), STATUS_TIMEOUT_S):
         sys.stdout.write(_for_people(line))
     end = time.monotonic() + STOP_TIMEOUT_S
     while _answers(path):
         if time.monotonic() > end:
-            raise control.ControlError(
+            raise client.ControlError(
                 f"ctsyncd was asked to stop and still runs after {STOP_TIMEOUT_S:g} s: see its log"
             )
         time.sleep(0.05)

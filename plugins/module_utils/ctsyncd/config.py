@@ -18,11 +18,9 @@ from dataclasses import dataclass
 from typing import Any, Callable, Mapping, NamedTuple, Union
 
 from . import conditions
+from .client import MAX_CONFIG_BYTES as MAX_BYTES
 from .constants import IPPROTO_VRRP, PROTOCOL_NAMES, TCP_CLOSE, TCP_ESTABLISHED, TCP_STATE_NAMES
 from .errors import ConfigError
-
-DEFAULT_PATH = "/etc/ctsyncd/ctsyncd.conf"
-MAX_BYTES = 1 << 20  # a configuration is a few hundred bytes; more is a mistake
 
 MAX_LINKS = 8
 

@@ -36,8 +36,8 @@ from . import (
     verification,
     vrrp,
 )
+from .client import ControlError
 from .config import Config, parse, read
-from .control import ControlError
 from .crypto import LibraryCrypto
 from .errors import ConfigError, NetlinkError
 from .flights import Flights
@@ -164,6 +164,7 @@ class Daemon:
         )
         self._helpers = HelperEdge(self._engine.helpers, self._requests, self._log)
         self._event_buffer = config.netlink_buffer_bytes
+        self._follows = True
         self._window = Window()
         self._events_at: float | None = None  # events wait; the window ends then
         # Outside of a window the events and all else are waited for, in it all else: no socket is registered anew.
@@ -284,6 +285,9 @@ class Daemon:
             self._every_second(now)
         if self._control.busy:
             self._control.tick(now)
+        if engine_.follows != self._follows:  # before a dump begins: what it does not tell any more, events do
+            self._follows = not self._follows
+            self._events.follow(self._follows)
         if engine_.dump is not None or self._dump is not None:
             self._feed_dump(now)
         self._work_for_kernel()  # before an acknowledgement, which is less urgent

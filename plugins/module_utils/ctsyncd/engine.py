@@ -217,6 +217,19 @@ class Engine:
             self.counters["overruns"] += 1
             self.dumps.events_lost(now)
 
+    @property
+    def follows(self) -> bool:
+        """Does it matter which entries of the kernel are new or changed?  Those that end are always told.
+
+        Not on a backup.  Not either while an active node puts its external cache into the kernel, if its whole table is
+        read for the peer after that: what was new or changed meanwhile is in it.  Where nobody listens the kernel makes
+        an entry in about half the time.
+        """
+        situation = self.situation
+        if not situation.active or not situation.settings.replicate:
+            return False
+        return situation.hot or not (self.peer.bulk_due and self.replicas.takeover.running)
+
     def take_questions(self) -> list[Question]:
         """What the kernel must be asked; the caller gives what it finds to :meth:`answer`."""
         found, self.situation.questions = self.situation.questions, []

@@ -12,7 +12,7 @@ from typing import NamedTuple, Union
 
 from .ctnetlink import flow_of_key
 from .flow import Flow
-from .rows import unpack
+from .rows import SHAPES, unpack
 
 CREATE = "create"
 UPDATE = "update"
@@ -65,7 +65,11 @@ def size_of(job: Job) -> int:
 
 
 class JobQueue:
-    """What the kernel is to be asked, in order.  ``waiting``: flows in it."""
+    """What the kernel is to be asked, in order.  ``waiting``: flows in it.
+
+    Values may come with something behind them, as the external cache stores them: so the queue holds no copies of them.
+    Jobs go out with values alone.
+    """
 
     def __init__(self) -> None:
         self.waiting = 0
@@ -131,5 +135,8 @@ class JobQueue:
                 self._jobs.popleft()
             self.waiting -= size
             room -= size
+            if isinstance(job, Work) and job.values:
+                end = SHAPES[job.key_len].value
+                job = job._replace(values=[value[:end] for value in job.values])
             out.append(job)
         return out

@@ -38,16 +38,18 @@ except (ImportError, MemoryError, OSError):
 NETLINK_ROUTE = 0
 NETLINK_NETFILTER = 12
 SOL_NETLINK = 270  # <linux/socket.h>
+NETLINK_ADD_MEMBERSHIP = 1
+NETLINK_DROP_MEMBERSHIP = 2
 NETLINK_CAP_ACK = 10
 
 # <asm-generic/socket.h>
 SO_ATTACH_FILTER = 26
 SO_RCVBUFFORCE = 33
 
-# <linux/netfilter/nfnetlink_compat.h>: group bits of bind(2)
-NF_NETLINK_CONNTRACK_NEW = 1
-NF_NETLINK_CONNTRACK_UPDATE = 2
-NF_NETLINK_CONNTRACK_DESTROY = 4
+# <linux/netfilter/nfnetlink.h>: multicast groups
+NFNLGRP_CONNTRACK_NEW = 1
+NFNLGRP_CONNTRACK_UPDATE = 2
+NFNLGRP_CONNTRACK_DESTROY = 3
 
 # <linux/rtnetlink.h>
 RTM_NEWLINK = 16
@@ -383,8 +385,9 @@ class EventSocket(_Socket):
         self._receiver = Receiver(self._sock, _EVENT_SLOTS, _EVENT_STRIDE)
         try:
             self.set_filter(ignore_portids, unwanted)
-            groups = NF_NETLINK_CONNTRACK_NEW | NF_NETLINK_CONNTRACK_UPDATE | NF_NETLINK_CONNTRACK_DESTROY
-            self._sock.bind((0, groups))
+            self._sock.bind((0, 0))
+            self._sock.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, NFNLGRP_CONNTRACK_DESTROY)
+            self.follow(True)
         except OSError:
             self.close()
             raise
@@ -396,6 +399,18 @@ class EventSocket(_Socket):
         # struct sock_fprog; the kernel copies the program before setsockopt returns
         fprog = struct.pack("@HP", length // _INSTRUCTION.size, address)
         self._sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, fprog)
+
+    def follow(self, changes: bool) -> None:
+        """Hear of new and changed entries, too, or only of those that end.
+
+        The kernel builds an event only for a group that somebody is in, in whatever network namespace
+        (netlink_has_listeners): without a listener to new ones it makes an entry in about half the time.  It goes on
+        to keep what it needs to tell the end of such an entry (the ecache extension); with nf_conntrack_events=2, and
+        nobody in any group, it would not.
+        """
+        option = NETLINK_ADD_MEMBERSHIP if changes else NETLINK_DROP_MEMBERSHIP
+        for group in (NFNLGRP_CONNTRACK_NEW, NFNLGRP_CONNTRACK_UPDATE):
+            self._sock.setsockopt(SOL_NETLINK, option, group)
 
     def grow(self, receive_buffer: int) -> None:
         """Ask for a larger receive buffer (bytes)."""

@@ -32,8 +32,8 @@ from .rows import (
     unpack,
 )
 from .situation import DUMP_ROOM, SORTED_PER_TURN, Question, Situation
-from .tables import Copies, ExternalCache
-from .takeover import TakeOver, is_open, timeout_of
+from .tables import SINCE_BYTES, Copies, ExternalCache
+from .takeover import TakeOver, is_open
 
 FEW_ROWS = 16  # up to which they are compared one by one
 RETRY_REFUSED_S = 10.0  # at first; the wait doubles from one vain attempt to the next
@@ -360,15 +360,25 @@ class Replicas:
                         flow = unpack(key, replica.value, replica.extras)
                         self.jobs.ask(operation, key, flow, self._parked([replica.value])[0], attempt)
             keys = [key for key in keys if key not in extras]
-        values = self.cache.values(keys)
-        self.jobs.work(operation, keys, values, self._parked(values), attempt)
+        stored = self.cache.stored(keys)
+        self.jobs.work(operation, keys, stored, self._parked(stored, SINCE_BYTES), attempt)
 
-    def _parked(self, values: Sequence[bytes]) -> list[int]:
-        """Timers of replicas: long, because a flow that is refreshed by traffic makes no events."""
+    def _parked(self, values: Sequence[bytes], behind: int = 0) -> list[int]:
+        """Timers of replicas: long, because a flow that is refreshed by traffic makes no events.
+
+        ``behind``: bytes that stand behind each value.  The same number is the same object, so that a long queue is not
+        full of them.
+        """
+        first, end = -TIMEOUT_FROM_END - behind, -STATE_FROM_END - behind
+        raw = [value[first:end] for value in values]
+        return list(map({told: self._timer(int.from_bytes(told, "big")) for told in set(raw)}.__getitem__, raw))
+
+    def _timer(self, told: int) -> int:
+        """Of a replica of which the peer told this timeout or NO_TIMEOUT."""
         if not self._situation.hot:
-            return [FALLBACK_TIMEOUT if told == NO_TIMEOUT else told for told in map(timeout_of, values)]
+            return FALLBACK_TIMEOUT if told == NO_TIMEOUT else told
         parked = self._situation.settings.park_timeout_s
-        return [parked if told < parked or told == NO_TIMEOUT else told for told in map(timeout_of, values)]
+        return parked if told < parked or told == NO_TIMEOUT else told
 
     def _replace(self, keys: Sequence[bytes]) -> None:
         """The kernel holds earlier incarnations of replicas, with other translations."""

@@ -23,7 +23,7 @@ from .paths import Paths
 WINDOW_BLOCKS = 512  # blocks that a receiver buffers ahead; the credit that it gives
 REPLAY_WINDOW = 1024  # datagrams that may arrive late
 ACK_DELAY_S = 0.05  # longest wait before a block is acknowledged ...
-ACK_BLOCKS = 64  # ... unless so many came
+ACK_BLOCKS = 16  # ... unless so many came: the smallest window, so no sender waits for the delay
 ACK_HOLE_S = 0.005  # while blocks are missing or come twice: between two acknowledgements
 RETRANSMIT_MIN_S = 0.2
 RETRANSMIT_MAX_S = 2.0

@@ -17,8 +17,9 @@ import time
 from typing import Any, Callable, Iterator
 
 import pytest
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import control
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.control import ControlError, ControlServer
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import client, control
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.client import ControlError
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.control import ControlServer
 
 DEADLINE_S = 30.0
 
@@ -59,7 +60,7 @@ class Loop:
 
         def run() -> None:
             try:
-                lines.extend(control.request(self.server.path, message, DEADLINE_S))
+                lines.extend(client.request(self.server.path, message, DEADLINE_S))
             except ControlError as error:
                 errors.append(error)
 
@@ -450,21 +451,21 @@ def test_an_answer_without_its_end_is_an_error(tmp_path: pathlib.Path, data: byt
     path = str(tmp_path / "c.sock")
     thread = answer_once(path, data)
     with pytest.raises(ControlError, match="incomplete"):
-        list(control.request(path, {"command": "internal"}, DEADLINE_S))
+        list(client.request(path, {"command": "internal"}, DEADLINE_S))
     thread.join()
 
 
 def test_nobody_there(tmp_path: pathlib.Path) -> None:
     path = str(tmp_path / "c.sock")
     with pytest.raises(ControlError, match=r"ctsyncd is not running \(no .*c.sock\): systemctl start ctsyncd"):
-        list(control.request(path, {"command": "status"}))
+        list(client.request(path, {"command": "status"}))
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as dead:
         dead.bind(path)
     with pytest.raises(ControlError, match="nobody answers on"):
-        list(control.request(path, {"command": "status"}))
+        list(client.request(path, {"command": "status"}))
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as mute:
         os.unlink(path)
         mute.bind(path)
         mute.listen(1)
         with pytest.raises(ControlError, match="does not answer"):
-            list(control.request(path, {"command": "status"}, 0.05))
+            list(client.request(path, {"command": "status"}, 0.05))

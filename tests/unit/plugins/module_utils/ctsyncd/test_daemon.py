@@ -10,7 +10,7 @@ import errno
 import pytest
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import constants as k
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import ctnetlink, daemon
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.control import ControlError
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.client import ControlError
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.errors import NetlinkError
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import Flow
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.jobs import (

@@ -15,7 +15,7 @@ from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import 
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import Flow, SeqAdj, Tuple
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.jobs import CREATE, DELETE, TIMER, UPDATE, Work
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.pending import Pending
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.rows import pack
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.rows import pack, unpack
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.situation import EXTERNAL_CACHE, Settings
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -755,6 +755,49 @@ def test_classic_mode_without_automatic_commit_waits_for_the_command() -> None:
     sim.run(1.0)
     assert len(sim.fw2.kernel.table) == 40
     assert sim.fw2.up.counters["kept_own"] == 1
+
+
+def test_what_happens_unheard_during_a_classic_commit_is_told_after_it() -> None:
+    """New and changed entries are not listened to then: the kernel makes entries in half the time."""
+    sim = busy(Simulation(settings=Settings(mode=EXTERNAL_CACHE)).start())
+    sim.converge(sim.fw1, sim.fw2)
+    assert (sim.fw1.up.follows, sim.fw2.up.follows) == (True, False)
+    sim.fw2.requests_per_turn = 1
+    sim.fw1.set_role(readiness.BACKUP, sim.now)
+    sim.fw2.set_role(readiness.ACTIVE, sim.now)
+    sim.run_until(lambda: len(sim.fw2.kernel.table) == 5)
+    heard = sim.fw2.up.counters["events"]
+    new, ended = sim.fw2.kernel.open(tcp(3000)), next(iter(sim.fw2.kernel.table))
+    sim.fw2.kernel.change(new.key, mark=9)
+    sim.fw2.kernel.close(ended)
+    sim.turn()
+    assert not sim.fw2.up.follows
+    assert sim.fw2.up.counters["events"] == heard + 1  # ends are always told
+    sim.run_until(lambda: sim.fw2.up.follows)
+    sim.run_until(lambda: sim.fw1.up.complete)
+    replica = sim.fw1.up.cache.get(new.key)
+    assert replica is not None and unpack(replica.key, replica.value).mark == 9
+    assert ended not in sim.fw1.up.cache
+    assert ended not in sim.fw2.kernel.table
+    assert set(sim.fw1.up.cache.table) == set(sim.fw2.kernel.table)
+    sim.fw2.kernel.open(tcp(3001))
+    sim.run(1.0)
+    assert tcp(3001).key in sim.fw1.up.cache
+
+
+def test_who_listens_to_new_entries() -> None:
+    sim = Simulation().start()
+    assert (sim.fw1.up.follows, sim.fw2.up.follows) == (True, False)
+    sim.fw2.set_role(readiness.ACTIVE, sim.now)
+    assert sim.fw2.up.follows  # from the first moment: in hot standby nothing is committed
+    sim.fw2.set_role(readiness.TRANSITION, sim.now)
+    assert sim.fw2.up.follows
+    sim.fw2.set_role(readiness.BACKUP, sim.now)
+    assert not sim.fw2.up.follows
+    silent = Simulation(settings=Settings(replicate=False))
+    silent.fw1.role = readiness.ACTIVE
+    silent.fw1.start(silent.now)
+    assert not silent.fw1.up.follows
 
 
 def test_changing_sides_and_back_twice() -> None:
