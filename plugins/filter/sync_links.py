@@ -21,6 +21,10 @@ options:
     description: Ansible's C(hostvars).
     type: dict
     required: true
+  peers:
+    description: Names of the other hosts. With them each link has C(peers), their addresses on it.
+    type: list
+    elements: str
 author:
   - The ctsync authors
 """
@@ -33,19 +37,39 @@ EXAMPLES = r"""
 
 RETURN = r"""
 _value:
-  description: Dictionaries with C(interface), C(address) and C(port), in the order of preference; empty without a link.
+  description:
+    - Dictionaries with C(interface), C(address) and C(port), and C(peers) if they were asked for.
+    - In the order of preference; empty for a host without a link.
   type: list
   elements: dict
 """
 
-from typing import Any, Mapping
+from typing import Any, Mapping, Optional, Sequence
 
 from ansible.errors import AnsibleFilterError
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils import _sync
 
 
-def sync_links(host: str, hostvars: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """See DOCUMENTATION. Raises AnsibleFilterError when the input is not what it should be."""
+def sync_links(host: str, hostvars: Mapping[str, Any], peers: Optional[Sequence[str]] = None) -> list[dict[str, Any]]:
+    """See DOCUMENTATION. Raises AnsibleFilterError naming host, variable and remedy."""
+    own = _links(host, hostvars)
+    if peers is None or not own:
+        return own
+    for link in own:
+        link["peers"] = []
+    for peer in peers:
+        theirs = _links(peer, hostvars)
+        if len(theirs) != len(own):
+            raise AnsibleFilterError(
+                f"sync_links: {peer} has {len(theirs)} sync links and {host} has {len(own)}: "
+                f"name the same links on all nodes, in the same order ({_sync.LINKS})"
+            )
+        for link, other in zip(own, theirs):
+            link["peers"].append(other["address"])
+    return own
+
+
+def _links(host: str, hostvars: Mapping[str, Any]) -> list[dict[str, Any]]:
     try:
         return _sync.links(hostvars[host])
     except (KeyError, TypeError, ValueError) as error:

@@ -37,6 +37,7 @@ Interface = Union[ipaddress.IPv4Interface, ipaddress.IPv6Interface]
 VARIABLES: Dict[str, str] = {
     "virtual_ips": "ha_firewall_virtual_ips",
     "priority": "ha_firewall_priority",
+    "sync_links": "ha_firewall_sync_links",
     "sync_interface": "ha_firewall_sync_interface",
     "sync_address": "ha_firewall_sync_address",
     "sync_port": "ha_firewall_sync_port",
@@ -60,6 +61,17 @@ DEFAULTS: Dict[str, Any] = {"sync_port": 3781, "key_id": 1, "rules": [], "rules6
 # of these, `alike` has a fingerprint
 SECRET = ("keepalived_authentication",)
 VIRTUAL_IP_KEYS = ("interface", "address", "router_id")
+
+
+class _Link(NamedTuple):
+    """A node's end of a sync link as the inventory has it, and what the options are called."""
+
+    interface: Any
+    address: Any
+    port: Any
+    interface_option: str
+    address_option: str
+    port_option: str
 
 
 class VirtualIp(NamedTuple):
@@ -377,62 +389,123 @@ class _Group:
 
     # --- sync link ---
 
+    def _links(self, host: str) -> List[_Link]:
+        """The sync links of a node; what is no list of dictionaries is none."""
+        node = self.nodes[host]
+        listed = node.get("sync_links")
+        if not listed:
+            names = ("sync_interface", "sync_address", "sync_port")
+            return [_Link(*(node.get(name) for name in names), *names)]
+        if isinstance(listed, (str, bytes, Mapping)) or not isinstance(listed, Sequence):
+            return []
+        found = []
+        for index, link in enumerate(listed):
+            if isinstance(link, Mapping):
+                keys = ("interface", "address", "port")
+                port = node.get("sync_port") if link.get("port") is None else link["port"]
+                option = f"{VARIABLES['sync_links']}[{index}]"
+                names = (*(f"{option}.{key}" for key in keys),)
+                found.append(_Link(link.get("interface"), link.get("address"), port, *names))
+        return found
+
     def _sync(self, host: str) -> None:
-        node, addresses = self.nodes[host], self.addresses.get(host)
-        name = str(node.get("sync_interface") or "")
+        node = self.nodes[host]
+        listed = node.get("sync_links")
+        links = self._links(host)
+        if listed and (isinstance(listed, (str, Mapping)) or len(links) != len(listed)):
+            self.add(host, "sync_links", "is not a list of dictionaries: write interface and address of each link")
+        if listed and (node.get("sync_interface") or node.get("sync_address")):
+            self.add(
+                host,
+                "sync_links",
+                f"stands beside {VARIABLES['sync_interface']} or {VARIABLES['sync_address']}: keep one of the two ways",
+            )
+        for link in links:
+            self._sync_link(host, link)
+        for index, link in enumerate(links):
+            for other in links[:index]:
+                if link.interface and link.interface == other.interface:
+                    text = f"{link.interface} stands twice: one failure would take both links away, name another one"
+                    self.add(host, link.interface_option, text)
+                if link.address and link.address == other.address:
+                    self.add(host, link.address_option, f"{link.address} stands twice: each link has its own address")
+
+    def _sync_link(self, host: str, link: _Link) -> None:
+        addresses = self.addresses.get(host)
+        name = str(link.interface or "")
         if not name:
-            self.add(host, "sync_interface", "is missing: name the interface of the link between the firewalls")
+            self.add(host, link.interface_option, "is missing: name the interface of the link between the firewalls")
         elif addresses is not None and name not in addresses:
-            self.add(host, "sync_interface", self._no_interface(name, addresses))
-        port = as_int(node.get("sync_port"))
+            self.add(host, link.interface_option, self._no_interface(name, addresses))
+        port = as_int(link.port)
         if port is None or not 1 <= port <= 65535:
-            self.add(host, "sync_port", f"{node.get('sync_port')!r} is not a UDP port: choose 1 to 65535")
-        text = str(node.get("sync_address") or "")
+            self.add(host, link.port_option, f"{link.port!r} is not a UDP port: choose 1 to 65535")
+        text = str(link.address or "")
         if not text:
-            self.add(host, "sync_address", "is missing: name this node's own address on the sync interface")
+            self.add(host, link.address_option, "is missing: name this node's own address on the sync interface")
             return
         try:
             address = ipaddress.ip_address(text)
         except ValueError:
-            self.add(host, "sync_address", f"{text!r} is not an IP address (write it without a prefix length)")
+            self.add(host, link.address_option, f"{text!r} is not an IP address (write it without a prefix length)")
             return
         if addresses is None or name not in addresses:
             return
         if address not in [own.ip for own in addresses[name]]:
-            listed = ", ".join(str(own) for own in addresses[name]) or "none"
-            self.add(
-                host, "sync_address", f"{text} is not configured on {name} (it has: {listed}): configure or correct it"
-            )
+            shown = ", ".join(str(own) for own in addresses[name]) or "none"
+            text = f"{text} is not configured on {name} (it has: {shown}): configure or correct it"
+            self.add(host, link.address_option, text)
 
     def _sync_group(self) -> None:
-        ports = {as_int(node.get("sync_port")) for node in self.nodes.values()}
-        if len(ports) > 1:
+        links = {host: self._links(host) for host in self.nodes}
+        if len({len(listed) for listed in links.values()}) > 1:
+            shown = ", ".join(f"{host}: {len(listed)}" for host, listed in links.items())
             self.say(
                 "",
-                f"{VARIABLES['sync_port']}: differs between the nodes"
-                f" ({', '.join(str(node.get('sync_port')) for node in self.nodes.values())}): set it once for all",
+                f"{VARIABLES['sync_links']}: the nodes have different numbers of sync links ({shown}): name the same"
+                " links on all nodes, in the same order",
             )
+            return
         known: Dict[str, str] = {}
+        networks: List[Dict[str, Any]] = []
+        for host, listed in links.items():
+            for link in listed:
+                text = str(link.address or "")
+                if text and known.get(text, host) != host:
+                    text = f"{text} is also the sync address of {known[text]}: each node has its own"
+                    self.add(host, link.address_option, text)
+                known.setdefault(text, host)
+        for number in range(min((len(listed) for listed in links.values()), default=0)):
+            networks.append(self._sync_position({host: listed[number] for host, listed in links.items()}))
+        for number, found in enumerate(networks):
+            for before in networks[:number]:
+                for host, network in found.items():
+                    if network == before.get(host):
+                        text = f"is in {network} as an earlier link is: give each link a network of its own"
+                        self.add(host, links[host][number].address_option, text)
+
+    def _sync_position(self, links: Mapping[str, _Link]) -> Dict[str, Any]:
+        """The ends of one link; the network of each, as far as it is known."""
+        option = next(iter(links.values()))
+        ports = {as_int(link.port) for link in links.values()}
+        if len(ports) > 1:
+            shown = ", ".join(str(link.port) for link in links.values())
+            name = VARIABLES.get(option.port_option, option.port_option)
+            self.say("", f"{name}: differs between the nodes ({shown}): set it once for all")
         networks: Dict[str, Any] = {}
-        for host, node in self.nodes.items():
-            text = str(node.get("sync_address") or "")
-            if not text:
-                continue
-            if text in known:
-                self.add(
-                    host, "sync_address", f"{text} is also the sync address of {known[text]}: each node has its own"
-                )
-            known.setdefault(text, host)
-            for own in self.addresses.get(host, {}).get(str(node.get("sync_interface")), ()):
-                if str(own.ip) == text:
+        for host, link in links.items():
+            for own in self.addresses.get(host, {}).get(str(link.interface), ()):
+                if str(own.ip) == str(link.address):
                     networks[host] = own.network
         if len(set(networks.values())) > 1:
             shown = ", ".join(f"{host}: {network}" for host, network in networks.items())
+            name = VARIABLES.get(option.address_option, option.address_option)
             self.say(
                 "",
-                f"{VARIABLES['sync_address']}: the sync addresses are not in one network ({shown}): connect the sync"
-                " interfaces directly or by a switch, with addresses of one network",
+                f"{name}: the sync addresses are not in one network ({shown}): connect the sync interfaces directly or"
+                " by a switch, with addresses of one network",
             )
+        return networks
 
     def _alike(self) -> None:
         """What belongs to the group as a whole: ``alike`` of each node has the variables by name."""
@@ -640,9 +713,10 @@ class _Group:
                         if self._is_shared_bridge(name, where):
                             continue
                         self.say(host, f"{name}: has the address {plain} of {other}'s {where}: give each node its own")
-        for host, node in self.nodes.items():
-            if str(node.get("sync_address") or "") in virtual:
-                self.add(host, "sync_address", f"{node['sync_address']} is a virtual IP: name the node's own address")
+        for host in self.nodes:
+            for link in self._links(host):
+                if str(link.address or "") in virtual:
+                    self.add(host, link.address_option, f"{link.address} is a virtual IP: name the node's own address")
 
     @staticmethod
     def _is_shared_bridge(*names: str) -> bool:

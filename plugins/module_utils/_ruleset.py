@@ -436,6 +436,15 @@ class Service:
     sources: Tuple[str, ...] = ()
 
 
+class Sync(NamedTuple):
+    """A node's end of a sync link, and the other nodes' addresses on it."""
+
+    interface: str
+    address: str
+    peers: Tuple[str, ...]
+    port: int
+
+
 @dataclass(frozen=True)
 class Pair:
     """What must be known of the pair to protect it. Addresses are plain, without prefix length."""
@@ -443,15 +452,12 @@ class Pair:
     virtual_ips: Tuple[str, ...] = ()
     services: Tuple[Service, ...] = ()
     vrrp_peers: Tuple[Tuple[str, Tuple[str, ...]], ...] = ()
-    sync_interface: str = ""
-    sync_address: str = ""
-    sync_peers: Tuple[str, ...] = ()
-    sync_port: int = 0
+    sync: Tuple[Sync, ...] = ()
     protect_vips: bool = True
 
     def addresses(self) -> List[str]:
         """Every address that decides which families are in use."""
-        found = list(self.virtual_ips) + list(self.sync_peers)
+        found = list(self.virtual_ips) + [peer for link in self.sync for peer in link.peers]
         for _interface, peers in self.vrrp_peers:
             found += peers
         return found
@@ -508,16 +514,19 @@ def _pair_lines(family: str, pair: Pair) -> Dict[Tuple[str, str], List[Line]]:
         add("filter", "INPUT", "-i", interface, "-p", VRRP, *_comment("ctsync VRRP from a stranger"), "-j", "DROP")
         add("raw", "PREROUTING", "-i", interface, "-p", VRRP, "-j", "CT", "--notrack")
         add("raw", "OUTPUT", "-o", interface, "-p", VRRP, "-j", "CT", "--notrack")
-    peers = [peer for peer in pair.sync_peers if family_of(peer) == family]
-    if pair.sync_port and peers:
-        port = ("-p", "udp", "-m", "udp", "--dport", str(pair.sync_port))
-        to_us = ("-d", pair.sync_address) if pair.sync_address else ()
-        for peer in peers:
-            who = ("-i", pair.sync_interface, "-s", peer, *to_us, *port)
-            add("filter", "INPUT", *who, *_comment(f"{NODE_COMMENT}, sync of a peer"), "-j", "ACCEPT")
+    links = [link for link in pair.sync if family_of(link.address) == family]
+    said = _comment(f"{NODE_COMMENT}, sync of a peer")
+    for link in links:
+        port = ("-p", "udp", "-m", "udp", "--dport", str(link.port))
+        for peer in link.peers:  # the interface may be one that others use too: only the nodes' own traffic is meant
+            come = ("-i", link.interface, "-s", peer, "-d", link.address, *port, *said)
+            go = ("-o", link.interface, "-s", link.address, "-d", peer, *port, *said)
+            add("filter", "INPUT", *come, "-j", "ACCEPT")
+            add("raw", "PREROUTING", *come, "-j", "CT", "--notrack")
+            add("raw", "OUTPUT", *go, "-j", "CT", "--notrack")
+    for number in dict.fromkeys(link.port for link in links):
+        port = ("-p", "udp", "-m", "udp", "--dport", str(number))
         add("filter", "INPUT", *port, *_comment("ctsync sync from a stranger"), "-j", "DROP")
-        add("raw", "PREROUTING", "-i", pair.sync_interface, *port, "-j", "CT", "--notrack")
-        add("raw", "OUTPUT", "-o", pair.sync_interface, *port, "-j", "CT", "--notrack")
     return lines
 
 

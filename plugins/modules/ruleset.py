@@ -313,9 +313,11 @@ options:
     default: /var/lib/ctsync
   sync:
     description:
-      - The link on which the pair replicates its connections.
-      - Its UDP port is accepted from the peers on this interface only and is not tracked.
-    type: dict
+      - The links on which the pair replicates its connections.
+      - The UDP port of each is accepted from the peers on its interface only, and that traffic is not tracked.
+    type: list
+    elements: dict
+    default: []
     suboptions:
       interface:
         description: Interface of the link.
@@ -393,9 +395,9 @@ EXAMPLES = r"""
       - interface: eth0
         addresses: [192.168.1.2]
     sync:
-      interface: eth2
-      address: 192.168.100.1
-      peers: [192.168.100.2]
+      - interface: eth2
+        address: 192.168.100.1
+        peers: [192.168.100.2]
 
 - name: The same as data, and more
   ctsync.ha_firewall.ruleset:
@@ -553,7 +555,7 @@ ARGUMENT_SPEC = {
     "services": {"type": "list", "elements": "dict", "default": [], "options": SERVICE_SPEC},
     "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
     "state_directory": {"type": "path", "default": "/var/lib/ctsync"},
-    "sync": {"type": "dict", "options": SYNC_SPEC},
+    "sync": {"type": "list", "elements": "dict", "options": SYNC_SPEC, "default": []},
     "take_over_forward_policy": {"type": "bool", "default": False},
     "validate_only": {"type": "bool", "default": False},
     "virtual_ips": {"type": "list", "elements": "str", "default": []},
@@ -589,21 +591,25 @@ def pair_from(params: dict) -> _ruleset.Pair:
         (peer["interface"], tuple(address(a, f"vrrp_peers[{number}].addresses") for a in peer["addresses"]))
         for number, peer in enumerate(params["vrrp_peers"], 1)
     )
-    sync = params["sync"] or {}
-    if sync and not _ruleset.is_port(str(sync["port"])):
-        problems.append(f"sync.port: {sync['port']} is no port; write 1-65535.")
+    links = []
+    for number, link in enumerate(params["sync"] or [], 1):
+        option = f"sync[{number}]"
+        if not _ruleset.is_port(str(link["port"])):
+            problems.append(f"{option}.port: {link['port']} is no port; write 1-65535.")
+        own = address(link["address"], f"{option}.address")
+        peers = tuple(address(peer, f"{option}.peers") for peer in link["peers"])
+        if any(_ruleset.family_of(peer) != _ruleset.family_of(own) for peer in peers):
+            problems.append(
+                f"{option}: address and peers are of different IP versions; give all as IPv4 or all as IPv6."
+            )
+        links.append(_ruleset.Sync(link["interface"], own, peers, link["port"]))
     pair = _ruleset.Pair(
         virtual_ips=tuple(address(a, "virtual_ips") for a in params["virtual_ips"]),
         services=tuple(services),
         vrrp_peers=vrrp,
-        sync_interface=sync.get("interface", ""),
-        sync_address=address(sync["address"], "sync.address") if sync else "",
-        sync_peers=tuple(address(a, "sync.peers") for a in sync["peers"]) if sync else (),
-        sync_port=sync.get("port", 0),
+        sync=tuple(links),
         protect_vips=params["protect_vips"],
     )
-    if sync and any(_ruleset.family_of(p) != _ruleset.family_of(pair.sync_address) for p in pair.sync_peers):
-        problems.append("sync: address and peers are of different IP versions; give all as IPv4 or all as IPv6.")
     if problems:
         raise _ruleset.RulesetError(problems)
     return pair

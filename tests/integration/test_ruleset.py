@@ -29,7 +29,7 @@ FULL = {
     "virtual_ips": ["10.9.8.100/24", "fd00::100/64"],
     "services": [{"protocol": "tcp", "port": "22"}],
     "vrrp_peers": [{"interface": "eth1", "addresses": ["192.168.0.2"]}],
-    "sync": {"interface": "eth2", "address": "192.168.100.1", "peers": ["192.168.100.2"]},
+    "sync": [{"interface": "eth2", "address": "192.168.100.1", "peers": ["192.168.100.2"]}],
     "count_resets": True,
     "nflog_group": 5,
 }
@@ -45,7 +45,7 @@ FILES = [
 UNIT = FILES[3]
 PEER = {
     "vrrp_peers": [{"interface": "eth1", "addresses": ["192.168.0.1"]}],
-    "sync": {"interface": "eth2", "address": "192.168.100.2", "peers": ["192.168.100.1"]},
+    "sync": [{"interface": "eth2", "address": "192.168.100.2", "peers": ["192.168.100.1"]}],
 }
 
 

@@ -29,9 +29,7 @@ CONFIRM_S = 10.0  # between two probes that are as long as the longest datagram
 RAISE_S = 30.0  # between two attempts with longer ones
 DOUBTS = 2  # long probes lost, short ones not: then every length is tried ...
 SEARCHES = 3  # ... so often
-HOLD_S = (
-    5.0  # a link that failed must work for so long before it carries the session again; twice as long each time ...
-)
+HOLD_S = 5.0  # a link that was left must work for so long before it is used again; twice as long each time ...
 HOLD_MAX_S = 60.0  # ... up to this
 CALM_S = 600.0  # without a failure: the next one counts as the first one
 _OUTSTANDING = 16  # short probes that are remembered
@@ -66,8 +64,9 @@ class _Path:
         self.usable = True  # there is a socket, and the kernel takes datagrams
         self.state = UNKNOWN
         self.since = 0.0
+        self.contrast: float | None = None  # since when another link is heard of and this one is not
         self.hold = 0.0
-        self.fell_at = -_NEVER
+        self.left_at = -_NEVER
         # the peer's probes
         self.heard: tuple[int, float] | None = None  # number and time of the latest one that may wait for a heartbeat
         self.asked: list[tuple[int, float]] = []  # those that must be answered at once
@@ -96,6 +95,7 @@ class _Path:
         for unanswered in (self.asked, self.short, self.long, self.recent):
             unanswered.clear()
         self.arrived_at = -_NEVER
+        self.contrast = None
         self.rtt = None
         self.limit = self.ceiling
         self.confirm_at, self.confirmed_by, self.raise_at = now + CONFIRM_S, None, now + RAISE_S
@@ -158,6 +158,7 @@ class Paths:
         self._interval = interval_s
         self._dead_after = dead_after_s
         self._began = -_NEVER
+        self._woke = _NEVER
         self._running = False
 
     def __len__(self) -> int:
@@ -202,7 +203,7 @@ class Paths:
     def begin(self, now: float) -> None:
         """A new session: what was known of the links is old."""
         self._running = True
-        self._began = now
+        self._began = self._woke = now
         self.heard_at = [now] * len(self._paths)
         for path in self._paths:
             path.reset(now)
@@ -214,6 +215,18 @@ class Paths:
         """The session is over: there is nothing to seal probes with."""
         self._running = False
         self.due = _NEVER
+
+    def wake(self, now: float) -> None:
+        """The node looks after its session, as with each heartbeat.  If it did not, the links were not silent."""
+        if now - self._woke > self._interval * (1 + 2 * LATE):
+            self.heard_at = [now] * len(self._paths)
+            for path in self._paths:
+                path.contrast = None
+                if path.short:
+                    path.short.clear()
+                    path.probe_at = now
+            self._plan(now)
+        self._woke = now
 
     def suspect(self, now: float) -> None:
         """What was sent over the chosen link is not acknowledged."""
@@ -242,6 +255,10 @@ class Paths:
             return False
         path = self._paths[echo.link]
         path.arrived_at = now
+        path.contrast = None
+        chosen = self._paths[self.chosen]
+        if chosen is not path and chosen.contrast is None and (chosen.short or chosen.state == DOWN):
+            chosen.contrast = now
         sent = path.short.pop(echo.number, None)
         if sent is not None:
             path.answered = True
@@ -259,6 +276,8 @@ class Paths:
             path.state, path.since = UP, now
             if path.doubt:
                 path.probe_at = min(path.probe_at, path.probed_at + path.patience)
+            if chosen.state == DOWN:
+                chosen.probe_at = now
         if not path.short and not path.doubt and path.state == UP:
             path.probe_at = path.probed_at + self._regular(echo.link)
         self._choose(now)
@@ -297,8 +316,6 @@ class Paths:
 
     def _fall(self, path: _Path, now: float) -> None:
         if path.state == UP:
-            path.hold = min(2 * path.hold, HOLD_MAX_S) if now - path.fell_at < CALM_S else HOLD_S
-            path.fell_at = now
             self.counters["links_failed"] += 1
         if path.state != DOWN:
             path.state, path.since = DOWN, now
@@ -329,10 +346,16 @@ class Paths:
         if self._several and self._running:
             ranks = [self._rank(path, now) for path in self._paths]
             lowest = min(ranks)
+            left = self._paths[self.chosen]
             if lowest < ranks[self.chosen]:
-                self.counters["failovers"] += 1
-                self._use(ranks.index(lowest))
-                self.failed_over = True
+                better = (link for link, rank in enumerate(ranks) if rank == lowest)
+                found = next((link for link in better if self._proved_better(self._paths[link], left, now)), None)
+                if found is not None:
+                    self.counters["failovers"] += 1
+                    left.hold = min(2 * left.hold, HOLD_MAX_S) if now - left.left_at < CALM_S else HOLD_S
+                    left.left_at = now
+                    self._use(found)
+                    self.failed_over = True
             for link, path in enumerate(self._paths[: self.chosen]):
                 if path.state == UP and now >= self._returns_at(path):
                     self.counters["failbacks"] += 1
@@ -341,11 +364,20 @@ class Paths:
         self._plan(now)
 
     @staticmethod
+    def _proved_better(path: _Path, than: _Path, now: float) -> bool:
+        """Was something heard of it while the other one was silent?  A busy peer answers on none of them, and then on
+        one a moment before the other."""
+        if not than.usable or than.state == UNKNOWN:
+            return True
+        return than.contrast is not None and path.arrived_at >= than.contrast and now >= than.contrast + URGENT_S
+
+    @staticmethod
     def _returns_at(path: _Path) -> float:
         return path.since + path.hold
 
     def _use(self, link: int) -> None:
         self.chosen = link
+        self._paths[link].contrast = None
         self.generation += 1
         self._follow()
 
@@ -362,7 +394,7 @@ class Paths:
         due = _NEVER
         for link, path in enumerate(self._paths):
             if path.asked:
-                due = 0.0
+                due = now
             due = min(due, path.probe_at)
             if path.state != DOWN:
                 due = min(due, path.oldest(_NEVER) + self._silence(path))
@@ -374,6 +406,9 @@ class Paths:
                 due = min(due, path.raise_at)
             if link < self.chosen and path.state == UP:
                 due = min(due, self._returns_at(path))
+        chosen = self._paths[self.chosen]
+        if chosen.state == DOWN and chosen.contrast is not None and now < chosen.contrast + URGENT_S:
+            due = min(due, chosen.contrast + URGENT_S)
         if self._several and now < self._began + SETTLE_S:
             due = min(due, self._began + SETTLE_S)
         self.due = due
@@ -447,6 +482,10 @@ class Paths:
 
     def _probe(self, link: int, path: _Path, out: list[Sending], now: float) -> bytes:
         """A short probe, and long ones where the limit is in doubt."""
+        if link == self.chosen and path.short:
+            for other in self._paths:  # is it the link or the peer?
+                if other is not path and other.state == UP and not other.short:
+                    other.probe_at = min(other.probe_at, now)
         if path.doubt and path.state != DOWN:
             path.doubts += path.answered
             path.answered = False

@@ -673,6 +673,7 @@ class Session:
             self._send_hello(session.hello, session.peer_nonce)
             self._hello_at = now + self._interval
         paths = self.paths
+        paths.wake(now)
         if now >= paths.due:
             paths.examine(now)
             self._follow_paths(now)

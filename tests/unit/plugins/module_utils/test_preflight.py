@@ -455,3 +455,67 @@ def test_a_peer_may_call_its_interface_otherwise_and_have_several_networks_on_it
     assert p.vrrp_peers(entries, {"fw2": renamed}) == [{"interface": "eth1", "addresses": ["10.0.0.2", "192.168.0.2"]}]
     with pytest.raises(ValueError, match="The address of fw2 on eth1 is not known"):
         p.vrrp_peers(entries, {"fw2": {}})
+
+
+# --- several sync links ---
+
+
+def two_links(number, **more):
+    links = [
+        {"interface": "eth2", "address": f"192.168.100.{number}"},
+        {"interface": "eth1", "address": f"fd00:c0de::{number}", "port": 4000},
+    ]
+    for path, value in more.items():
+        index, key = path.split("_")
+        links[int(index[1:])][key] = value
+    return {"sync_links": links, "sync_interface": "", "sync_address": ""}
+
+
+def test_several_sync_links_are_right():
+    assert p.group_problems(pair(two_links(1), two_links(2)), all_facts()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"l1_interface": "eth9"}, "ha_firewall_sync_links[1].interface: interface eth9 does not exist on this node"),
+        ({"l1_interface": ""}, "ha_firewall_sync_links[1].interface: is missing"),
+        ({"l1_interface": "eth2"}, "ha_firewall_sync_links[1].interface: eth2 stands twice"),
+        ({"l1_address": "192.168.100.2"}, "ha_firewall_sync_links[1].address: 192.168.100.2 stands twice"),
+        ({"l1_address": None}, "ha_firewall_sync_links[1].address: is missing"),
+        ({"l1_address": "fd00::/64"}, "ha_firewall_sync_links[1].address: 'fd00::/64' is not an IP address"),
+        ({"l1_address": "fd00:c0de::9"}, "ha_firewall_sync_links[1].address: fd00:c0de::9 is not configured on eth1"),
+        ({"l1_address": "fd00:c0de::1"}, "ha_firewall_sync_links[1].address: fd00:c0de::1 is also the sync address"),
+        ({"l0_address": "192.168.0.100"}, "ha_firewall_sync_links[0].address: 192.168.0.100 is a virtual IP"),
+        ({"l1_port": 70000}, "ha_firewall_sync_links[1].port: 70000 is not a UDP port"),
+    ],
+)
+def test_a_fault_of_one_of_several_sync_links_is_named(change, says):
+    found = p.group_problems(pair(two_links(1), two_links(2, **change)), all_facts())
+    assert any(line.startswith(f"fw2: {says}") for line in found), found
+
+
+def test_sync_links_of_the_group():
+    one, two = two_links(1), two_links(2)
+    (found,) = p.group_problems(pair(one, {**two, "sync_links": two["sync_links"][:1]}), all_facts())
+    assert found.startswith("ha_firewall_sync_links: the nodes have different numbers of sync links (fw1: 2, fw2: 1)")
+    found = p.group_problems(pair(one, two_links(2, l1_port=4001)), all_facts())
+    assert found == ["ha_firewall_sync_links[1].port: differs between the nodes (4000, 4001): set it once for all"]
+    found = p.group_problems(pair(one, {**two, "sync_links": two["sync_links"][::-1]}), all_facts())
+    assert any("[0].address: the sync addresses are not in one network" in line for line in found), found
+    assert any("[1].address: the sync addresses are not in one network" in line for line in found), found
+    (found,) = p.group_problems(pair({**one, "sync_interface": "eth2"}, two), all_facts())
+    assert found.startswith("fw1: ha_firewall_sync_links: stands beside ha_firewall_sync_interface")
+    found = p.group_problems(pair({**one, "sync_links": {"interface": "eth2"}}, two), all_facts())
+    assert any("fw1: ha_firewall_sync_links: is not a list of dictionaries" in line for line in found), found
+
+
+def test_each_sync_link_has_a_network_of_its_own():
+    both = {"eth3": interface("192.168.100.11/24"), "interfaces": ["lo", "eth0", "eth1", "eth2", "eth3"]}
+    other = {**both, "eth3": interface("192.168.100.12/24")}
+    nodes = pair(
+        two_links(1, l1_interface="eth3", l1_address="192.168.100.11"),
+        two_links(2, l1_interface="eth3", l1_address="192.168.100.12"),
+    )
+    (found,) = p.group_problems(nodes, all_facts(one=both, two=other))
+    assert found.startswith("fw1, fw2: ha_firewall_sync_links[1].address: is in 192.168.100.0/24 as an earlier link is")

@@ -139,16 +139,19 @@ def test_the_pair_is_protected_around_the_operators_rules():
         virtual_ips=("192.168.0.100", "fd00::100"),
         services=(_ruleset.Service("tcp", "22", "eth1", ("10.0.0.0/8", "fd00::/8")),),
         vrrp_peers=(("eth1", ("192.168.0.2",)),),
-        sync_interface="eth2",
-        sync_address="192.168.100.1",
-        sync_peers=("192.168.100.2",),
-        sync_port=3781,
+        sync=(
+            _ruleset.Sync("eth2", "192.168.100.1", ("192.168.100.2",), 3781),
+            _ruleset.Sync("eth3", "10.1.0.1", ("10.1.0.2",), 3781),
+            _ruleset.Sync("eth4", "fd00:1::1", ("fd00:1::2",), 4000),
+        ),
     )
     plan = plan_of(["-A INPUT -i eth3 -j DROP"], pair=pair, count_resets=True)
     assert rules_in(plan, "filter", "CTSYNC-INPUT") == [
         "-i eth1 -s 192.168.0.2 -p 112 -m comment --comment ctsync: node, VRRP of a peer -j ACCEPT",
         "-i eth1 -p 112 -m comment --comment ctsync VRRP from a stranger -j DROP",
         "-i eth2 -s 192.168.100.2 -d 192.168.100.1 -p udp -m udp --dport 3781"
+        " -m comment --comment ctsync: node, sync of a peer -j ACCEPT",
+        "-i eth3 -s 10.1.0.2 -d 10.1.0.1 -p udp -m udp --dport 3781"
         " -m comment --comment ctsync: node, sync of a peer -j ACCEPT",
         "-p udp -m udp --dport 3781 -m comment --comment ctsync sync from a stranger -j DROP",
         "-i eth3 -j DROP",
@@ -165,7 +168,16 @@ def test_the_pair_is_protected_around_the_operators_rules():
     assert not plan["filter"].policies
     six = _ruleset.build_plan("ipv6", [], pair)
     assert "neighbour-solicitation" in " ".join(rules_in(six, "filter", "CTSYNC-VIP"))
-    assert "raw" not in six
+    assert "-i eth4 -s fd00:1::2 -d fd00:1::1 -p udp -m udp --dport 4000" in rules_in(six, "filter", "CTSYNC-INPUT")[0]
+    # only the nodes' own traffic is not tracked: the interface may be one that others use, too
+    peer = "-m comment --comment ctsync: node, sync of a peer -j CT --notrack"
+    assert rules_in(plan, "raw", "CTSYNC-PREROUTING")[1:] == [
+        f"-i eth2 -s 192.168.100.2 -d 192.168.100.1 -p udp -m udp --dport 3781 {peer}",
+        f"-i eth3 -s 10.1.0.2 -d 10.1.0.1 -p udp -m udp --dport 3781 {peer}",
+    ]
+    assert rules_in(six, "raw", "CTSYNC-OUTPUT") == [
+        f"-o eth4 -s fd00:1::1 -d fd00:1::2 -p udp -m udp --dport 4000 {peer}"
+    ]
     unprotected = plan_of([], pair=_ruleset.Pair(virtual_ips=("192.168.0.100",), protect_vips=False))
     assert unprotected == {}
 

@@ -32,7 +32,7 @@ def test_documentation_and_argument_spec_agree():
 def test_the_example_of_the_documentation_makes_a_plan():
     example = yaml.safe_load(ruleset.EXAMPLES)[0]["ctsync.ha_firewall.ruleset"]
     example["services"] = [{"interface": None, "sources": [], **service} for service in example["services"]]
-    example["sync"]["port"] = 3781
+    example["sync"][0]["port"] = 3781
     plans = ruleset.plans_from(params(**example))
     assert list(plans) == ["ipv4"]
     assert set(plans["ipv4"]) == {"filter", "nat", "raw"}
@@ -66,7 +66,7 @@ def test_every_wrong_option_is_named_at_once():
         virtual_ips=["192.168.0.1000/24"],
         services=[service],
         vrrp_peers=[{"interface": "eth0", "addresses": ["eth0"]}],
-        sync={"interface": "eth2", "address": "192.168.100.1", "peers": ["fd00::2"], "port": 70000},
+        sync=[{"interface": "eth2", "address": "192.168.100.1", "peers": ["fd00::2"], "port": 70000}],
         nflog_group=70000,
     )
     with pytest.raises(_ruleset.RulesetError) as caught:
@@ -78,8 +78,8 @@ def test_every_wrong_option_is_named_at_once():
         "services[1].port: '22-23'",
         "services[1].sources: 'everywhere'",
         "vrrp_peers[1].addresses: 'eth0'",
-        "sync.port: 70000",
-        "sync: address and peers",
+        "sync[1].port: 70000",
+        "sync[1]: address and peers",
         "nflog_group: 70000",
     ):
         assert sum(words in problem for problem in caught.value.problems) == 1, words

@@ -504,3 +504,27 @@ def test_tables_converge_over_whatever_links_work(story: list[Fault], seed: int)
         inflict(line, "")
     sim.converge(sim.fw1, sim.fw2)
     assert [node.up.peer.session.counters["sessions"] for node in sim.nodes.values()] == [1, 1]
+
+
+def test_a_busy_peer_is_no_failure_of_a_link() -> None:
+    """fw2 does nothing for seconds, then goes on: the datagrams of both links wait for it."""
+    pair = Linked().up()
+    pair.give("fw1", 50)
+    for pause in (0.95, 1.2, 2.0, 4.0):
+        busy = pair.ends.pop("fw2")
+        kept: list[tuple[int, bytes]] = []
+        end = pair.now + pause
+        while pair.now < end:
+            pair.now = min(end, max(pair.now + 0.0005, pair.fw1.next_deadline()))
+            for link, datagrams in pair.fw1.route(pair.fw1.poll(pair.now)):
+                kept.extend((link, datagram) for datagram in datagrams)
+        pair.ends["fw2"] = busy
+        for link in (1, 0):  # the standby link first
+            for where, datagram in kept:
+                if where == link:
+                    pair.events["fw2"].extend(busy.receive(datagram, pair.now, link))
+            pair.turn()
+        pair.run(5.0)
+        pair.works(1.0)
+    assert [end.paths.counters["failovers"] for end in pair.ends.values()] == [0, 0]
+    assert pair.sessions() == [1, 1]
