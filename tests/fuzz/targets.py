@@ -36,6 +36,7 @@ from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import 
     expectation_render,
     netlink,
     readiness,
+    recorder,
     render,
     rows,
     service,
@@ -1102,6 +1103,8 @@ def control_runner() -> Runner:
     one.started = 0.0
     one._virtual_ips = [(vip.interface, vip.address, vip.packed) for vip in one.config.virtual_ips]
     one._held = set()
+    one._recorder = recorder.Recorder()
+    one._recorder.note(0.0, "start")
     one._event_buffer = 1
     one._events = one._fifo = SimpleNamespace(malformed=0, garbage=0)  # type: ignore[assignment]
     one._link = SimpleNamespace(counters={}, is_open=True)  # type: ignore[assignment]
