@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import re
 from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Sequence, Tuple
 
 from ansible.module_utils.common.validation import check_type_bool, check_type_dict, check_type_float, check_type_int
@@ -55,6 +56,8 @@ _KEEPALIVED_OPTIONS = (
     *("advert_interval", "authentication", "bfd", "garp", "nopreempt", "preempt_delay", "realtime_priority"),
     *("startup_delay", "track_interfaces", "track_weight", "group"),
 )
+# What a template has in a play, and not where one host reads another's variables.
+_PLAY_ONLY = re.compile(r"'(hostvars|vars|omit|environment|play_hosts|role_\w+|ansible_\w+)' is undefined")
 
 
 class Judgement(NamedTuple):
@@ -226,13 +229,15 @@ def judge(
         spec = specs.get(PAIR.get(name) or name)
         if spec is None or name.startswith("preflight_"):  # that role has looked at its own
             continue
-        try:
-            value = read(name)
+        found: List[str] = []
+        try:  # an undefined part may show only when it is looked at
+            checked = check_value(read(name), spec, f"{name}:", found)
         except Exception as error:  # noqa: BLE001 # pylint: disable=broad-exception-caught # whatever templating raises
+            if _PLAY_ONLY.search(str(error)):
+                continue  # right in the role, and not to be had from here
             found = [f"{name}: cannot be evaluated ({_first_line(error)}): correct what it is made of"]
         else:
-            found = []
-            values[name] = check_value(value, spec, f"{name}:", found)
+            values[name] = checked
         if found:
             wrong.append(name)
             values.pop(name, None)

@@ -159,6 +159,26 @@ def test_a_variable_that_cannot_be_evaluated_is_named():
     assert found["wrong"] == ["ruleset_rules"]
 
 
+def test_what_can_be_evaluated_in_a_role_only_is_left_to_it_and_undefined_parts_are_found_late():
+    class Late:
+        """Like a template whose result is undefined: it breaks when it is looked at."""
+
+        def __init__(self, name):
+            self.name = name
+
+        def __str__(self):
+            raise ValueError(f"'{self.name}' is undefined")
+
+        __repr__ = __str__
+
+    for name in ("hostvars", "ansible_play_hosts", "role_path"):
+        assert judge(ctsyncd_node=Late(name), ruleset_rules=[Late(name)]) == {"problems": [], "wrong": []}
+    assert judge(ruleset_rules=[Late("other")]) == {
+        "problems": ["ruleset_rules: cannot be evaluated ('other' is undefined): correct what it is made of"],
+        "wrong": ["ruleset_rules"],
+    }
+
+
 def test_wrong_input_is_refused(tmp_path):
     with pytest.raises(AnsibleFilterError, match="not a host"):
         plugin.option_problems("fw3", {})
