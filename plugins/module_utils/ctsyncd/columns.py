@@ -153,8 +153,9 @@ HEAD_BYTES = _DUMP_HEAD.size
 _ATTR = struct.Struct("=HH")  # struct nlattr: length, type
 
 _COLUMNS_FROM = 6  # fewer messages are cheaper one by one
-_COMPARED = 32  # messages at once
-_LAYOUTS_PER_HEAD = 4  # of some 16 kB each
+_COMPARED = 32  # messages at once, as one number ...
+_COMPARED_BY_COLUMNS = 64  # ... unless they are so many: to make numbers of all bytes costs more than the columns
+_LAYOUTS_PER_HEAD = 4  # of some 50 kB each
 _HEADS = 128
 
 # Attributes whose values decide more than a column can tell
@@ -275,11 +276,19 @@ class Layout:
             mask[place : place + size] = b"\xff" * size
         self._mask = int.from_bytes(mask * _COMPARED, "little")
         self._want = int.from_bytes(message * _COMPARED, "little") & self._mask
+        fixed_places = [place for place in range(self.length) if mask[place]]
+        self._fixed = [slice(place, None, self.length) for place in fixed_places]
+        self._fixed_bytes = bytes(message[place] for place in fixed_places)
+        self._wanted = (0, b"")  # for how many messages, the columns of all fixed bytes
         self._mask_one = int.from_bytes(mask, "little")
         self._want_one = int.from_bytes(message, "little") & self._mask_one
 
     def fits(self, block: bytes, count: int) -> bool:
         """Do all ``count`` joined messages have this layout?"""
+        if count >= _COMPARED_BY_COLUMNS:
+            if self._wanted[0] != count:
+                self._wanted = (count, b"".join([bytes((byte,)) * count for byte in self._fixed_bytes]))
+            return b"".join(map(block.__getitem__, self._fixed)) == self._wanted[1]
         step = self.length * _COMPARED
         for at in range(0, len(block) - step + 1, step):
             if int.from_bytes(block[at : at + step], "little") & self._mask != self._want:
