@@ -10,17 +10,18 @@ name: key_rotation
 short_description: The next keys of a node on the way to a new key
 version_added: 0.1.0
 description:
-  - A node sends with the new key as soon as its peer accepts it, and forgets the old one when its peer sends with the
-    new one. When the nodes take turns, both understand each other all the time, and after four turns both have the new
-    key only, from whatever state it began.
+  - A node sends with the new key as soon as all its peers accept it, and forgets the old one when all of them send with
+    the new one. When the nodes take turns, they understand each other all the time, and after two turns of two nodes,
+    or three turns of more, all have the new key only, from whatever state it began.
 options:
   _input:
     description: The node's keys, C(keys) (a dictionary by id) and C(send_key), as in C(host.ctsyncd) of the facts.
     type: dict
     required: true
   peer:
-    description: The same of its peer.
-    type: dict
+    description: The same of its peers; of an only one also without the list.
+    type: list
+    elements: dict
     required: true
   new:
     description: Id of the new key.
@@ -45,15 +46,18 @@ _value:
   sample: {ids: [1, 2], send_key: 1}
 """
 
-from typing import Any, Mapping
+from typing import Any, Mapping, Sequence
 
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils import _pair
 
 
-def key_rotation(own: Mapping[str, Any], peer: Mapping[str, Any], new: Any) -> dict[str, Any]:
+def key_rotation(
+    own: Mapping[str, Any], peer: Mapping[str, Any] | Sequence[Mapping[str, Any]], new: Any
+) -> dict[str, Any]:
     """See DOCUMENTATION."""
-    state, other = (_pair.key_state({"host": {"ctsyncd": known}}) for known in (own, peer))
-    step = _pair.rotation_step(state, other, int(new))
+    peers = [peer] if isinstance(peer, Mapping) else peer
+    state, *others = (_pair.key_state({"host": {"ctsyncd": known}}) for known in (own, *peers))
+    step = _pair.rotation_step(state, others, int(new))
     return {"ids": list(step.ids), "send_key": step.send}
 
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 name: pair_status
-short_description: The verdict of the pair out of what both nodes say
+short_description: The verdict of the pair, or of a group of more nodes, out of what the nodes say
 version_added: 0.1.0
 description:
-  - Judges the nodes of a pair together, out of the results of M(ctsync.ha_firewall.ha_facts) with the subsets V(host),
-    V(role), V(sync) and V(vrrp).
+  - Judges the nodes of a pair or larger group together, out of the results of M(ctsync.ha_firewall.ha_facts) with the
+    subsets V(host), V(role), V(sync) and V(vrrp).
   - A node whose result failed or is unreachable counts as one that could not be asked.
 options:
   _input:
@@ -27,6 +27,11 @@ options:
     description: Name of the variable that the result was registered in.
     type: str
     default: ctsync_asked
+  target:
+    description:
+      - Of several nodes that wait, the one that is to become active; else it is the one that keepalived would elect.
+    type: str
+    default: ""
 author:
   - The ctsync authors
 """
@@ -48,10 +53,10 @@ RETURN = r"""
 _value:
   description:
     - C(verdict) (V(READY), V(DEGRADED) or V(NOT READY)) with C(reasons); C(active) and C(standby), the names of the
-      nodes or empty when it is not clear; C(obstacles), why the standby should not be made active now; C(lines), a
-      table.
+      nodes or empty when it is not clear; C(standbys), all nodes that wait; C(obstacles), why the standby should not be
+      made active now; C(lines), a table.
   type: dict
-  sample: {verdict: READY, reasons: [], active: fw1, standby: fw2, obstacles: [], lines: [READY - fw2 could take over]}
+  sample: {verdict: READY, reasons: [], active: fw1, standby: fw2, standbys: [fw2], obstacles: [], lines: [READY]}
 """
 
 from typing import Any, Mapping, Sequence
@@ -71,11 +76,14 @@ def node_of(result: Any) -> Mapping[str, Any]:
     return dict(facts)
 
 
-def pair_status(hosts: Sequence[str], hostvars: Mapping[str, Any], variable: str = "ctsync_asked") -> dict[str, Any]:
+def pair_status(
+    hosts: Sequence[str], hostvars: Mapping[str, Any], variable: str = "ctsync_asked", target: str = ""
+) -> dict[str, Any]:
     """See DOCUMENTATION. Raises AnsibleFilterError when the input is not what it should be."""
     if isinstance(hosts, (str, bytes)) or not isinstance(hosts, Sequence):
         raise AnsibleFilterError("pair_status: the input is not a list of host names")
-    return _pair.judge({str(host): node_of((hostvars.get(host) or {}).get(variable)) for host in hosts})
+    nodes = {str(host): node_of((hostvars.get(host) or {}).get(variable)) for host in hosts}
+    return _pair.judge(nodes, str(target or ""))
 
 
 class FilterModule:

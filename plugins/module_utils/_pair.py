@@ -1,7 +1,7 @@
 # Copyright: (c) 2026, The ctsync authors
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The pair as a whole, out of what each node says of itself. Pure functions.
+"""The pair, or group of more nodes, as a whole, out of what each node says of itself. Pure functions.
 
 This module is private to the collection and runs on the controller (filters). A node is what ha_facts returns with the
 subsets host, role, sync and vrrp; one that could not be asked has a ``problem`` instead.
@@ -27,16 +27,18 @@ class KeyState(NamedTuple):
     send: int
 
 
-def judge(nodes: Mapping[str, Mapping[str, Any]]) -> Dict[str, Any]:
-    """The verdict of the pair.
+def judge(nodes: Mapping[str, Mapping[str, Any]], target: str = "") -> Dict[str, Any]:
+    """The verdict of the pair, or of a group of more nodes.
 
     ``verdict`` and ``reasons`` are for people: everything that should be mended. ``obstacles`` is narrower: why the
-    standby should not be made active now. ``active`` and ``standby`` are empty when it is not clear which node is.
-    ``lines`` is a table with the reasons below it.
+    standby should not be made active now. ``active`` and ``standby`` are empty when it is not clear which node is; of
+    several nodes that wait ``standby`` is ``target``, or else the one that keepalived would elect, and ``standbys`` are
+    all of them in that order. ``lines`` is a table with the reasons below it.
     """
     active = [host for host, node in nodes.items() if node.get("role") == "active"]
     standby = [host for host, node in nodes.items() if node.get("role") == "backup"]
-    clear = len(active) == 1 and len(standby) == 1 and len(nodes) == 2
+    standby.sort(key=lambda host: (host != target, *_election(nodes[host])))
+    clear = len(active) == 1 and len(standby) >= 1 and len(active) + len(standby) == len(nodes)
     grave = _grave(nodes, active)
     light: List[str] = []
     for host, node in nodes.items():
@@ -50,10 +52,22 @@ def judge(nodes: Mapping[str, Mapping[str, Any]]) -> Dict[str, Any]:
         "reasons": grave + light + differing,
         "active": active[0] if clear else "",
         "standby": standby[0] if clear else "",
+        "standbys": standby if clear else [],
         "obstacles": grave + light + (_preemption(nodes, active[0], standby[0]) if clear else []),
     }
     result["lines"] = _lines(nodes, result)
     return result
+
+
+def _election(node: Mapping[str, Any]) -> Sequence[Any]:
+    """Sorts first what keepalived would rather elect."""
+    ready = ((node.get("sync") or {}).get("verdict")) in (READY, DEGRADED)
+    return (not ready, -_priority(node))
+
+
+def _priority(node: Mapping[str, Any]) -> int:
+    instances = (node.get("vrrp") or {}).get("instances") or ()
+    return max((entry.get("priority") or 0 for entry in instances), default=0)
 
 
 def _grave(nodes: Mapping[str, Mapping[str, Any]], active: Sequence[str]) -> List[str]:
@@ -83,7 +97,7 @@ def _grave(nodes: Mapping[str, Mapping[str, Any]], active: Sequence[str]) -> Lis
 
 
 def _different(nodes: Mapping[str, Mapping[str, Any]]) -> List[str]:
-    """In what the two nodes are not alike, and should be."""
+    """In what the nodes are not alike, and should be."""
     asked = {host: node for host, node in nodes.items() if not node.get("problem")}
     if len(asked) < 2:
         return []
@@ -102,18 +116,18 @@ def _different(nodes: Mapping[str, Mapping[str, Any]]) -> List[str]:
 
 def _preemption(nodes: Mapping[str, Mapping[str, Any]], active: str, standby: str) -> List[str]:
     """With preemption the virtual IPs would come back at once to the node of the higher priority."""
-    priority = {}
-    for host in (active, standby):
+    others = [active] + [host for host in nodes if host not in (active, standby)]
+    reasons = []
+    for host in others:
         instances = (nodes[host].get("vrrp") or {}).get("instances") or ()
-        priority[host] = max((entry.get("priority") or 0 for entry in instances), default=0)
-        if host == active and not any(entry.get("nopreempt") is False for entry in instances):
-            return []
-    if priority[active] <= priority[standby]:
-        return []
-    return [
-        f"{active} has the higher priority and keepalived_nopreempt is false: it would take the virtual IPs back at"
-        " once; set keepalived_nopreempt to true"
-    ]
+        preempts = any(entry.get("nopreempt") is False for entry in instances)
+        if preempts and _priority(nodes[host]) > _priority(nodes[standby]):
+            back = "back " if host == active else ""
+            reasons.append(
+                f"{host} has the higher priority and keepalived_nopreempt is false: it would take the virtual IPs"
+                f" {back}at once; set keepalived_nopreempt to true"
+            )
+    return reasons
 
 
 def _each(values: Mapping[str, Any]) -> str:
@@ -126,9 +140,10 @@ def _numbers(ids: Sequence[int]) -> str:
 
 def _lines(nodes: Mapping[str, Mapping[str, Any]], result: Mapping[str, Any]) -> List[str]:
     if result["verdict"] == READY:
-        first = f"READY - {result['standby']} could take over from {result['active']} now"
+        waiting = " or ".join(result["standbys"])
+        first = f"READY - {waiting} could take over from {result['active']} now"
     elif result["verdict"] == DEGRADED:
-        first = "DEGRADED - the pair works, but this should be mended"
+        first = f"DEGRADED - the {'pair' if len(nodes) == 2 else 'group'} works, but this should be mended"
     else:
         first = "NOT READY - a failure now would lose sessions or be an outage"
     rows = [HEADINGS] + [_row(host, node) for host, node in nodes.items()]
@@ -209,16 +224,19 @@ def key_state(node: Mapping[str, Any]) -> KeyState:
     return KeyState(tuple(sorted(int(number) for number in known.get("keys") or {})), int(known.get("send_key") or 0))
 
 
-def rotation_step(own: KeyState, peer: KeyState, new: int) -> KeyState:
-    """The next keys of one node on the way to ``new`` alone, such that both nodes understand each other all the time.
+def rotation_step(own: KeyState, peers: Sequence[KeyState], new: int) -> KeyState:
+    """The next keys of one node on the way to ``new`` alone, such that all nodes understand each other all the time.
 
-    A node sends with the new key as soon as its peer accepts it, and forgets an old one when its peer sends with the
-    new one. Taking turns, from whatever state, both have arrived after four steps.
+    A node sends with the new key as soon as all its peers accept it, and forgets an old one when all of them send with
+    the new one. Taking turns, from whatever state, two nodes have arrived after two turns each, more after three.
     """
     ids = {new}
-    if peer.send != new:
-        ids |= set(own.ids) | ({peer.send} if peer.send else set())
-    if new in peer.ids or not peer.ids:
+    if any(peer.send != new for peer in peers):
+        ids |= set(own.ids) | {peer.send for peer in peers if peer.send}
+    accepting = [set(peer.ids) for peer in peers if peer.ids]
+    if all(new in accepted for accepted in accepting):
         return KeyState(tuple(sorted(ids)), new)
-    send = own.send if own.send in peer.ids else peer.send
+    understood = set.intersection(*accepting)
+    choices = [own.send, *(peer.send for peer in peers)]
+    send = next((number for number in choices if number in understood), own.send or new)
     return KeyState(tuple(sorted(ids | {send})), send)

@@ -20,7 +20,7 @@ from . import _keepalived, _options, _ruleset, _vrrp_numbers
 
 MINIMUM_PYTHON = (3, 9)
 MINIMUM_KEY_BYTES = 32
-NODES = 2  # what this version of the daemon replicates between
+NODES = range(2, 9)  # how many the daemon replicates between
 CLOCK_SKEW_S = 30.0
 # set by the role kernel on both nodes, whatever they are now
 ROLE_SYSCTLS = (
@@ -185,12 +185,12 @@ class _Group:
         return [f"{', '.join(names)}: {sentence}" if names[0] else sentence for sentence, names in hosts.items()]
 
     def check(self) -> List[str]:
-        if len(self.nodes) != NODES:
+        if len(self.nodes) not in NODES:
             names = ", ".join(self.nodes) or "no host"
             self.say(
                 "",
-                f"the group of firewalls has {len(self.nodes)} hosts ({names}), and this version replicates between"
-                f" exactly {NODES}: list both nodes of one pair in it",
+                f"the group of firewalls has {len(self.nodes)} hosts ({names}), and ctsyncd replicates between"
+                f" {NODES.start} to {NODES.stop - 1}: list the nodes that share the virtual IPs in it",
             )
         for host in self.nodes:
             self.vips[host] = self._virtual_ips(host)

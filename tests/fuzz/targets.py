@@ -487,7 +487,7 @@ def _engine(
     )
     ignore = ("192.168.100.0/24", "fd00:1::/64")
     settings = Settings(mode=mode, ignore=ignore, table_limit=TABLE_LIMIT, max_expectations=EXPECTATION_LIMIT)
-    one = engine.Engine(settings, made, 0.0)
+    one = engine.Engine(settings, [made], 0.0)
     one.set_addresses(OWN)
     return one
 
@@ -508,28 +508,28 @@ class Peer:
         self._number = 0
         self._sender = b""
         self.hello(wire.encode_hello(wire.Hello(_ECHO, "fw2", 0, "0")))
-        check(self.engine.session.established, "the handshake works")
+        check(self.engine.peers[0].session.established, "the handshake works")
 
     def hello(self, plaintext: bytes) -> None:
         sender = next(self._nonces).to_bytes(wire.NONCE_BYTES // 2, "big") * 2
-        plaintext = plaintext.replace(_ECHO, self.engine.session._hello.nonce)
+        plaintext = plaintext.replace(_ECHO, self.engine.peers[0].session._hello.nonce)
         header = wire.encode_header(wire.HELLO, 1, sender, 0)
-        self.engine.receive(header + bytes(wire.DIGEST_BYTES) + plaintext + bytes(wire.TAG_BYTES), self.now)
-        known = self.engine.session._established
+        self.engine.receive(0, header + bytes(wire.DIGEST_BYTES) + plaintext + bytes(wire.TAG_BYTES), self.now)
+        known = self.engine.peers[0].session._established
         if known is not None and known.peer_nonce == sender:
             self._sender, self._number = sender, 0
 
     def data(self, frames: bytes) -> None:
-        if not self.engine.session.established:  # it was told that it is in a state of the past
+        if not self.engine.peers[0].session.established:  # it was told that it is in a state of the past
             self.hello(wire.encode_hello(wire.Hello(_ECHO, "fw2", 0, "0")))
         header = wire.encode_header(wire.DATA, 1, self._sender, self._number)
         self._number += 1
-        self.engine.receive(header + bytes(wire.DIGEST_BYTES) + frames + bytes(wire.TAG_BYTES), self.now)
+        self.engine.receive(0, header + bytes(wire.DIGEST_BYTES) + frames + bytes(wire.TAG_BYTES), self.now)
 
     def turn(self, chance: random.Random) -> None:
         """What the daemon does after input: datagrams, requests to the kernel and their results."""
         one = self.engine
-        out = one.poll(self.now)
+        out = one.poll(self.now)[0]
         check(len(out) <= 2 * WINDOW_BLOCKS + 64, f"{len(out)} datagrams at once")
         check(all(len(datagram) <= PAYLOAD for datagram in out), "no datagram is longer than configured")
         if one.dump is not None:
@@ -544,7 +544,7 @@ class Peer:
                 one.kernel_results(job, carried_out(job, chance))
         else:
             raise AssertionError("requests to the kernel breed requests without end")
-        check(len(one.session._out) == 0, "everything was handed out")
+        check(len(one.peers[0].session._out) == 0, "everything was handed out")
 
     def _look_after_helpers(self, chance: random.Random) -> None:
         helpers = self.engine.helpers
@@ -571,13 +571,14 @@ class Peer:
         check(len(source._orphans) <= 1024 and len(source.asks) < 10_000, "and those of no flow")
         check(sum(map(len, source._of.values())) == len(source._known), "the index has what the table has")
         check(sum(map(len, replicas._of.values())) == len(replicas._table), "on the other side, too")
-        one, known = self.engine, self.engine.session._established
-        check(len(one.cache) <= TABLE_LIMIT and len(one.pending) <= TABLE_LIMIT, "the tables keep their bounds")
+        one, known = self.engine, self.engine.peers[0].session._established
+        waiting = len(one.peers[0].pending)
+        check(len(one.cache) <= TABLE_LIMIT and waiting <= TABLE_LIMIT, "the tables keep their bounds")
         check(len(one.source.announced) <= 1000 + TABLE_LIMIT, "so does the set of what was announced")
         noted = (one.copies.asked, one.copies.outdated, one.copies.refused, one.copies._others)
         check(all(len(keys) <= TABLE_LIMIT for keys in noted), "and what is noted of the kernel's copies")
-        check(len(one.prover._wanted) <= 4, "comparisons that wait are few")
-        check(len(one.counters) < 120 and len(one.session.counters) < 40, "no input makes up counters")
+        check(len(one.provers[0]._wanted) <= 4, "comparisons that wait are few")
+        check(len(one.counters) < 120 and len(one.peers[0].session.counters) < 40, "no input makes up counters")
         if known is not None:
             check(len(known.early) <= WINDOW_BLOCKS, "blocks ahead are bounded by the credit given")
             check(len(known.parts) <= WINDOW_BLOCKS, "so are blocks that come in parts")
@@ -637,7 +638,7 @@ def session_grammar() -> Grammar:
 
 def _numbered(one: engine.Engine, frames: bytes, what: int) -> bytes:
     """Often the block at the beginning gets the number that the engine waits for, or one near it."""
-    known = one.session._established
+    known = one.peers[0].session._established
     if known is None or what < 100 or len(frames) < 11 or frames[0] != wire.FRAME_BLOCK:
         return frames
     return frames[:3] + struct.pack("!Q", known.expected + max(0, what - 250)) + frames[11:]
@@ -650,7 +651,7 @@ def _session_runner(mode: str) -> Runner:
     def run(data: bytes) -> bool:
         what, rest = (data[0], data[1:]) if data else (9, b"")
         chance = random.Random(zlib.crc32(data))
-        taken = peer.engine.session.counters["blocks_received"]
+        taken = peer.engine.peers[0].session.counters["blocks_received"]
         peer.now += 0.003
         if what == _DO_HELLO:
             peer.hello(rest)
@@ -662,7 +663,7 @@ def _session_runner(mode: str) -> Runner:
             ended = [flow.key] if chance.random() < 0.5 else []
             peer.engine.kernel_changes(changes([flow] if chance.random() < 0.7 else [], ended), peer.now)
         elif what == _DO_BARE:  # records in a block of the right number
-            known = peer.engine.session._established
+            known = peer.engine.peers[0].session._established
             peer.data(wire.encode_block(known.expected if known else next(block), rest[:9000]))
         else:
             if what == _DO_ROLE:
@@ -680,7 +681,7 @@ def _session_runner(mode: str) -> Runner:
                 shown(flow)
             peer.engine.verdict(peer.now)
             json.dumps(peer.engine.peer_status(peer.now))
-        return peer.engine.session.counters["blocks_received"] > taken
+        return peer.engine.peers[0].session.counters["blocks_received"] > taken
 
     return run
 
@@ -723,11 +724,11 @@ def _exchange() -> _Exchange:
             now += 0.05
             if step == 20:
                 two.kernel_changes(changes((FLOWS[0], FLOWS[2])), now)
-            for datagram in two.poll(now):
-                one.receive(datagram, now)
+            for datagram in two.poll(now)[0]:
+                one.receive(0, datagram, now)
                 dead.append(datagram)
-            for datagram in one.poll(now):
-                two.receive(datagram, now)
+            for datagram in one.poll(now)[0]:
+                two.receive(0, datagram, now)
                 dead.append(datagram)
             if two.dump is not None:
                 two.dump_slice(changes(FLOWS), now)
@@ -739,7 +740,7 @@ def _exchange() -> _Exchange:
     check(len(one.cache) >= 5 and one.complete, "the exchange replicated something")
     for name, secret in (("fw2", bytes(32)), ("fw3", SECRET)):
         stranger = _engine(name, "fw1", crypt, 40, secret=secret)
-        dead += stranger.poll(1.0)
+        dead += stranger.poll(1.0)[0]
     unique = list(dict.fromkeys(dead))
     return _Exchange(one, two, unique)
 
@@ -757,7 +758,7 @@ def sealed_grammar() -> Grammar:
 
 
 def _state(one: engine.Engine) -> tuple[Any, ...]:
-    known = one.session._established
+    known = one.peers[0].session._established
     part: tuple[Any, ...] = ()
     if known is not None:
         part = (id(known), known.highest, known.seen, known.expected, len(known.early), known.limit, known.next_block)
@@ -765,15 +766,15 @@ def _state(one: engine.Engine) -> tuple[Any, ...]:
         *part,
         [(replica, one.copies.held(replica.key)) for replica in one.cache.items()],
         *(
-            len(one.pending),
+            len(one.peers[0].pending),
             len(one.replicas.jobs),
             one.dump,
             one.complete,
             one.role,
-            one.peer.status,
-            one.session.last_seen,
+            one.peers[0].status,
+            one.peers[0].session.last_seen,
         ),
-        one.session._hello.nonce,
+        one.peers[0].session._hello.nonce,
     )
 
 
@@ -783,26 +784,26 @@ def sealed_runner() -> Runner:
     The peer is silent and the session doubted, which is what the first datagram of another session does.
     """
     one = _exchange().engine
-    nonce = one.session._hello.nonce
+    nonce = one.peers[0].session._hello.nonce
     other = wire.encode_header(wire.DATA, 1, bytes(wire.NONCE_BYTES), 0) + bytes(wire.DIGEST_BYTES + wire.TAG_BYTES)
-    one.receive(other, 300.0)
-    check(one.session._hello.nonce != nonce and len(one.session._out) == 1, "the session is doubted")
-    one.session._out.clear()
+    one.receive(0, other, 300.0)
+    check(one.peers[0].session._hello.nonce != nonce and len(one.peers[0].session._out) == 1, "the session is doubted")
+    one.peers[0].session._out.clear()
     before = _state(one)
     moment = [300.0]
 
     def run(data: bytes) -> bool:
-        counters = one.session.counters
+        counters = one.peers[0].session.counters
         dropped = sum(count for name, count in counters.items() if name.startswith("dropped_"))
         hellos = counters["hellos_received"]
         moment[0] += 0.07
-        one.receive(data, moment[0])
+        one.receive(0, data, moment[0])
         heard = counters["hellos_received"] > hellos  # a true HELLO of the past: heard, perhaps answered, no more
         now_dropped = sum(count for name, count in counters.items() if name.startswith("dropped_"))
         check(heard or now_dropped == dropped + 1, "what is dropped is counted")
         check(_state(one) == before, "a datagram that fails authentication changed the state")
-        check(len(one.session._out) <= 1, "at most one answer")
-        one.session._out.clear()
+        check(len(one.peers[0].session._out) <= 1, "at most one answer")
+        one.peers[0].session._out.clear()
         return False
 
     return run
@@ -971,7 +972,7 @@ def expectations_runner() -> Runner:
 
 
 def _all_received(one: engine.Engine) -> wire.Ack:
-    known = one.session._established
+    known = one.peers[0].session._established
     number = known.next_block if known is not None else 0
     return wire.Ack(number, number + WINDOW_BLOCKS, 0)
 
@@ -1107,7 +1108,8 @@ def control_runner() -> Runner:
     one._recorder.note(0.0, "start")
     one._event_buffer = 1
     one._events = one._fifo = SimpleNamespace(malformed=0, garbage=0)  # type: ignore[assignment]
-    one._link = SimpleNamespace(counters={}, is_open=True)  # type: ignore[assignment]
+    one._recorder = SimpleNamespace(lines=lambda *_args, **_options: iter(("line",)))  # type: ignore[assignment]
+    one._links = [SimpleNamespace(counters={}, is_open=True, interface="eth2", refused="")]  # type: ignore[list-item]
     one._helpers = SimpleNamespace(counters={}, statistics=dict)  # type: ignore[assignment]
     one._internal = lambda line: iter((b"", None, line(FLOWS[0], 1).encode() + b"\n"))  # type: ignore[method-assign]
     server = control.ControlServer("/nonexistent", one._command)
@@ -1116,7 +1118,7 @@ def control_runner() -> Runner:
     def run(data: bytes) -> bool:
         peer = Peer()
         peer.data(wire.encode_block(0, _flow_record(FLOWS[0])))
-        one._engine, one._session = peer.engine, peer.engine.session
+        one._engine, one._sessions = peer.engine, [peer.engine.peers[0].session]
         sock = _ClientSocket(data)
         client = control._Client(sock, 5.0)  # type: ignore[arg-type]
         server._clients = {9: client}
@@ -1244,7 +1246,7 @@ def config_runner() -> Runner:
             check(sum(map(len, error.problems)) <= 2000 + 400 * len(data), "it says so in reasonable length")
             str(error).encode("utf-8", "backslashreplace")
             return False
-        engine.Engine(Settings(ignore=tuple(map(str, found.ignore_addresses))), _QUIET, 0.0)
+        engine.Engine(Settings(ignore=tuple(map(str, found.ignore_addresses))), [_QUIET], 0.0)
         check(all(len(peer.addresses) == len(found.links) for peer in found.peers), "each link has its address")
         for vip in (*found.virtual_ips, *found.links):
             check(1 <= len(vip.interface.encode()) <= 15 and len(vip.packed) in (4, 16), "interfaces and addresses fit")
@@ -1256,7 +1258,7 @@ def config_runner() -> Runner:
     return run
 
 
-_QUIET = Peer().engine.session
+_QUIET = Peer().engine.peers[0].session
 
 
 def key_grammar() -> Grammar:

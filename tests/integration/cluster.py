@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Sequence
 
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils import _zipapp, ctsyncd
-from integration.netns import Namespace, Pair, wait_for
+from integration.netns import Namespace, Pair, last_octet, wait_for
 
 PACKAGE = Path(__file__).resolve().parents[2] / "plugins" / "module_utils"
 VIPS = (("eth1", "192.168.0.100"), ("eth0", "192.168.1.100"), ("eth1", "fd00:c0de::100"), ("eth0", "fd00:c0de:1::100"))
@@ -34,11 +34,13 @@ class Daemon:
         home: Path,
         key: Path,
         sync: Sequence[tuple[str, str]] = (("eth2", "192.168.100."),),
+        *,
+        count: int = 2,
         **options: Any,
     ) -> None:
-        """``sync``: interface and beginning of the addresses of each sync link."""
+        """``sync``: interface and beginning of the addresses of each sync link.  ``count``: firewalls there are."""
         number = int(space.label[-1])
-        peer = 3 - number
+        peers = [other for other in range(1, count + 1) if other != number]
         self.space = space
         self.home = home
         self.process: subprocess.Popen[Any] | None = None
@@ -48,12 +50,15 @@ class Daemon:
         home.mkdir()
         os.mkfifo(home / "fifo")
         (home / "not-ready").write_text("1\n", encoding="ascii")
-        links = [{"interface": interface, "address": f"{net}{number}"} for interface, net in sync]
-        theirs = [f"{net}{peer}" for _interface, net in sync]
+        links = [{"interface": interface, "address": f"{net}{last_octet(number)}"} for interface, net in sync]
+        theirs = {peer: [f"{net}{last_octet(peer)}" for _interface, net in sync] for peer in peers}
         one = len(links) == 1
         config = {
             "node": f"fw{number}",
-            "peers": [{"node": f"fw{peer}", **({"address": theirs[0]} if one else {"addresses": theirs})}],
+            "peers": [
+                {"node": f"fw{peer}", **({"address": ends[0]} if one else {"addresses": ends})}
+                for peer, ends in theirs.items()
+            ],
             **({"link": links[0]} if one else {"links": links}),
             "virtual_ips": [{"interface": interface, "address": address} for interface, address in VIPS],
             "keys": {"1": str(key)},
@@ -203,8 +208,9 @@ class Cluster:
         key.write_bytes(base64.b64encode(secrets.token_bytes(32)))
         key.chmod(0o600)
         self.pair = pair
-        self.fw1 = Daemon(pair.fw1, home / "fw1", key, **options)
-        self.fw2 = Daemon(pair.fw2, home / "fw2", key, **options)
+        count = len(pair.firewalls)
+        self.daemons = [Daemon(space, home / space.label, key, count=count, **options) for space in pair.firewalls]
+        self.fw1, self.fw2 = self.daemons[:2]
         self.stack = contextlib.ExitStack()
         self.listener = self.stack.enter_context(pair.b.listen("192.168.1.3", 5001))
         self.listener6 = self.stack.enter_context(pair.b.listen("fd00:c0de:1::3", 5001))
@@ -302,7 +308,7 @@ class Cluster:
         victim.start()
 
     def close(self) -> None:
-        for daemon in (self.fw1, self.fw2):
+        for daemon in self.daemons:
             if daemon.process is not None and daemon.process.poll() is None:
                 daemon.kill()
         self.stack.close()

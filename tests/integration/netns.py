@@ -203,8 +203,14 @@ def net() -> Iterator[Net]:
         made.close()
 
 
+def last_octet(number: int) -> int:
+    """Of the addresses of firewall ``number``; 3 is that of a and b."""
+    return number if number < 3 else number + 1
+
+
 class Pair:
-    """The test case's topology: a -- (fw1 | fw2) -- b over the bridges of a switch namespace, and a sync link.
+    """The test case's topology: a -- (fw1 | fw2) -- b over the bridges of a switch namespace, and a sync link; with
+    more than two firewalls a bridge for it.
 
     Addresses and interface names are those of the lab.  The firewalls have its six rules, the same for IPv6, and beyond
     them: UDP and echo requests from the inside; DNAT of port 8080 of the outside VIPs to port 80 of a; DNAT of
@@ -214,19 +220,19 @@ class Pair:
 
     VIPS = (("eth1", "192.168.0.100/24", "fd00:c0de::100/64"), ("eth0", "192.168.1.100/24", "fd00:c0de:1::100/64"))
 
-    def __init__(self, made: Net) -> None:
+    def __init__(self, made: Net, firewalls: int = 2) -> None:
         self.net = made
         self.switch = made.namespace("sw")
         self.a = made.namespace("a")
         self.b = made.namespace("b")
-        self.fw1 = made.namespace("fw1")
-        self.fw2 = made.namespace("fw2")
-        for bridge in ("inside", "outside"):
+        self.firewalls = [made.namespace(f"fw{number + 1}") for number in range(firewalls)]
+        self.fw1, self.fw2 = self.firewalls[:2]
+        for bridge in ("inside", "outside", "sync"):
             self.switch.ip("link", "add", bridge, "up", "type", "bridge", "stp_state", "0", "mcast_snooping", "0")
         self._host(self.a, "inside", "192.168.0.3/24", "fd00:c0de::3/64")
         self._host(self.b, "outside", "192.168.1.3/24", "fd00:c0de:1::3/64")
         self._sync_link()
-        for number, firewall in enumerate((self.fw1, self.fw2), 1):
+        for number, firewall in enumerate(self.firewalls, 1):
             self._port(firewall, "eth1", "inside")
             self._port(firewall, "eth0", "outside")
             for interface, v4, v6 in (
@@ -234,7 +240,8 @@ class Pair:
                 ("eth0", "192.168.1", "fd00:c0de:1:"),
                 ("eth2", "192.168.100", "fd00:c0de:64:"),
             ):
-                self._address(firewall, interface, f"{v4}.{number}/24", f"{v6}:{number}/64")
+                last = last_octet(number)
+                self._address(firewall, interface, f"{v4}.{last}/24", f"{v6}:{last}/64")
             firewall.sysctl({"net/ipv4/ip_forward": "1", "net/ipv6/conf/all/forwarding": "1", **CONNTRACK_SYSCTLS})
             firewall.run(
                 "iptables-restore", stdin=_rules("192.168.0.3", "192.168.1.100", "192.168.1.3", "192.168.1.200")
@@ -245,8 +252,12 @@ class Pair:
             )
 
     def _sync_link(self) -> None:
-        """The wire between eth2 of both firewalls."""
-        self.net.link(self.fw1, "eth2", self.fw2, "eth2")
+        """The wire between eth2 of both firewalls; of more than two, a bridge."""
+        if len(self.firewalls) == 2:
+            self.net.link(self.fw1, "eth2", self.fw2, "eth2")
+            return
+        for firewall in self.firewalls:
+            self._port(firewall, "eth2", "sync")
 
     def _port(self, node: Namespace, interface: str, bridge: str) -> None:
         port = f"{node.label}-{interface}"
@@ -309,7 +320,7 @@ def _rules(inside: str, vip: str, outside: str, alias: str) -> str:
 
 
 @contextlib.contextmanager
-def pair() -> Iterator[Pair]:
+def pair(firewalls: int = 2) -> Iterator[Pair]:
     """The test case's topology, removed at the end whatever happened."""
     with net() as made:
-        yield Pair(made)
+        yield Pair(made, firewalls)

@@ -43,13 +43,21 @@ class Node:
     """A firewall with a keepalived of its own: files in ``directory``, nothing of the machine's.
 
     ``daemon``: the directory of a daemon that reads the FIFO ``fifo`` there and writes the track file ``not-ready``;
-    without one the test does both.
+    without one the test does both.  ``others``: numbers of the other firewalls.
     """
 
     def __init__(
-        self, space: netns.Namespace, directory: Path, number: int, priority: int, daemon: Path | None = None
+        self,
+        space: netns.Namespace,
+        directory: Path,
+        number: int,
+        priority: int,
+        daemon: Path | None = None,
+        *,
+        others: tuple[int, ...] = (),
     ) -> None:
         self.space = space
+        self.others = others or (3 - number,)
         self.number = number
         self.priority = priority
         self.directory = directory
@@ -66,7 +74,6 @@ class Node:
 
     def options(self, ipv6: bool = False, **more: Any) -> dict[str, Any]:
         """The module's options for the lab's virtual IPs."""
-        other = 3 - self.number
         rows = [("eth1", 51, "192.168.0.{}", 24), ("eth0", 52, "192.168.1.{}", 24)]
         if ipv6:
             rows += [("eth1", 51, "fd00:c0de::{}", 64), ("eth0", 52, "fd00:c0de:1::{}", 64)]
@@ -75,8 +82,8 @@ class Node:
                 "interface": interface,
                 "router_id": router,
                 "virtual_ips": [f"{net.format(100)}/{length}"],
-                "unicast_src_ip": net.format(self.number),
-                "unicast_peers": [net.format(other)],
+                "unicast_src_ip": net.format(netns.last_octet(self.number)),
+                "unicast_peers": [net.format(netns.last_octet(other)) for other in self.others],
             }
             for interface, router, net, length in rows
         ]

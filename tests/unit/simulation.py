@@ -1,7 +1,7 @@
 # Copyright: (c) 2026, The ctsync authors
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Two engines, two model kernels, a bad wire and a clock that nobody waits for.
+"""Two engines or more, as many model kernels, a bad wire and a clock that nobody waits for.
 
 :class:`Kernel` follows ctnetlink where the engine depends on it: a create is refused if the original or the reply tuple
 is taken, an update cannot clear status bits, events leave out what did not change, and a node hears no events of what
@@ -12,6 +12,7 @@ for replays.  :class:`RecordingCrypto` fails the test at once when a nonce is us
 from __future__ import annotations
 
 import errno
+import functools
 import heapq
 import ipaddress
 import random
@@ -112,7 +113,10 @@ class RecordingCrypto:
 
 
 class Wire:
-    """The sync link.  Probabilities and the longest extra delay may be changed at any time."""
+    """The sync link.  Probabilities and the longest extra delay may be changed at any time.
+
+    ``parted``: pairs of nodes that do not hear each other.
+    """
 
     def __init__(self, chance: random.Random) -> None:
         self.loss = self.duplication = self.corruption = 0.0
@@ -121,14 +125,15 @@ class Wire:
         self.deaf = ""  # the node that nothing gets to
         self.longest = 1 << 16  # bytes; longer datagrams vanish
         self.delay_s = 0.0005
+        self.parted: set[frozenset[str]] = set()
         self.sent: list[tuple[str, bytes]] = []  # (to, datagram) of everything ever sent
         self._chance = chance
-        self._queue: list[tuple[float, int, str, bytes]] = []
+        self._queue: list[tuple[float, int, str, bytes, str]] = []
         self._number = 0
 
-    def send(self, to: str, datagram: bytes, now: float) -> None:
+    def send(self, to: str, datagram: bytes, now: float, sender: str = "") -> None:
         self.sent.append((to, datagram))
-        if self.cut or to == self.deaf or len(datagram) > self.longest:
+        if self.cut or to == self.deaf or len(datagram) > self.longest or frozenset((to, sender)) in self.parted:
             return
         for _copy in range(1 + (self._chance.random() < self.duplication)):
             if self._chance.random() < self.loss:
@@ -137,17 +142,20 @@ class Wire:
             if self._chance.random() < self.corruption:
                 place = self._chance.randrange(len(copy))
                 copy = copy[:place] + bytes((copy[place] ^ 1 << self._chance.randrange(8),)) + copy[place + 1 :]
-            self.inject(to, copy, now + self.delay_s + self._chance.random() * self.jitter_s)
+            self.inject(to, copy, now + self.delay_s + self._chance.random() * self.jitter_s, sender)
 
-    def inject(self, to: str, datagram: bytes, at: float) -> None:
+    def inject(self, to: str, datagram: bytes, at: float, sender: str = "") -> None:
+        """``sender``: the node whose address it comes from; the only peer's if it is not said."""
         self._number += 1
-        heapq.heappush(self._queue, (at, self._number, to, datagram))
+        heapq.heappush(self._queue, (at, self._number, to, datagram, sender))
 
     def arrived(self, now: float) -> list[tuple[str, bytes]]:
+        return [(to, datagram) for to, datagram, _sender in self.arrived_from(now)]
+
+    def arrived_from(self, now: float) -> list[tuple[str, bytes, str]]:
         out = []
         while self._queue and self._queue[0][0] <= now:
-            _at, _number, to, datagram = heapq.heappop(self._queue)
-            out.append((to, datagram))
+            out.append(heapq.heappop(self._queue)[2:])
         return out
 
     def next_arrival(self) -> float:
@@ -376,8 +384,8 @@ class Node:
             self.engine.set_role(role, now)
             self.kernel.followed = self.engine.follows
 
-    def turn(self, now: float) -> list[bytes]:
-        """One turn of the daemon's loop, in its order."""
+    def turn(self, now: float) -> list[list[bytes]]:
+        """One turn of the daemon's loop, in its order; what it sends to each of its peers."""
         if self.engine is None:
             return []
         self.engine.kernel_changes(self.kernel.take_events(), now)
@@ -461,9 +469,11 @@ def replicable(flow: Flow) -> bool:
 
 
 class Simulation:
-    """fw1 and fw2, the wires between them (``wire`` is the first one), the clock."""
+    """fw1, fw2 (and more), the wires between them (``wire`` is the first one), the clock."""
 
-    def __init__(self, seed: int = 0, settings: Settings | None = None, links: int = 1, **session: Any) -> None:
+    def __init__(
+        self, seed: int = 0, settings: Settings | None = None, links: int = 1, nodes: int = 2, **session: Any
+    ) -> None:
         self.now = 1000.0
         self.settings = settings or Settings(park_timeout_s=86_400)
         self.chance = random.Random(seed)
@@ -471,24 +481,33 @@ class Simulation:
         self.wires = [Wire(self.chance) for _link in range(links)]
         self.wire = self.wires[0]
         self.session = {"secrets": {1: SECRET}, "send_key": 1, "payload": 600, **session}
-        self.fw1 = Node("fw1", lambda now: self._engine("fw1", "fw2", now))
-        self.fw2 = Node("fw2", lambda now: self._engine("fw2", "fw1", now))
-        self.nodes = {"fw1": self.fw1, "fw2": self.fw2}
+        names = [f"fw{number + 1}" for number in range(nodes)]
+        self.nodes = {name: Node(name, functools.partial(self._engine, name)) for name in names}
+        self.fw1, self.fw2 = self.nodes["fw1"], self.nodes["fw2"]
 
-    def _engine(self, name: str, peer: str, now: float) -> Engine:
-        options: dict[str, Any] = dict(self.session)
-        if len(self.wires) > 1:
-            names = [(f"eth{2 + link}", 4) for link in range(len(self.wires))]
-            options["paths"] = Paths(names, payload=options["payload"])
-        session = Session(name, peer, crypto=self.crypto, random=self.chance.randbytes, version="0", now=now, **options)
-        return Engine(self.settings, session, now)
+    def peers(self, name: str) -> list[str]:
+        """Whom a node knows, in the order of its configuration."""
+        return [other for other in self.nodes if other != name]
+
+    def _engine(self, name: str, now: float) -> Engine:
+        sessions = []
+        for peer in self.peers(name):
+            options: dict[str, Any] = dict(self.session)
+            if len(self.wires) > 1:
+                names = [(f"eth{2 + link}", 4) for link in range(len(self.wires))]
+                options["paths"] = Paths(names, payload=options["payload"])
+            random_bytes = self.chance.randbytes
+            sessions.append(
+                Session(name, peer, crypto=self.crypto, random=random_bytes, version="0", now=now, **options)
+            )
+        return Engine(self.settings, sessions, now)
 
     def start(self) -> Simulation:
-        """Both daemons; fw1 is active, and fw2 is complete."""
+        """All daemons; fw1 is active, and the others are complete."""
         self.fw1.role = readiness.ACTIVE
-        self.fw1.start(self.now)
-        self.fw2.start(self.now)
-        self.run_until(lambda: self.fw2.up.complete)
+        for node in self.nodes.values():
+            node.start(self.now)
+        self.run_until(lambda: all(node.up.complete for node in self.nodes.values() if node is not self.fw1))
         return self
 
     def turn(self) -> None:
@@ -499,17 +518,16 @@ class Simulation:
         ]
         self.now = max(self.now + 0.001, min(self.now + 0.05, *due))
         for link, line in enumerate(self.wires):
-            for to, datagram in line.arrived(self.now):
+            for to, datagram, sender in line.arrived_from(self.now):
                 node = self.nodes[to].engine
                 if node is not None:
-                    node.receive(datagram, self.now, link)
-        for node, peer in ((self.fw1, self.fw2), (self.fw2, self.fw1)):
-            datagrams = node.turn(self.now)
-            if node.engine is None:
-                continue
-            for link, part in node.engine.peer.session.route(datagrams):
-                for datagram in part:
-                    self.wires[link].send(peer.name, datagram, self.now)
+                    node.receive(self.peers(to).index(sender) if sender else 0, datagram, self.now, link)
+        for name, one in self.nodes.items():
+            for peer, datagrams in enumerate(one.turn(self.now)):
+                to = self.peers(name)[peer]
+                for link, part in one.up.peers[peer].session.route(datagrams):
+                    for datagram in part:
+                        self.wires[link].send(to, datagram, self.now, name)
 
     def run(self, seconds: float) -> None:
         end = self.now + seconds
@@ -527,11 +545,13 @@ class Simulation:
             line.loss = line.duplication = line.corruption = line.jitter_s = 0.0
             line.cut = False
             line.deaf = ""
+            line.parted.clear()
 
     def move(self, to: Node) -> None:
         """VRRP moves the virtual IPs: away from the one, then to the other."""
-        other = self.fw1 if to is self.fw2 else self.fw2
-        other.set_role(readiness.BACKUP, self.now)
+        for other in self.nodes.values():
+            if other is not to:
+                other.set_role(readiness.BACKUP, self.now)
         to.set_role(readiness.ACTIVE, self.now)
 
     def differences(self, active: Node, backup: Node) -> list[str]:
@@ -550,26 +570,31 @@ class Simulation:
             out.extend(_compare("kernel", wanted, mine, False))
         return out
 
-    def converge(self, active: Node, backup: Node, seconds: float = 200.0) -> None:
-        """Without further faults the backup becomes equal, and stays so.  (A lost event may be made good for only after
+    def converge(self, active: Node, *backups: Node, seconds: float = 200.0) -> None:
+        """Without further faults the backups become equal, and stay so.  (A lost event may be made good for only after
         the longest back-off, and the table is read twice then.)"""
         self.heal()
 
         def settled() -> bool:
-            for node in (active, backup):
+            for node in (active, *backups):
                 if node.kernel.lost or node.up.verdict(self.now).verdict != readiness.READY:
                     return False
-            return backup.up.complete and active.up.lag(self.now)[0] == 0 and not self.differences(active, backup)
+            complete = all(backup.up.complete for backup in backups)
+            return complete and active.up.lag(self.now)[0] == 0 and not differences()
+
+        def differences() -> list[str]:
+            return [text for backup in backups for text in self.differences(active, backup)]
 
         try:
             self.run_until(settled, seconds)
         except AssertionError:
-            raise AssertionError("\n".join(self.differences(active, backup)) or "not complete") from None
+            verdicts = [f"{node.name}: {node.up.verdict(self.now)}" for node in (active, *backups)]
+            raise AssertionError("\n".join([*verdicts, *differences()])) from None
         self.run(3.0)
-        assert not self.differences(active, backup)
+        assert not differences()
         self.run_until(settled, 3.0)  # a digest may be under way
-        assert backup.up.verdict(self.now).verdict == readiness.READY, backup.up.verdict(self.now)
-        assert active.up.verdict(self.now).verdict == readiness.READY, active.up.verdict(self.now)
+        for node in (active, *backups):
+            assert node.up.verdict(self.now).verdict == readiness.READY, node.up.verdict(self.now)
 
 
 def _compare(where: str, wanted: dict[bytes, Flow], have: dict[bytes, Flow], state: bool) -> Iterable[str]:

@@ -113,7 +113,7 @@ def test_credit_beyond_the_window_is_not_believed() -> None:
 
 def test_a_wide_acknowledgement_costs_no_more_than_what_is_in_flight() -> None:
     peer = targets.Peer()
-    known = peer.engine.session._established
+    known = peer.engine.peers[0].session._established
     assert known is not None
     known.next_block = 1 << 40  # a session of many years
     known.acked = known.next_block - 1

@@ -106,6 +106,11 @@ class Checker:
 
     # --- life --------------------------------------------------------------------------------------------------------
 
+    def follow(self, peer: Peer, now: float) -> None:
+        """The replicas are those of this peer from now on."""
+        self._peer = peer
+        self.reset(now)
+
     def reset(self, now: float) -> None:
         """A bulk begins, the session or the side is another one."""
         self._set(UNKNOWN, now)

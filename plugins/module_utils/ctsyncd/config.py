@@ -22,6 +22,7 @@ from .client import MAX_CONFIG_BYTES as MAX_BYTES
 from .constants import IPPROTO_VRRP, PROTOCOL_NAMES, TCP_CLOSE, TCP_ESTABLISHED, TCP_STATE_NAMES
 from .errors import ConfigError
 
+MAX_PEERS = 7
 MAX_LINKS = 8
 
 MODES = ("hot-standby", "external-cache")
@@ -115,7 +116,7 @@ EVERYTHING = Filter()
 
 OPTIONS: tuple[Option, ...] = (
     Option("node", "node", REQUIRED, "Name of this node, as the peer knows it."),
-    Option("peers", "peers", REQUIRED, "The other node: a list with exactly one object (this version)."),
+    Option("peers", "peers", REQUIRED, "The other nodes: a list of 1 to 7 objects."),
     Option("link", "link", None, "This node's end of the sync link, where there is one. Or `links`."),
     Option("links", "links", None, "This node's ends of several sync links; the first one that works is used."),
     Option("virtual_ips", "virtual_ips", REQUIRED, "The virtual IPs that VRRP moves; who holds them all is active."),
@@ -295,11 +296,6 @@ class Config:
     park_timeout_s: int = 86_400
     max_expectations: int = 4096
     log_level: str = "info"
-
-    @property
-    def peer(self) -> Peer:
-        """The only peer of this version."""
-        return self.peers[0]
 
     def differences(self, other: Config) -> list[Option]:
         """Rows of the options in which ``other`` is different."""
@@ -591,8 +587,13 @@ def _read_peers(value: Any, where: str, option: Option, problems: _Problems) -> 
     rows = _read_rows(value, where, PEER_OPTIONS, _make_peer, problems)
     if rows is None or len(rows) != len(value):
         return _BAD
-    if len(value) != 1:
-        problems.add(where, f"{len(value)} peers: exactly one peer is supported in this version: name one")
+    if len(value) > MAX_PEERS:
+        problems.add(where, f"{len(value)} peers: at most {MAX_PEERS} are supported: name fewer")
+    seen: set[str] = set()
+    for node, _address, _addresses in rows:
+        if node in seen:
+            problems.add(where, f"{node} stands more than once: name each peer once")
+        seen.add(node)
     return tuple(rows)
 
 

@@ -131,28 +131,8 @@ class Daemon:
         self.stopping = False
         self._virtual_ips = [(vip.interface, vip.address, vip.packed) for vip in config.virtual_ips]
         self._held: set[bytes] = set()
-        self._session = Session(
-            config.node,
-            config.peer.node,
-            crypto=LibraryCrypto(),
-            secrets=secrets,
-            send_key=config.send_key,
-            random=os.urandom,
-            version=__version__,
-            payload=config.datagram_bytes,
-            hello_interval_s=config.hello_interval_ms / 1000,
-            dead_after_s=config.dead_after_ms / 1000,
-            now=now,
-            paths=Paths(
-                [(link.interface, 6 if ":" in link.address else 4) for link in config.links],
-                payload=config.datagram_bytes,
-            ),
-        )
-        self._engine = engine.Engine(
-            _settings(config),
-            self._session,
-            now,
-        )
+        self._sessions = [self._make_session(config, peer.node, secrets, now) for peer in config.peers]
+        self._engine = engine.Engine(_settings(config), self._sessions, now)
         self._verdict = readiness.Verdict(readiness.NOT_READY, ("starting",), True)
         self._log = service.LimitedLog(LOG)
         self._notifier = service.Notifier()
@@ -175,8 +155,8 @@ class Daemon:
         self._parameters: dict[str, int] = {}
         self._parameters_at = now
         self._links = [
-            Link(link.interface, link.address, link.port, address)
-            for link, address in zip(config.links, config.peer.addresses)
+            Link(link.interface, link.address, link.port, [peer.addresses[number] for peer in config.peers])
+            for number, link in enumerate(config.links)
         ]
         self._fifo = vrrp.FifoReader(config.notify_fifo)
         self._track = vrrp.TrackFile(config.track_file)
@@ -190,7 +170,27 @@ class Daemon:
         self._report_at = now  # no verdict before
         self._report_due = True
         self._condition: tuple[object, ...] = ()
-        self._chosen = 0  # the link that carries the session, as far as is logged
+        self._chosen = [0] * len(config.peers)  # the link that carries each session, as far as is logged
+
+    @staticmethod
+    def _make_session(config: Config, peer: str, secrets: dict[int, bytes], now: float) -> Session:
+        return Session(
+            config.node,
+            peer,
+            crypto=LibraryCrypto(),
+            secrets=secrets,
+            send_key=config.send_key,
+            random=os.urandom,
+            version=__version__,
+            payload=config.datagram_bytes,
+            hello_interval_s=config.hello_interval_ms / 1000,
+            dead_after_s=config.dead_after_ms / 1000,
+            now=now,
+            paths=Paths(
+                [(link.interface, 6 if ":" in link.address else 4) for link in config.links],
+                payload=config.datagram_bytes,
+            ),
+        )
 
     # --- life --------------------------------------------------------------------------------------------------------
 
@@ -218,10 +218,10 @@ class Daemon:
         gc.freeze()
         self._notifier.ready(self._status_line())
         LOG.info(
-            "ctsyncd %s: node %s, peer %s, role %s",
+            "ctsyncd %s: node %s, peers %s, role %s",
             __version__,
             self.config.node,
-            self.config.peer.node,
+            ", ".join(peer.node for peer in self.config.peers),
             self._engine.role,
         )
         while not self.stopping:
@@ -233,9 +233,10 @@ class Daemon:
         self._notifier.stopping("stopping")
         self._recorder.note(now, "stop")
         self._keep_story(self._recorder.finished(now, at_once=True), now)
-        self._session.say_bye()
         now = time.monotonic()
-        self._send(self._session.poll(now), now)
+        for session in self._sessions:
+            session.say_bye()
+        self._send([session.poll(now) for session in self._sessions], now)
         if not self._engine.active:
             self._track.write(readiness.KNOWS_NOTHING)
         self._flights.finish(STORY_PATIENCE_S)
@@ -272,7 +273,7 @@ class Daemon:
                 if window and not others:
                     wait = min(window, self._wait(now))
                     others = True
-                    if engine_.active and not len(engine_.pending):  # what the peer says now is not urgent
+                    if engine_.active and engine_.nothing_to_tell:  # what the peer says now is not urgent
                         time.sleep(wait)
                         wait = 0.0
         if others:
@@ -373,40 +374,54 @@ class Daemon:
             link.watched = selectors.EVENT_READ
         self._tell_paths(link, now)
 
-    def _send(self, datagrams: list[bytes], now: float) -> None:
-        """Each over the link that it belongs to."""
-        for number, part in self._session.route(datagrams):
-            link = self._links[number]
-            link.send(part)
-            if link.refused or link.payload != link.told:
-                self._tell_paths(link, now)
+    def _send(self, datagrams: list[list[bytes]], now: float) -> None:
+        """To each peer its own, over the link that each belongs to."""
+        for peer, (session, some) in enumerate(zip(self._sessions, datagrams)):
+            if not some:
+                continue
+            for number, part in session.route(some):
+                link = self._links[number]
+                link.send(peer, part)
+                if link.refused or link.payload != link.told:
+                    self._tell_paths(link, now)
+        for link in self._links:
+            if link.waiting:
+                link.flush()
 
     def _tell_paths(self, link: Link, now: float) -> None:
         """What the kernel says of a link."""
         number = self._links.index(link)
-        self._session.paths.set_usable(number, link.is_open and not link.refused, now)
-        if link.payload and link.payload != link.told:
-            link.told = link.payload
-            self._session.paths.set_ceiling(number, link.payload, now)
+        longer = link.payload and link.payload != link.told
+        for session in self._sessions:
+            session.paths.set_usable(number, link.is_open and not link.refused, now)
+            if longer:
+                session.paths.set_ceiling(number, link.payload, now)
+        link.told = link.payload or link.told
 
     def _look_at_links(self, now: float) -> None:
         """What is wrong with them, for the verdict."""
         closed = [link.problem for link in self._links if not link.is_open]
         self._engine.problem = "; ".join(closed) if len(closed) == len(self._links) else ""
-        if self._chosen != self._session.paths.chosen:
-            LOG.warning(
-                "the session with %s goes over %s now, not over %s",
-                self.config.peer.node,
-                self._links[self._session.paths.chosen].interface,
-                self._links[self._chosen].interface,
-            )
-            self._chosen = self._session.paths.chosen
+        for number, session in enumerate(self._sessions):
+            before, chosen = self._chosen[number], session.paths.chosen
+            if before != chosen:
+                LOG.warning(
+                    "the session with %s goes over %s now, not over %s",
+                    session.peer,
+                    self._links[chosen].interface,
+                    self._links[before].interface,
+                )
+                self._chosen[number] = chosen
 
     def _broken_links(self, now: float) -> list[str]:
-        if len(self._links) == 1 or not self._session.alive(now):
+        if len(self._links) == 1:
             return []
-        paths = self._session.paths
-        return [f"link {name} to {self.config.peer.node} is down (using {paths.carrier})" for name in paths.down]
+        return [
+            f"link {name} to {session.peer} is down (using {session.paths.carrier})"
+            for session in self._sessions
+            if session.alive(now)
+            for name in session.paths.down
+        ]
 
     def _watch_link(self, link: Link) -> None:
         """Keep the link registered as it is: open or not, read or held back, with datagrams waiting or not."""
@@ -434,8 +449,8 @@ class Daemon:
         limit = DATAGRAMS_PER_TURN if now - link.read_at < QUIET_S else 1  # to look for another one costs as much
         link.read_at = now
         number = self._links.index(link)
-        for datagram in link.receive(limit):
-            self._engine.receive(datagram, now, number)
+        for peer, datagram in link.receive(limit):
+            self._engine.receive(peer, datagram, now, number)
 
     def _read_fifo(self, now: float) -> None:
         """keepalived tells of a change; the kernel is asked what is true."""
@@ -506,7 +521,8 @@ class Daemon:
         """Use a configuration that differs from the present one in live options only."""
         old, self.config = self.config, new
         logging.getLogger().setLevel(new.log_level.upper())
-        self._session.set_timers(new.hello_interval_ms / 1000, new.dead_after_ms / 1000)
+        for session in self._sessions:
+            session.set_timers(new.hello_interval_ms / 1000, new.dead_after_ms / 1000)
         if new.netlink_buffer_bytes != old.netlink_buffer_bytes:
             self._event_buffer = new.netlink_buffer_bytes
             self._events.grow(new.netlink_buffer_bytes)
@@ -617,6 +633,8 @@ class Daemon:
         problems = [self._not_reloaded, self._ruleset_problem, self._fifo.problem, self._track.problem]
         problems.append(self._flights.problem)
         self._engine.impaired = (*self._broken_links(now), *filter(None, problems))
+        for alarm in self._engine.take_alarms():
+            LOG.warning("%s", alarm)
         verdict = self._engine.verdict(now)
         if verdict != self._verdict:
             if verdict[0] != self._verdict.verdict:
@@ -627,11 +645,11 @@ class Daemon:
 
     def _record(self, now: float) -> None:
         events, age = self._engine.lag(now)
-        peer = self._engine.peer_status(now)
-        said = {name: peer[name] for name in ("node", "state", "role", "bulk")}
-        if said != self._peer_said:
-            self._peer_said = said
-            self._recorder.note(now, "peer", **said)
+        for peer in self._engine.peer_status(now):
+            said = {name: peer[name] for name in ("node", "state", "role", "bulk")}
+            if said != self._peer_said.get(peer["node"]):
+                self._peer_said[peer["node"]] = said
+                self._recorder.note(now, "peer", **said)
         self._recorder.sample(now, self._counters(), lag_events=events, lag_s=round(age, 3))
         self._keep_story(self._recorder.finished(now), now)
 
@@ -673,7 +691,7 @@ class Daemon:
             "differences": list(self._engine.differences()),
             "replicate": self.config.replicate,
             "mode": self.config.mode,
-            "peers": [self._peer_status(now)],
+            "peers": self._peers(now),
             "flows": {"kernel": _kernel_count(), "external": len(self._engine.cache)},
             "expectations": self._engine.helpers.describe(),
             "counters": self._counters(),
@@ -684,16 +702,20 @@ class Daemon:
             },
         }
 
-    def _peer_status(self, now: float) -> dict[str, Any]:
-        status = {**self._engine.peer_status(now), "address": self.config.peer.addresses[0]}
-        rows = self._session.paths.status(now)
-        status["links"] = [{**row, "address": address} for row, address in zip(rows, self.config.peer.addresses)]
-        return status
+    def _peers(self, now: float) -> list[dict[str, Any]]:
+        out = []
+        for found, peer, session in zip(self._engine.peer_status(now), self.config.peers, self._sessions):
+            rows = zip(session.paths.status(now), peer.addresses)
+            links = [{**row, "address": address} for row, address in rows]
+            out.append({**found, "address": peer.addresses[0], "links": links})
+        return out
 
     def _counters(self) -> dict[str, int]:
-        counters: collections.Counter[str] = collections.Counter()
-        sources = (self._engine.counters, self._session.counters, self._session.paths.counters)
-        for source in (*sources, *(link.counters for link in self._links)):
+        counters: collections.Counter[str] = collections.Counter(self._engine.counters)
+        for session in self._sessions:
+            counters.update(session.counters)
+            counters.update(session.paths.counters)
+        for source in (link.counters for link in self._links):
             counters.update(source)
         counters.update(self._helpers.counters)
         counters["events_malformed"] = self._events.malformed
@@ -702,11 +724,16 @@ class Daemon:
 
     def _statistics(self, section: str) -> dict[str, Any]:
         now = time.monotonic()
+        peers = self._engine.peers
         cache = {
             "external": {"entries": len(self._engine.cache)},
-            "waiting to be sent": {"changes": len(self._engine.pending)},
+            "waiting to be sent": {"changes": sum(len(peer.pending) for peer in peers)},
         }
-        network = {"session": dict(sorted(self._session.counters.items())), **self._sockets()}
+        sessions = {
+            "session" if len(peers) == 1 else f"session with {peer.name}": dict(sorted(peer.session.counters.items()))
+            for peer in peers
+        }
+        network = {**sessions, **self._sockets()}
         runtime = {
             "uptime s": int(now - self.started),
             "netlink buffer bytes": self._event_buffer,
@@ -718,7 +745,11 @@ class Daemon:
             "runtime": {"runtime": runtime},
             "link": self._link_statistics(now),
             "queue": {
-                "queue": {"unacknowledged changes": self._engine.lag(now)[0], "pending": len(self._engine.pending)}
+                "queue" if len(peers) == 1 else f"queue to {peer.name}": {
+                    "unacknowledged changes": peer.lag(now)[0],
+                    "pending": len(peer.pending),
+                }
+                for peer in peers
             },
             "process": {"process": {"pid": os.getpid()}},
             "expect": {"expectations": {**self._engine.helpers.describe(), **self._helpers.statistics()}},
@@ -731,9 +762,13 @@ class Daemon:
         return {f"socket {link.interface}": dict(link.counters) for link in self._links}
 
     def _link_statistics(self, now: float) -> dict[str, Any]:
-        sections = {"link": self._engine.peer_status(now), "links": dict(self._session.paths.counters)}
-        for link, row in zip(self._links, self._session.paths.status(now)):
-            sections[f"link {link.interface}"] = {"open": link.is_open, "refused": link.refused, **row}
+        sections: dict[str, Any] = {}
+        for described, session in zip(self._engine.peer_status(now), self._sessions):
+            to = "" if len(self._sessions) == 1 else f" to {session.peer}"
+            sections["link" + to] = described
+            sections["links" + to] = dict(session.paths.counters)
+            for link, row in zip(self._links, session.paths.status(now)):
+                sections[f"link {link.interface}{to}"] = {"open": link.is_open, "refused": link.refused, **row}
         return sections
 
     # --- control socket ----------------------------------------------------------------------------------------------
@@ -835,18 +870,21 @@ class Daemon:
     def _command_bulk(self, _request: dict[str, Any]) -> control.Response:
         if not self._engine.active:
             raise ControlError("this node is not active: only the active node has a table to send")
-        if not self._session.established:
-            raise ControlError(f"no session with {self.config.peer.node}")
+        if not any(session.established for session in self._sessions):
+            raise ControlError(f"no session with {' or '.join(session.peer for session in self._sessions)}")
         self._engine.resync()
         return _say("the whole table is sent")
 
     def _command_request(self, _request: dict[str, Any]) -> control.Response:
         if self._engine.active:
             raise ControlError("this node is active: its own table is the one that counts")
-        if not self._session.established:
-            raise ControlError(f"no session with {self.config.peer.node}")
+        leader = self._engine.leader
+        if leader is None:
+            raise ControlError("no other node is known to be active: nobody has a table to give")
+        if not leader.established:
+            raise ControlError(f"no session with {leader.name}")
         self._engine.request_bulk(time.monotonic())
-        return _say(f"{self.config.peer.node} is asked for its whole table")
+        return _say(f"{leader.name} is asked for its whole table")
 
     def _command_purge(self, _request: dict[str, Any]) -> control.Response:
         if self._engine.active:
@@ -864,7 +902,7 @@ class Daemon:
                 yield b""
         finally:
             asked.give_up("nobody waits for the answer any more")
-        names = (self.config.node, self._session.peer)
+        names = (self.config.node, (self._engine.leader or self._engine.peers[0]).name)
         active, backup = names if self._engine.active else names[::-1]
         yield json.dumps(_verified(asked, active, backup)).encode() + b"\n"
 

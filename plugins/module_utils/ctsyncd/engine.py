@@ -1,7 +1,7 @@
 # Copyright: (c) 2026, The ctsync authors
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The engine: kernel events, the peer's datagrams, roles and commands in; datagrams and work for the kernel out.
+"""The engine: kernel events, the peers' datagrams, roles and commands in; datagrams and work for the kernel out.
 
 Sans-I/O: no socket, no clock.  The daemon feeds it and carries out what :meth:`Engine.poll`,
 :meth:`Engine.kernel_work`, :meth:`Engine.take_questions` and :attr:`Engine.dump` ask for.  Times are monotonic seconds
@@ -16,7 +16,7 @@ what a node knows and how ready it is.  Flows are rows (:mod:`rows`), and nearly
 from __future__ import annotations
 
 import collections
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from . import conditions, readiness, wire
@@ -29,8 +29,8 @@ from .filters import Filter
 from .flow import Flow
 from .helpers import Helpers
 from .jobs import Job
-from .peer import ROLE_CODES, Peer
-from .pending import Pending
+from .peer import ROLE_CODES, SPLIT_BRAIN_S, Peer
+from .pending import Encoder
 from .prover import Prover
 from .replicas import Replicas
 from .rows import SHAPES, Changes, unpack
@@ -41,12 +41,21 @@ from .tables import Copies, ExternalCache
 from .verification import Verification
 
 PURGE_AFTER_S = 60.0
+FLAPPING_S = 60.0  # within which too many changes of the side are flapping
+FLAPS = 4
+FLAPS_COUNTED = 16
+FLAP_HOLD_S = 2.0  # bulks wait so long; doubles with each further change
+FLAP_HOLD_MAX_S = 30.0
 
 
 class Engine:
-    """State replication with one peer, as seen from one node."""
+    """State replication with the other nodes, as seen from one node.
 
-    def __init__(self, settings: Settings, session: Session, now: float) -> None:
+    ``leader``: the peer whose replicas this backup holds: the active node, or the one that was active last.  An only
+    peer always is it.
+    """
+
+    def __init__(self, settings: Settings, sessions: Sequence[Session], now: float) -> None:
         self.role = readiness.TRANSITION
         self.role_since = now
         self.problem = ""  # what stops replication: the node cannot become ready
@@ -55,14 +64,22 @@ class Engine:
         self.cold_start = False  # of the kernel's table nothing is known: the node booted, it did not go on
         self.situation = Situation(settings, now)
         self.dumps = Dumps()
-        self.peer = Peer(self.situation, self.dumps, session, now)
+        encoder = Encoder(len(sessions))
+        self.peers = tuple(Peer(self.situation, session, encoder, now) for session in sessions)
+        self.leader = self.peers[0] if len(self.peers) == 1 else None
         self.replicas = Replicas(self.situation, self.dumps, now)
         self.helpers = Helpers(self.situation, self.replicas)
-        self.source = Source(self.situation, self.dumps, self.peer, self.helpers.source)
-        self.prover = Prover(self.situation, self.dumps, self.peer, self.source, now)
-        self.checker = Checker(self.situation, self.dumps, self.peer, self.replicas, now)
+        self.source = Source(self.situation, self.dumps, self.peers, self.helpers.source)
+        self.provers = [Prover(self.situation, self.dumps, peer, self.source, now) for peer in self.peers]
+        self.checker = Checker(self.situation, self.dumps, self.peers[0], self.replicas, now)
         self._completing = False
         self._informed = False  # this node's table is as good as any: complete, or its own
+        self._predecessor: Peer | None = None  # was active before this node: its late flows are taken
+        self._active_since = now
+        self._bulk_flows = 0  # of the last one that was sent
+        self._changes: collections.deque[float] = collections.deque(maxlen=FLAPS_COUNTED)  # of the side: when
+        self._flapping = False
+        self._split = False
         self._purge_at: float | None = None
 
     # --- the rooms, as callers know them -----------------------------------------------------------------------------
@@ -78,14 +95,6 @@ class Engine:
     @property
     def filter(self) -> Filter:
         return self.situation.filter
-
-    @property
-    def session(self) -> Session:
-        return self.peer.session
-
-    @property
-    def pending(self) -> Pending:
-        return self.peer.pending
 
     @property
     def cache(self) -> ExternalCache:
@@ -115,11 +124,11 @@ class Engine:
         situation.filter.own = own
         if self.active:
             self.helpers.source.begin()
-            self.peer.bulk_due = True
+            self._bulk_for_all()
             return
         self.replicas.refilter()
-        if self.peer.established:
-            self.peer.request_bulk(now)
+        if self.leader is not None and self.leader.established:
+            self.leader.request_bulk(now)
 
     # --- role --------------------------------------------------------------------------------------------------------
 
@@ -138,51 +147,128 @@ class Engine:
             return
         first = not self.situation.side
         self.situation.take_side(role)
-        self.peer.side_changed()
+        self._side_changed(first, now)
         if role == readiness.ACTIVE:
             self._become_active(first, now)
         else:
-            self._become_backup()
+            self._become_backup(now)
         self._nothing_compared(now)
 
     def _nothing_compared(self, now: float) -> None:
-        self.prover.reset(now)
+        for prover in self.provers:
+            prover.reset(now)
         self.checker.reset(now)
+
+    def _side_changed(self, first: bool, now: float) -> None:
+        """Where roles change too often, bulks wait: changes go on to be replicated, and nothing is removed."""
+        self._drop_dumps()
+        self.source.forget()
+        self._predecessor = None
+        if first:
+            return
+        self._changes.append(now)
+        often = sum(now - moment < FLAPPING_S for moment in self._changes)
+        if often < FLAPS:
+            return
+        hold = min(FLAP_HOLD_S * (1 << (often - FLAPS)), FLAP_HOLD_MAX_S)
+        self.situation.bulks_from = now + hold
+        self.counters["bulks_held_back"] += 1
+        if not self._flapping:
+            self._flapping = True
+            self.situation.alarms.append(
+                f"this node changed sides {often} times within {FLAPPING_S:.0f} s: bulks are held back"
+            )
 
     def _become_active(self, first: bool, now: float) -> None:
         """The virtual IPs are here.  In hot standby the kernel holds the flows already: nothing stands in the way.
 
-        What follows sets true states and timers, closing flows first; then the peer is told the whole table.  Where
-        this node may lack flows it learns from the peer first, what it can.
+        What follows sets true states and timers, closing flows first; then the peers are told the whole table.  Where
+        this node may lack flows it learns from each peer first, what it can.
         """
-        self._drop_dumps()
+        self._active_since = now
+        if not first:
+            self._predecessor = self.leader
+        if len(self.peers) > 1:
+            self.leader = None
         self.cache.end_bulk()
-        self.source.forget()
         self._purge_at = None
-        if not (self._informed or self.complete or (first and not self.cold_start)):
-            self.peer.begin_learning(now)
+        lacks = not (self._informed or self.complete or (first and not self.cold_start))
+        for peer in self.peers:
+            peer.side_changed(now)
+            if lacks:
+                peer.begin_learning(now)
         self._informed = True
         self.complete = False
         self._completing = self.replicas.adopting = False
         if not first and self.settings.takes_over:
             self.replicas.takeover.begin()
         self.helpers.become_active(first)
-        self.peer.bulk_due = True
 
-    def _become_backup(self) -> None:
+    def _become_backup(self, now: float) -> None:
         """The virtual IPs are gone.  This node's flows belong to the new active node now; its bulk says which."""
-        self._drop_dumps()
-        self.peer.bulk_due = False
-        self.source.forget()
+        if any([peer.learn for peer in self.peers]):  # it never knew all
+            self._informed = False
+        rivals = [peer for peer in self.peers if peer.split_brain(now)]
+        for peer in self.peers:
+            if rivals:  # what this node did meanwhile is another history
+                peer.pending.clear()
+            peer.learn = ""
+            peer.side_changed(now)
         self.replicas.clear()
         self.helpers.become_backup()
         self.complete = False
         self._completing = False
-        if self.peer.learn:  # it never knew all
-            self._informed = False
-            self.peer.learn = ""
-        if not self.peer.established:
-            self.peer.pending.clear()
+        self._watch_split_brain(now)
+        self._follow_anyone(now)
+
+    # --- who is active -----------------------------------------------------------------------------------------------
+
+    def _follow(self, peer: Peer) -> None:
+        """This backup holds the replicas of this peer from now on; its bulk says which of those here are stale."""
+        self._informed = False  # flows go on there without this node
+        if peer is self.leader:
+            return
+        self.leader = peer
+        self.checker.follow(peer, self.situation.now)
+        self.cache.end_bulk()
+        self._completing = self.complete = False
+        self.dumps.stop(RECONCILE)
+        self.counters["leaders_followed"] += 1
+
+    def _follow_anyone(self, now: float) -> None:
+        """If no active node is followed, follow one."""
+        if self.active or (self.leader is not None and self.leader.active and self.leader.alive(now)):
+            return
+        for peer in self.peers:
+            if peer.active and peer.alive(now):
+                self._follow(peer)
+                return
+
+    def _peer_says(self, peer: Peer, status: wire.Status, now: float) -> None:
+        claims = status.role == wire.ROLE_ACTIVE and not peer.active
+        if peer.says(status, now) and self.settings.replicate:
+            self.dumps.want(LOOSEN)
+        self._watch_split_brain(now)
+        if self.active:
+            if peer is self._predecessor and (
+                peer.complete or (peer.active and now - self._active_since > SPLIT_BRAIN_S)
+            ):
+                self._predecessor = None  # it has all of this node's table; or it goes on by itself
+        elif claims or (peer.active and peer is self.leader):
+            self._follow(peer)  # the one that became active last
+        else:
+            self._follow_anyone(now)
+
+    def _watch_split_brain(self, now: float) -> None:
+        """Count and tell each time that two nodes are active at once, and not just for a moment."""
+        rivals = [peer.name for peer in self.peers if peer.active and peer.split_brain(now) and peer.alive(now)]
+        split = bool(self.active and rivals)
+        if split and not self._split:
+            self.counters["split_brains"] += 1
+            self.situation.alarms.append(f"split brain: {' and '.join(rivals)} is active too")
+        elif self._split and not split:
+            self.situation.alarms.append("the split brain is over" + ("" if self.active else ": this node yielded"))
+        self._split = split
 
     def set_conditions(self, ruleset: str, parameters: Mapping[str, int], now: float) -> None:
         """This node's ruleset fingerprint, and its sysctls net.netfilter.nf_conntrack_NAME by NAME."""
@@ -191,8 +277,9 @@ class Engine:
         if own != self.situation.conditions:
             self.situation.conditions = own
             self.situation.parameters = tuple(parameters)
-            if self.peer.established:
-                self.peer.tell_conditions(now)
+            for peer in self.peers:
+                if peer.established:
+                    peer.tell_conditions(now)
 
     # --- kernel: events ----------------------------------------------------------------------------------------------
 
@@ -228,7 +315,7 @@ class Engine:
         situation = self.situation
         if not situation.active or not situation.settings.replicate:
             return False
-        return situation.hot or not (self.peer.bulk_due and self.replicas.takeover.running)
+        return situation.hot or not (self.replicas.takeover.running and any(peer.bulk_due for peer in self.peers))
 
     def take_questions(self) -> list[Question]:
         """What the kernel must be asked; the caller gives what it finds to :meth:`answer`."""
@@ -257,9 +344,9 @@ class Engine:
     @property
     def dump_room(self) -> bool:
         """May the running dump be read on?"""
-        if self.dumps.runs(COMPARE) and not self.prover.room:
+        if not all([prover.room for prover in self.provers if prover.comparing]):
             return False
-        return len(self.peer.pending) < DUMP_ROOM and self.replicas.jobs.waiting < DUMP_ROOM
+        return self.replicas.jobs.waiting < DUMP_ROOM and all([p.has_room for p in self.peers if p.bulking])
 
     @property
     def dump_paced(self) -> bool:
@@ -270,11 +357,17 @@ class Engine:
         """So much time of a core a part of a paced dump took."""
         self.dumps.spend(seconds)
 
+    @property
+    def _auditor(self) -> Prover:
+        """The one that the running dump is for."""
+        return next((prover for prover in self.provers if prover.wants), self.provers[0])
+
     def dump_slice(self, changes: Changes, now: float) -> None:
         """Entries of the dump that :attr:`dump` asks for."""
         if self.dump is None:
             return
-        purpose, source, replicas, peer = self.dump.purpose, self.source, self.replicas, self.peer
+        purpose, source, replicas = self.dump.purpose, self.source, self.replicas
+        given = [peer for peer in self.peers if peer.bulking] if purpose == GIVE else ()
         for key_len, rows in changes.rows.items():
             if purpose == BULK:
                 source.bulk_rows(key_len, rows, now)
@@ -285,11 +378,12 @@ class Engine:
             elif purpose == LOOSEN:
                 replicas.loosen_rows(key_len, rows)
             elif purpose in (AUDIT, COMPARE):
-                self.prover.rows(purpose, key_len, rows, now)
+                self._auditor.rows(purpose, key_len, rows, now)
             elif purpose == KERNEL:
                 self.checker.kernel_rows(key_len, rows)
             else:
-                peer.give_rows(key_len, rows, self.cache, now)
+                for peer in given:
+                    peer.give_rows(key_len, rows, self.cache, now)
         for flow in changes.flows:
             if purpose == BULK:
                 source.bulk_flow(flow, now)
@@ -300,11 +394,12 @@ class Engine:
             elif purpose == LOOSEN:
                 replicas.loosen_flow(flow)
             elif purpose in (AUDIT, COMPARE):
-                self.prover.flow(purpose, flow, now)
+                self._auditor.flow(purpose, flow, now)
             elif purpose == KERNEL:
                 self.checker.kernel_flow(flow)
             else:
-                peer.give_flow(flow, self.cache, now)
+                for peer in given:
+                    peer.give_flow(flow, self.cache, now)
 
     def dump_finished(self, consistent: bool, now: float) -> None:
         """The dump came to its end.  ``consistent``: the kernel's table did not move under it (NLM_F_DUMP_INTR)."""
@@ -315,46 +410,60 @@ class Engine:
             if purpose == KERNEL:
                 self.checker.kernel_finished(consistent, now)
             else:
-                self.prover.finished(purpose, consistent, now)
+                self._auditor.finished(purpose, consistent, now)
             self.dumps.seen = set()
             return
         self.counters["dumps"] += 1
         if not consistent and purpose != FLUSH:
             self.counters["dumps_interrupted"] += 1
-        if purpose == BULK:
-            if consistent:
-                self._tell_expectations({one.name: one for one in self.helpers.source.expectations(now)}, now)
-                self.peer.bulk_sent(now)
+        bulking = [peer for peer in self.peers if peer.bulking]
+        if purpose == BULK and consistent:
+            self._tell_expectations({one.name: one for one in self.helpers.source.expectations(now)}, bulking, now)
+        for peer in bulking:
+            if not peer.bulking:
+                continue  # they did not fit
+            if purpose == BULK and consistent:
+                self._bulk_flows = peer.bulk_sent(now)
+            elif purpose == BULK:
+                peer.stop_bulk()
+                peer.bulk_due = True
+            elif consistent:
+                peer.bulking = False
             else:
-                self.peer.bulk_due = True
-        elif purpose == LOOSEN and not consistent:
+                peer.stop_bulk()
+                peer.give_due = True
+        if purpose == LOOSEN and not consistent:
             self.dumps.want(LOOSEN)
+        elif purpose == RECONCILE and consistent:
+            self.replicas.reconciled()
         elif purpose == RECONCILE:
-            if consistent:
-                self.replicas.reconciled()
-            else:
-                self.dumps.want(RECONCILE)
-        elif purpose == GIVE and not consistent:
-            self.peer.stop_giving()
-            self.dumps.want(GIVE)
+            self.dumps.want(RECONCILE)
         self.dumps.seen = set()
 
     def _drop_dumps(self) -> None:
         self.dumps.drop()
-        self.peer.stop_giving()
+        for peer in self.peers:
+            peer.stop_bulk()
+
+    def _bulk_for_all(self) -> None:
+        for peer in self.peers:
+            peer.bulk_due = True
+
+    def _due(self, now: float) -> list[Peer]:
+        """The peers that a bulk is due for and can be sent to now."""
+        if not self.settings.replicate:
+            return []
+        return [peer for peer in self.peers if peer.bulk_due and not peer.learn and peer.alive(now)]
 
     def _next_dump(self, now: float) -> None:
-        peer, dumps = self.peer, self.dumps
-        if (
-            self.active
-            and peer.bulk_due
-            and not peer.learn
-            and not self.replicas.busy
-            and peer.established
-            and not dumps.runs(BULK)  # a running one comes to its end first
-        ):
-            peer.bulk_due = False
-            if self.settings.replicate:
+        dumps = self.dumps
+        if dumps.runs(BULK, GIVE):
+            self._look_for_stalled(now)
+        if not dumps.urgent:  # else it comes to its end first
+            if not self.active:
+                if any([peer.give_due for peer in self.peers]):
+                    dumps.want(GIVE)
+            elif not self.replicas.busy and now >= self.situation.bulks_from and self._due(now):
                 dumps.want(BULK)
         begun = dumps.begin()
         if begun is None:
@@ -362,14 +471,40 @@ class Engine:
         if begun.purpose == KERNEL:
             self.checker.kernel_begins()
         elif begun.purpose in PACED:
-            self.prover.begin(begun.purpose, now)
+            for prover in self.provers:
+                prover.begin(begun.purpose, now)
         elif begun.purpose in (BULK, GIVE):
-            self.prover.reset(now)
-            self.source.begin_bulk()
-            peer.begin_bulk(now)
-            self.counters["bulks_sent" if begun.purpose == BULK else "bulks_given"] += 1
-            if begun.purpose == GIVE:
-                peer.begin_giving(self.cache)
+            self._begin_bulk(begun.purpose, now)
+
+    def _begin_bulk(self, purpose: str, now: float) -> None:
+        for prover in self.provers:
+            prover.reset(now)
+        due = self._due(now) if purpose == BULK else [peer for peer in self.peers if peer.give_due][:1]
+        if not due:
+            self.dumps.stop(purpose)
+        elif purpose == BULK:
+            for peer in due:
+                peer.bulk_due = False
+            self.source.begin_bulk(due, now)
+            self.counters["bulks_sent"] += 1
+        else:
+            due[0].begin_giving(self.cache, now)
+            self.counters["bulks_given"] += 1
+
+    def _look_for_stalled(self, now: float) -> None:
+        """A dump waits for the slowest peer that it is for; but nobody else waits for that one for long."""
+        stalled = [peer for peer in self.peers if peer.stalled(now)]
+        bulking = [peer for peer in self.peers if peer.bulking]
+        others = len(stalled) < len(bulking) or any(
+            peer not in bulking and (peer.bulk_due or peer.give_due) and peer.alive(now) for peer in self.peers
+        )
+        reread = self.dumps.reread_at is not None and now >= self.dumps.reread_at and len(self.peers) > 1
+        if stalled and (others or reread):
+            for peer in stalled:
+                peer.set_back()
+                bulking.remove(peer)
+        if not bulking:
+            self.dumps.stop(BULK, GIVE)
 
     # --- kernel: work ------------------------------------------------------------------------------------------------
 
@@ -391,74 +526,79 @@ class Engine:
         if late:
             self.source.announce_late(late, job, self.situation.now)
 
-    # --- the peer ----------------------------------------------------------------------------------------------------
+    # --- the peers ---------------------------------------------------------------------------------------------------
 
-    def receive(self, datagram: bytes, now: float, link: int = 0) -> None:
-        """A datagram from the peer's address on a link."""
-        for event in self.peer.session.receive(datagram, now, link):
+    def receive(self, number: int, datagram: bytes, now: float, link: int = 0) -> None:
+        """A datagram from the address of peer ``number``, in the order of the sessions, on a link."""
+        peer = self.peers[number]
+        for event in peer.session.receive(datagram, now, link):
             if isinstance(event, BlockReceived):
-                self._receive_records(event.records, now)
+                self._receive_records(peer, event.records, now)
             elif isinstance(event, StatusReceived):
-                if self.peer.says(event.status, now) and self.settings.replicate:
-                    self.dumps.want(LOOSEN)
-                if self.peer.active and not self.active:
-                    self._informed = False  # flows go on there without this node
+                self._peer_says(peer, event.status, now)
             elif isinstance(event, SessionUp):
-                self._session_up(now)
+                self._session_up(peer, now)
             elif isinstance(event, PeerLeft):
-                self.peer.leaves()
+                peer.leaves()
+                self._follow_anyone(now)
 
-    def _session_up(self, now: float) -> None:
-        peer = self.peer
+    def _session_up(self, peer: Peer, now: float) -> None:
         peer.session_up(now)
-        self._nothing_compared(now)
-        self.source.forget()
-        self.cache.end_bulk()
-        self._completing = False
-        self.dumps.stop(BULK, GIVE)  # the peer has not heard of its beginning
+        if peer is self._predecessor:
+            self._predecessor = None
+        self.provers[self.peers.index(peer)].reset(now)
+        if peer is self.leader:
+            self.checker.reset(now)
+        if not any([other.established for other in self.peers if other is not peer]):
+            self.source.forget()
         if self.active:
             peer.bulk_due = True
             peer.learn_again(now - self.role_since, now)
-        else:
-            self.complete = False
+        elif peer is self.leader:
+            self.cache.end_bulk()
+            self._completing = self.complete = False
 
-    def _receive_records(self, records: bytes, now: float) -> None:
+    def _receive_records(self, peer: Peer, records: bytes, now: float) -> None:
         try:
             for kind, payload in wire.iter_tlv(records):
                 self.counters["records_received"] += 1
                 try:
-                    self._receive_record(kind, payload, now)
+                    self._receive_record(peer, kind, payload, now)
                 except WireError as error:
                     self.counters["records_" + error.kind] += 1
         except WireError as error:  # where the next record begins is unknown
             self.counters["records_" + error.kind] += 1
 
-    def _receive_record(self, kind: int, payload: bytes, now: float) -> None:
+    def _receive_record(self, peer: Peer, kind: int, payload: bytes, now: float) -> None:
         if not self.settings.replicate:
             self.counters["ignored_replication_off"] += 1
         elif kind == wire.RECORD_ROWS:
             key_len, joined = wire.decode_rows(payload)
-            self._receive_rows(key_len, dict(wire.iter_rows(key_len, joined)), now)
+            rows = dict(wire.iter_rows(key_len, joined))
+            if self._takes(peer, len(rows), now):
+                self._receive_rows(key_len, rows, now)
         elif kind == wire.RECORD_FLOW:
             key, value, extras = wire.decode_flow_record(payload)
-            self._receive_flow(key, value, extras, now)
+            if self._takes(peer, 1, now):
+                self._receive_flow(key, value, extras, now)
         elif kind == wire.RECORD_GONE:
             key_len, joined = wire.decode_gone(payload)
-            if not self.active:
+            if self._led_by(peer):
                 keys = wire.split_keys(key_len, joined)
                 self.checker.told(keys)
                 self.replicas.delete(keys)
                 self.helpers.replicas.masters_gone(keys)
         elif kind == wire.RECORD_EXPECT:
-            if not self.active or self._accept_late(1, now):
+            if self._takes(peer, 1, now):
                 self.helpers.receive(payload, now)
         elif kind == wire.RECORD_EXPECT_GONE:
-            self.helpers.receive_gone(payload)
+            if self.active or self._led_by(peer):
+                self.helpers.receive_gone(payload)
         elif kind == wire.RECORD_BULK_BEGIN:
             wire.decode_bulk_begin(payload)
             if self.active:
-                self.peer.teaching_begins()
-            else:
+                peer.teaching_begins()
+            elif self._led_by(peer):
                 self._completing = False
                 self.checker.reset(now)
                 self.replicas.begin_bulk()
@@ -466,30 +606,38 @@ class Engine:
         elif kind == wire.RECORD_BULK_END:
             wire.decode_bulk_end(payload)
             if self.active:
-                self.peer.teaching_ends()
-            elif self.cache.bulk_running:
+                peer.teaching_ends()
+            elif self._led_by(peer) and self.cache.bulk_running:
                 self._bulk_ended()
         elif kind == wire.RECORD_BULK_REQUEST:
-            self._bulk_requested()
+            self._bulk_requested(peer)
         elif kind == wire.RECORD_CONDITIONS:
-            self.peer.conditions = wire.decode_conditions(payload)
+            peer.conditions = wire.decode_conditions(payload)
+        elif kind == wire.RECORD_ROLE:
+            peer.spoke_as = wire.decode_role(payload)
+            if peer.spoke_as == wire.ROLE_ACTIVE and not self.active:
+                self._follow(peer)  # before its status says so
         elif wire.RECORD_DIGEST <= kind <= wire.RECORD_REPORT:
-            self._receive_comparison(kind, payload, now)
+            self._receive_comparison(peer, kind, payload, now)
         else:
             self.counters["skipped_unknown_record"] += 1
 
-    def _receive_comparison(self, kind: int, payload: bytes, now: float) -> None:
-        checker, prover = self.checker, self.prover
+    def _receive_comparison(self, peer: Peer, kind: int, payload: bytes, now: float) -> None:
+        checker, prover = self.checker, self.provers[self.peers.index(peer)]
         checker.complete = self.complete
-        if kind == wire.RECORD_DIGEST:
-            checker.digest(*wire.decode_digest(payload), now)
-        elif kind == wire.RECORD_BUCKETS_REQUEST:
+        if kind == wire.RECORD_BUCKETS_REQUEST:
             prover.buckets_requested(now)
+        elif kind == wire.RECORD_COMPARE_REQUEST:
+            prover.compare(wire.decode_compare(payload), now)
+        elif kind == wire.RECORD_REPORT:
+            prover.reported(wire.decode_report(payload), now)
+        elif not self._led_by(peer):
+            self.counters["refused_not_leader"] += 1
+        elif kind == wire.RECORD_DIGEST:
+            checker.digest(*wire.decode_digest(payload), now)
         elif kind == wire.RECORD_BUCKETS:
             _number, first, sums = wire.decode_sums(payload)
             checker.buckets_told(first, sums, now)
-        elif kind == wire.RECORD_COMPARE_REQUEST:
-            prover.compare(wire.decode_compare(payload), now)
         elif kind == wire.RECORD_COMPARE_BEGIN:
             checker.begin(wire.decode_compare(payload), now)
         elif kind == wire.RECORD_COMPARE_ROWS:
@@ -508,18 +656,36 @@ class Engine:
             checker.end(*wire.decode_bulk_end(payload), now)
         elif kind == wire.RECORD_STATES_BEGIN:
             checker.states_begin(wire.decode_number(payload), now)
-        elif kind == wire.RECORD_STATES:
-            checker.states_told(*wire.decode_sums(payload), now)
         else:
-            prover.reported(wire.decode_report(payload), now)
+            checker.states_told(*wire.decode_sums(payload), now)
 
-    def _bulk_requested(self) -> None:
+    def _led_by(self, peer: Peer) -> bool:
+        """Does this backup hold the replicas of this peer, and does it say what comes in now as an active node?"""
+        return not self.active and peer is self.leader and peer.spoke_as != wire.ROLE_BACKUP
+
+    def _takes(self, peer: Peer, flows: int, now: float) -> bool:
+        """Are flows of this peer wanted?  An active node takes those that it asked for, and late ones of the node that
+        was active before, as long as that does not go on by itself: two histories are never mixed."""
+        if self.active:
+            if peer.teaches(now):
+                return True
+            if peer is self._predecessor and not (peer.active and now - self._active_since > SPLIT_BRAIN_S):
+                return True
+            self.counters["refused_split_brain"] += flows
+            return False
+        if self._led_by(peer):
+            return True
+        self.counters["refused_not_leader"] += flows
+        return False
+
+    def _bulk_requested(self, peer: Peer) -> None:
         self.counters["bulks_requested"] += 1
-        if not self.active:
-            if not self.dumps.runs(GIVE):
-                self.dumps.want(GIVE)
-        elif not self.dumps.runs(BULK):  # else it is on its way
-            self.peer.bulk_due = True
+        if peer.bulking:
+            return  # it is on its way
+        if self.active:
+            peer.bulk_due = True
+        else:
+            peer.give_due = True
 
     def _bulk_ended(self) -> None:
         """What the bulk did not name goes; then this kernel's table is compared with the cache."""
@@ -543,7 +709,7 @@ class Engine:
             return
         if not self.active:
             self.replicas.store_rows(chosen, now)
-        elif self._accept_late(len(chosen), now):
+        else:
             self.replicas.take_late_rows(chosen)
 
     def _receive_flow(self, key: bytes, value: bytes, extras: bytes, now: float) -> None:
@@ -555,16 +721,8 @@ class Engine:
             self.replicas.exclude([key])
         elif not self.active:
             self.replicas.store_flow(key, value, extras, now)
-        elif self._accept_late(1, now):
+        else:
             self.replicas.take_late_flow(key, value, flow)
-
-    def _accept_late(self, count: int, now: float) -> bool:
-        """May an active node take flows from its peer?"""
-        self.peer.teaches(now)
-        if self.peer.split_brain(now):
-            self.counters["refused_split_brain"] += count
-            return False
-        return True
 
     # --- commands ----------------------------------------------------------------------------------------------------
 
@@ -591,13 +749,14 @@ class Engine:
     def resync(self) -> None:
         """Read the kernel's table again: the active node sends it, a backup compares it with its external cache."""
         if self.active:
-            self.peer.bulk_due = True
+            self._bulk_for_all()
         elif self.situation.hot and (self.complete or self._completing):
             self.dumps.want(RECONCILE)
 
     def request_bulk(self, now: float) -> None:
-        """Ask the peer for its whole table."""
-        self.peer.request_bulk(now)
+        """Ask the active node for its whole table."""
+        if self.leader is not None:
+            self.leader.request_bulk(now)
 
     def purge_later(self, now: float) -> None:
         """In ``PURGE_AFTER_S`` remove entries from this backup's kernel that the peer does not have; in the classic
@@ -615,7 +774,8 @@ class Engine:
     def verify(self, now: float) -> Verification:
         """Compare all flows of both nodes, and what the backup's kernel holds.  Nothing is repaired."""
         if self.active:
-            return self.prover.verify(now)
+            able = (prover for prover in self.provers if prover.able(now))
+            return next(able, self.provers[0]).verify(now)
         self.checker.complete = self.complete
         return self.checker.verify(now)
 
@@ -630,29 +790,48 @@ class Engine:
 
     # --- output ------------------------------------------------------------------------------------------------------
 
-    def poll(self, now: float) -> list[bytes]:
-        """Datagrams to send to the peer now."""
+    def poll(self, now: float) -> list[list[bytes]]:
+        """Datagrams to send now, for each of the peers."""
         self.situation.now = now
         self._housekeeping(now)
         changes = self.helpers.poll(now)
-        if changes:
-            self._tell_expectations(changes, now)
-        self.peer.session.set_status(self._status())
-        self.peer.give(self.cache, now)
-        return self.peer.poll(now)
+        if changes and self.source.telling:
+            self._tell_expectations(changes, self.peers, now)
+        status = self._status()
+        out = []
+        for peer in self.peers:
+            peer.session.set_status(status)
+            peer.give(self.cache, now)
+            out.append(peer.poll(now))
+        return out
+
+    @property
+    def nothing_to_tell(self) -> bool:
+        """No change waits to be told to a peer."""
+        return not any([len(peer.pending) for peer in self.peers])
+
+    def take_alarms(self) -> list[str]:
+        """What an operator should find in the log."""
+        found, self.situation.alarms = self.situation.alarms, []
+        return found
 
     def next_deadline(self) -> float:
         """When :meth:`poll` wants to be called next (monotonic seconds)."""
-        deadline = min(self.peer.next_deadline(), self.prover.next_deadline(), self.checker.next_deadline())
+        deadline = min([peer.next_deadline() for peer in self.peers])
+        deadline = min(deadline, self.checker.next_deadline(), *[prover.next_deadline() for prover in self.provers])
         for moment in (self._purge_at, self.replicas.refused_at, self.dumps.reread_at):
             if moment is not None and moment < deadline:
                 deadline = moment
+        if self._flapping and self.situation.bulks_from > self.situation.now:
+            deadline = min(deadline, self.situation.bulks_from)
         return min(deadline, self.helpers.next_deadline())
 
-    def _tell_expectations(self, changes: Mapping[bytes, Expectation | None], now: float) -> None:
-        if self.source.telling and self.peer.fits(len(changes)):
-            for name, one in changes.items():
-                self.peer.pending.put_expectation(name, None if one is None else pack_expectation(one), now)
+    @staticmethod
+    def _tell_expectations(changes: Mapping[bytes, Expectation | None], peers: Iterable[Peer], now: float) -> None:
+        for peer in peers:
+            if peer.established and not peer.behind and peer.fits(len(changes)):
+                for name, one in changes.items():
+                    peer.pending.put_expectation(name, None if one is None else pack_expectation(one), now)
 
     def _housekeeping(self, now: float) -> None:
         replicas, dumps = self.replicas, self.dumps
@@ -662,8 +841,9 @@ class Engine:
             replicas.retry_refused(now)
         if dumps.reread_at is not None and dumps.reread_due(now):
             self.resync()
-        if self.peer.learn:
-            self.peer.learn_more(now)
+        for peer in self.peers:
+            if peer.learn:
+                peer.learn_more(now)
         if self.active and self.settings.takes_over and len(self.cache) and not replicas.busy:
             replicas.forget_all()  # these flows are this node's own now
         if self._completing and not dumps.urgent and not replicas.busy:
@@ -675,10 +855,17 @@ class Engine:
             and not self.complete
             and not self._completing
             and not self.cache.bulk_running
-            and self.peer.may_be_asked(now)
+            and self.leader is not None
+            and self.leader.may_be_asked(now)
         ):
-            self.peer.request_bulk(now)
-        self.prover.poll(now)
+            self.leader.request_bulk(now)
+        if self._split:
+            self._watch_split_brain(now)
+        if self._flapping and now - self._changes[-1] > FLAPPING_S:
+            self._flapping = False
+            self.situation.alarms.append("this node does not change sides any more")
+        for prover in self.provers:
+            prover.poll(now)
         self.checker.complete = self.complete
         self.checker.poll(now)
         self._next_dump(now)
@@ -693,21 +880,23 @@ class Engine:
                 flags |= wire.STATUS_DIFFERS
         flows = len(self.source.announced) if self.active else len(self.cache)
         if self.dumps.runs(BULK):
-            flows = max(flows, self.peer.bulk_last)
+            flows = max(flows, self._bulk_flows)
         return wire.Status(ROLE_CODES.get(self.role, wire.ROLE_UNKNOWN), flags, flows)
 
     # --- what people and keepalived want to know ---------------------------------------------------------------------
 
     def lag(self, now: float) -> tuple[int, float]:
-        """Changes that the peer has not acknowledged, and the age of the oldest in seconds."""
-        return self.peer.lag(now)
+        """Changes that peers have not acknowledged, and the age of the oldest in seconds."""
+        lags = [peer.lag(now) for peer in self.peers]
+        return sum([events for events, _age in lags]), max([age for _events, age in lags])
 
     def condition(self, now: float) -> tuple[object, ...]:
         """What the verdict depends on, short of numbers that grow: while it stays the same, so does the verdict."""
         return (
             self.role,
             self.complete,
-            self.peer.condition(now),
+            self.leader,
+            [peer.condition(now) for peer in self.peers],
             self.dumps.reread_at,
             self.cache.bulk_running,
             len(self.cache) > 0,
@@ -715,6 +904,7 @@ class Engine:
             len(self.copies.refused),
             self.overloaded,
             bool(self.checker.alarm(now)),
+            self._flapping,
             self.problem,
             self.impaired,
             self.situation.conditions,
@@ -722,76 +912,94 @@ class Engine:
         )
 
     def verdict(self, now: float) -> readiness.Verdict:
-        peer, reread_at = self.peer, self.dumps.reread_at
+        reread_at = self.dumps.reread_at
         return readiness.judge(
             readiness.Facts(
                 role=self.role if not self.active or self.role == readiness.BACKUP else readiness.ACTIVE,
                 replicate=self.settings.replicate,
-                peer=peer.name,
-                session=peer.established,
-                peer_alive=peer.session.alive(now),
-                peer_left=peer.left,
-                peer_silent_s=peer.silent_s(now),
-                peer_role=peer.role_name,
-                peer_replicates=peer.replicates,
-                peer_complete=peer.complete,
+                peers=tuple(self._facts(peer, now) for peer in self.peers),
+                leader=None if self.leader is None else self.peers.index(self.leader),
                 complete=self.complete,
                 holds=self._informed or len(self.cache) > 0,
-                learning=bool(peer.learn) and peer.established,
                 progress=self._progress(),
                 reread_s=None if reread_at is None else max(0.0, reread_at - now),
                 waiting=self.replicas.jobs.waiting if self.overloaded else 0,
                 refused=collections.Counter(self.copies.refused.values()),
-                lag_s=self.lag(now)[1],
                 lag_limit_s=self.settings.lag_limit_s,
+                flapping=self._flapping,
                 problem=self.problem,
                 impaired=self._impairments(),
                 differences=self.differences(),
             )
         )
 
+    @staticmethod
+    def _facts(peer: Peer, now: float) -> readiness.PeerFacts:
+        return readiness.PeerFacts(
+            name=peer.name,
+            session=peer.established,
+            alive=peer.alive(now),
+            left=peer.left,
+            silent_s=peer.silent_s(now),
+            role=peer.role_name,
+            replicates=peer.replicates,
+            complete=peer.complete,
+            learning=bool(peer.learn) and peer.established,
+            lag_s=peer.lag(now)[1],
+        )
+
     def differences(self) -> tuple[str, ...]:
-        """In what the peer's rules, limits and timers are not like this node's: some of the verdict's reasons."""
-        return self.peer.differences()
+        """In what the rules, limits and timers of an active node and its backup are not alike, this node being either:
+        some of the verdict's reasons."""
+        others = self.peers if self.active else (self.leader,) if self.leader is not None else ()
+        return tuple(text for peer in others for text in peer.differences())
 
     def _progress(self) -> tuple[int, int] | None:
         """Of the bulk that comes in: flows so far, and about how many it will have (0: unknown)."""
-        if self.active or not self.cache.bulk_running:
+        if self.active or self.leader is None or not self.cache.bulk_running:
             return None
-        return self.cache.named, self.peer.status.flows
+        return self.cache.named, self.leader.status.flows
 
     def _impairments(self) -> tuple[str, ...]:
         found = list(self.impaired)
         if self.helpers.problem:
             found.append(self.helpers.problem)
         if self.active:
-            if self.peer.differs:
-                found.append(f"the table of {self.peer.name} differs from this node's: see ctsyncd verify")
+            for peer in self.peers:
+                if peer.differs:
+                    found.append(f"the table of {peer.name} differs from this node's: see ctsyncd verify")
             return tuple(found)
-        if self.replicas.excluded:
+        if self.leader is not None and self.replicas.excluded:
             found.append(
-                f"{self.peer.name} replicates flows that this node's filter excludes: give both the same filter"
+                f"{self.leader.name} replicates flows that this node's filter excludes: give both the same filter"
             )
         alarm = self.checker.alarm(self.situation.now)
         if alarm:
             found.append(alarm)
         return tuple(found)
 
-    def peer_status(self, now: float) -> dict[str, Any]:
-        """The peer's part of ``status --json``.
+    def peer_status(self, now: float) -> list[dict[str, Any]]:
+        """The peers' part of ``status --json``.
 
-        ``bulk`` says whether the backup of the two, whichever that is, holds the table of the active node; ``table``
-        says it in words.
+        ``bulk`` says whether the backup of two nodes, whichever that is, holds the table of the active node; ``table``
+        says it in words.  Of two backups nothing is said.
         """
-        peer = self.peer
+        return [
+            peer.describe(*self._tables(peer, now), self._equality(prover, peer, now), now)
+            for peer, prover in zip(self.peers, self.provers)
+        ]
+
+    def _equality(self, prover: Prover, peer: Peer, now: float) -> dict[str, Any]:
+        return self.checker.describe(now) if not self.active and peer is self.leader else prover.describe()
+
+    def _tables(self, peer: Peer, now: float) -> tuple[str, tuple[int, int] | None]:
         if self.active:
-            sending = peer.bulk_due or self.dumps.runs(BULK)
-            bulk = "complete" if peer.complete else "sending" if sending and peer.session.alive(now) else "none"
-        else:
-            receiving = self.cache.bulk_running or self._completing
-            bulk = "complete" if self.complete else "receiving" if receiving else "none"
-        equality = self.prover.describe() if self.active else self.checker.describe(now)
-        return peer.describe(bulk, self._progress(), equality, now)
+            sending = peer.bulk_due or peer.bulking
+            return "complete" if peer.complete else "sending" if sending and peer.alive(now) else "none", None
+        if peer is not self.leader:
+            return "", None
+        receiving = self.cache.bulk_running or self._completing
+        return "complete" if self.complete else "receiving" if receiving else "none", self._progress()
 
     def external_flows(self) -> Iterator[tuple[Flow, float]]:
         """The external cache: flows and when their replication began (monotonic seconds)."""

@@ -1,7 +1,7 @@
 # Copyright: (c) 2026, The ctsync authors
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A sync link: one UDP socket, bound to its interface and address, that knows its one peer."""
+"""A sync link: one UDP socket, bound to its interface and address, that knows the addresses of the peers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import fcntl
 import logging
 import socket
 import struct
+from collections.abc import Sequence
 
 from .paths import IPV4_BYTES, IPV6_BYTES
 
@@ -38,11 +39,11 @@ class Link:
     """The socket, opened again by :meth:`tick` while it cannot be.
 
     ``problem`` says why it is not open, or is empty; ``refused`` why the kernel did not take the last datagram;
-    ``payload`` is the longest datagram in bytes that the interface takes, 0 while that is not known.  Datagrams of
-    others than the peer are dropped and counted.
+    ``payload`` is the longest datagram in bytes that the interface takes, 0 while that is not known.  Peers are
+    numbered as in ``peers``, the list of their addresses.  Datagrams of others are dropped and counted.
     """
 
-    def __init__(self, interface: str, address: str, port: int, peer: str) -> None:
+    def __init__(self, interface: str, address: str, port: int, peers: Sequence[str]) -> None:
         self.interface = interface
         self.problem = "the sync socket is not open yet"
         self.counters: collections.Counter[str] = collections.Counter()
@@ -53,10 +54,11 @@ class Link:
         self.payload = 0
         self.told = 0  # of it, for the caller
         self._local = (address, port)
-        self._peer = (peer, port)
+        self._peers = [(peer, port) for peer in peers]
+        self._numbers = {peer: number for number, peer in enumerate(self._peers)}
         self._family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self._sock: socket.socket | None = None
-        self._queue: collections.deque[bytes] = collections.deque(maxlen=MAX_QUEUE)
+        self._queue: collections.deque[tuple[int, bytes]] = collections.deque(maxlen=MAX_QUEUE)
 
     def fileno(self) -> int:
         return self._sock.fileno() if self._sock is not None else _NOT_OPEN
@@ -109,9 +111,9 @@ class Link:
             except PermissionError:
                 continue
 
-    def receive(self, limit: int) -> list[bytes]:
-        """At most ``limit`` datagrams that the peer sent, without waiting."""
-        out: list[bytes] = []
+    def receive(self, limit: int) -> list[tuple[int, bytes]]:
+        """At most ``limit`` datagrams that peers sent, and the number of the peer, without waiting."""
+        out: list[tuple[int, bytes]] = []
         if self._sock is None:
             return out
         for dummy in range(limit):
@@ -125,23 +127,30 @@ class Link:
                     self._lose(error)
                     break
                 continue
-            if sender[:2] != self._peer:
+            number = self._numbers.get(sender[:2])
+            if number is None:
                 self.counters["dropped_foreign_address"] += 1
                 continue
             self.counters["bytes_received"] += len(data)
-            out.append(data)
+            out.append((number, data))
         return out
 
-    def send(self, datagrams: list[bytes]) -> None:
-        """Send; what a full socket does not take waits, bounded, for the next call."""
-        self._queue.extend(datagrams)
+    def send(self, number: int, datagrams: Sequence[bytes]) -> None:
+        """Send to this peer; what a full socket does not take waits, bounded, for the next call."""
+        for datagram in datagrams:
+            self._queue.append((number, datagram))
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what waits."""
         if self._sock is None:
             self.counters["send_errors"] += len(self._queue)
             self._queue.clear()
             return
         while self._queue:
             try:
-                self._sock.sendto(self._queue[0], self._peer)
+                number, datagram = self._queue[0]
+                self._sock.sendto(datagram, self._peers[number])
                 if self.refused:
                     self.refused = ""
             except (BlockingIOError, InterruptedError):

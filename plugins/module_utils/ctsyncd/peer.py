@@ -9,9 +9,8 @@ import collections
 from typing import Any
 
 from . import conditions, readiness, wire
-from .dumps import BULK, GIVE, Dumps
 from .flow import Flow
-from .pending import Pending
+from .pending import Encoder, Pending
 from .rows import pack
 from .session import Session
 from .situation import DUMP_ROOM, SORTED_PER_TURN, Situation
@@ -20,6 +19,7 @@ from .takeover import timeout_of, untimed
 
 REQUEST_BULK_AFTER_S = 2.0
 SPLIT_BRAIN_S = 3.0  # both active for longer: not late flows of the former active node any more
+STALLED_S = 1.0  # without room for a bulk, while others wait for theirs
 LEARN_S = 10.0  # how long an active node without a table waits for a sign that its peer gives it one
 LEARN_WITHIN_S = 300.0  # of becoming active; later the peer's table is older than its own
 
@@ -39,30 +39,36 @@ _UNKNOWN = wire.Status(wire.ROLE_UNKNOWN, 0, 0)
 
 
 class Peer:
-    """``status``: what it said last.  ``left``: it said that its daemon stops.  ``conditions``: None until it said them
-    in this session.  ``bulk_due``: this active node has to send it the whole table.  ``learn``: a step towards its
-    table, where this active node may lack flows."""
+    """``status``: what it said last.  ``spoke_as``: the role in which it says the records that come in now, one of
+    wire.ROLE_*.  ``left``: it said that its daemon stops.  ``conditions``: None until it said them in this session.
 
-    def __init__(self, situation: Situation, dumps: Dumps, session: Session, now: float) -> None:
+    ``bulk_due``: this active node has to send it the whole table; ``give_due``: this backup has to.  ``bulking``: the
+    running dump is (also) for it.  ``behind``: changes were dropped, it is told no more of them before its bulk begins.
+    ``learn``: a step towards its table, where this active node may lack flows."""
+
+    def __init__(self, situation: Situation, session: Session, encoder: Encoder, now: float) -> None:
         self.session = session
-        self.pending = Pending(situation.settings.table_limit)
+        self.pending = Pending(situation.settings.table_limit, encoder)
         self.status = _UNKNOWN
+        self.spoke_as = wire.ROLE_UNKNOWN
         self.left = False
         self.conditions: conditions.Conditions | None = None
         self.bulk_due = False
+        self.give_due = False
+        self.bulking = False
+        self.behind = False
         self.learn = ""
         self.learn_until = now
         self._situation = situation
         self._counters = situation.counters
-        self._dumps = dumps
         self._giving: collections.deque[bytes] | None = None  # replicas that it asked for and has not got
         self._bulk_number = 0
         self._bulk_flows = 0
-        self._bulk_last = 0  # flows of the bulk before
         self._both_active_since: float | None = None
         self._both_active_at = now  # when it said so last
         self._rose = False  # it became active while this node was
         self._request_at = now
+        self._full_since: float | None = None  # there was no room for more of the running dump
 
     @property
     def name(self) -> str:
@@ -106,9 +112,9 @@ class Peer:
         self._request_at = now + REQUEST_BULK_AFTER_S
         self.status = _UNKNOWN
         self.conditions = None
+        self.spoke_as = wire.ROLE_UNKNOWN
         self._both_active_since = None
-        self.pending.clear()
-        self._giving = None
+        self._begin_anew()
         self.tell_conditions(now)
 
     def says(self, status: wire.Status, now: float) -> bool:
@@ -142,14 +148,24 @@ class Peer:
         self.left = True
         self.status = _UNKNOWN
 
-    def side_changed(self) -> None:
-        """This node became active or backup."""
+    def side_changed(self, now: float) -> None:
+        """This node became active or backup: what it says from now on it says as that."""
         self._both_active_since = None
         self._rose = False
+        self.bulk_due = self._situation.active
+        self.give_due = self.behind = False
+        self.stop_bulk()
+        if self.established:
+            self.mark(self._role_record(), now)
+        else:
+            self.pending.clear()
 
     def split_brain(self, now: float) -> bool:
         """Both nodes are active, and not just for a moment."""
         return self._both_active_since is not None and now - self._both_active_since > SPLIT_BRAIN_S
+
+    def alive(self, now: float) -> bool:
+        return self.session.alive(now)
 
     # --- what is told to it ------------------------------------------------------------------------------------------
 
@@ -158,11 +174,19 @@ class Peer:
         if len(self.pending) + changes <= self.pending.limit:
             return True
         self._counters["pending_overflows"] += 1
-        self.pending.clear()
-        self._giving = None
-        self._dumps.stop(BULK, GIVE)  # its beginning is lost
-        self.bulk_due = self._situation.active
+        self._begin_anew()
+        self.behind = self.bulk_due = self._situation.active
         return False
+
+    def _begin_anew(self) -> None:
+        """Nothing waits to be told but the role of this node; the beginning of a running bulk is lost, too."""
+        self.pending.clear()
+        self.stop_bulk()
+        self.behind = False
+        self.pending.mark(self._role_record(), self._situation.now)
+
+    def _role_record(self) -> bytes:
+        return wire.encode_role(ROLE_CODES.get(self._situation.side, wire.ROLE_UNKNOWN))
 
     def mark(self, record: bytes, now: float) -> None:
         if self.fits(1):
@@ -190,6 +214,9 @@ class Peer:
     # --- bulks to it -------------------------------------------------------------------------------------------------
 
     def begin_bulk(self, now: float) -> None:
+        self.bulking = True
+        self.behind = False
+        self._full_since = None
         self._bulk_number += 1
         self._bulk_flows = 0
         self.tell_conditions(now)  # they may have waited with changes that were dropped
@@ -201,21 +228,44 @@ class Peer:
     def end_bulk(self, now: float) -> None:
         self.mark(wire.encode_bulk_end(self._bulk_number, self._bulk_flows), now)
 
-    def bulk_sent(self, now: float) -> None:
-        """The dump of an active node's table came to its end."""
-        self._bulk_last = self._bulk_flows
+    def bulk_sent(self, now: float) -> int:
+        """The dump of this active node's table came to its end; returns how many flows were told."""
+        self.bulking = False
         self.end_bulk(now)
+        return self._bulk_flows
+
+    def stop_bulk(self) -> None:
+        """The running dump is not for it any more, and what it was given so far is worth nothing."""
+        self.bulking = False
+        self._giving = None
 
     @property
-    def bulk_last(self) -> int:
-        """Flows of the bulk that was sent to it last."""
-        return self._bulk_last
+    def has_room(self) -> bool:
+        """For more of a dump."""
+        return len(self.pending) < DUMP_ROOM
 
-    def begin_giving(self, cache: ExternalCache) -> None:
+    def set_back(self) -> None:
+        """Its bulk is cut short, for the sake of others, and begins again after theirs."""
+        self._counters["bulks_set_back"] += 1
+        if self._giving is None:
+            self.bulk_due = True
+        else:
+            self.give_due = True
+        self.stop_bulk()
+
+    def stalled(self, now: float) -> bool:
+        """The running dump waits for it, and has waited for long."""
+        if not self.bulking or self.has_room:
+            self._full_since = None
+            return False
+        if self._full_since is None:
+            self._full_since = now
+        return now - self._full_since > STALLED_S
+
+    def begin_giving(self, cache: ExternalCache, now: float) -> None:
+        self.give_due = False
+        self.begin_bulk(now)
         self._giving = collections.deque(cache.keys())
-
-    def stop_giving(self) -> None:
-        self._giving = None
 
     def give_rows(self, key_len: int, rows: dict[bytes, bytes], cache: ExternalCache, now: float) -> None:
         """What the cache does not know; a timer that may be parked says nothing of the flow."""
@@ -238,7 +288,7 @@ class Peer:
 
     def give(self, cache: ExternalCache, now: float) -> None:
         """Send it some of the replicas that it asked for; the bulk ends when cache and kernel are through."""
-        if self._giving is None or len(self.pending) >= DUMP_ROOM:
+        if self._giving is None or not self.has_room:
             return
         rows: dict[int, dict[bytes, bytes]] = {}
         room = self.pending.limit - len(self.pending) - 1
@@ -253,7 +303,7 @@ class Peer:
                 rows.setdefault(len(replica.key), {})[replica.key] = replica.value
         for key_len, part in rows.items():
             self.pending.put_rows(key_len, part, now)
-        if not self._giving and not self._dumps.runs(GIVE):
+        if not self._giving and not self.bulking:
             self._giving = None
             self.end_bulk(now)
 
@@ -266,7 +316,7 @@ class Peer:
 
     def may_be_asked(self, now: float) -> bool:
         """Is it time to ask it for the table that it, the active node, has?"""
-        return self.active and now >= self._request_at and self.session.alive(now)
+        return self.active and now >= self._request_at and self.alive(now)
 
     def begin_learning(self, now: float) -> None:
         self.learn = _DUE
@@ -282,6 +332,9 @@ class Peer:
         """An active node whose table may lack flows gets them from its peer, once, before it tells its own table."""
         if not self.learn or not self.established or not self._situation.settings.replicate:
             return
+        if now < self._situation.bulks_from:
+            self.learn_until = self._situation.bulks_from + LEARN_S
+            return
         if self.learn == _DUE and self.status.role == wire.ROLE_BACKUP:
             if self.replicates:
                 self.learn = _ASKED
@@ -293,10 +346,12 @@ class Peer:
             self._counters["tables_not_learned"] += 1
             self.learn = ""
 
-    def teaches(self, now: float) -> None:
-        """It sends flows, which may be those that were asked for."""
-        if self.learn in (_ASKED, _RECEIVING):
-            self.learn_until = now + LEARN_S
+    def teaches(self, now: float) -> bool:
+        """It sends flows: those that were asked for?"""
+        if self.learn not in (_ASKED, _RECEIVING):
+            return False
+        self.learn_until = now + LEARN_S
+        return True
 
     def teaching_begins(self) -> None:
         if self.learn == _ASKED:
@@ -326,8 +381,9 @@ class Peer:
             self.conditions,
             self.left,
             self.established,
-            self.session.alive(now),
+            self.alive(now),
             self.learn,
+            self.split_brain(now),
             self.lag(now)[1] > self._situation.settings.lag_limit_s,
         )
 
@@ -342,7 +398,7 @@ class Peer:
 
         ``equality``: are the tables equal?
         """
-        alive = self.session.alive(now)
+        alive = self.alive(now)
         events, age = self.lag(now)
         silent = self.silent_s(now)
         return {
@@ -352,7 +408,7 @@ class Peer:
             "last_seen_s": None if silent is None else round(silent, 3),
             "lag": {"events": events, "age_s": round(age, 3)},
             "bulk": bulk,
-            "table": readiness.table_text(self._situation.active, bulk, progress),
+            "table": readiness.table_text(self._situation.active, bulk, progress) if bulk else "a backup, too",
             "equality": equality,
             "progress": None if progress is None else {"flows": progress[0], "expected": progress[1]},
         }

@@ -20,6 +20,7 @@ from . import wire
 
 FIXED_BYTES = 60  # about what a record of columns costs besides what grows with its rows
 FIRST_GUESS_BYTES = 12.0  # a row, before one was seen
+REMEMBERED = 64  # records that several peers may be told, with what they were made of: some 10 KB each
 SLACK_BYTES = 200  # less room than this, or than an eighth of a block, is not worth another record of columns
 
 
@@ -42,12 +43,42 @@ class _Generation:
         return gone + rows + len(self.flows) + len(self.expectations) + (self.mark is not None)
 
 
+class Encoder:
+    """Makes records of columns.  ``guesses``: how many bytes a row took lately, by kind of record and length of keys.
+
+    Where several peers are told the same it is encoded once: of the latest records it remembers what they were made of.
+    """
+
+    def __init__(self, peers: int) -> None:
+        self.guesses: dict[tuple[int, int], float] = {}
+        self._known: dict[tuple[int, bytes], bytes] | None = {} if peers > 1 else None
+
+    def encode(self, kind: int, key_len: int, joined: bytes) -> bytes:
+        """A record of rows (RECORD_ROWS) or keys (RECORD_GONE), all of one shape and joined."""
+        known = self._known
+        if known is None:
+            return self._make(kind, key_len, joined)
+        source = (kind << 8 | key_len, joined)
+        record = known.get(source)
+        if record is None:
+            if len(known) >= REMEMBERED:
+                known.pop(next(iter(known)))
+            record = known[source] = self._make(kind, key_len, joined)
+        return record
+
+    @staticmethod
+    def _make(kind: int, key_len: int, joined: bytes) -> bytes:
+        encode = wire.encode_rows if kind == wire.RECORD_ROWS else wire.encode_gone
+        return wire.tlv(kind, encode(key_len, joined))
+
+
 class _Columns:
     """Keys or rows of one shape on their way out."""
 
-    __slots__ = ("_kind", "_parts", "_source", "_width", "left", "rest", "shape")
+    __slots__ = ("_encoder", "_kind", "_parts", "_source", "_width", "left", "rest", "shape")
 
-    def __init__(self, kind: int, key_len: int, source: Iterator[bytes], left: int) -> None:
+    def __init__(self, encoder: Encoder, kind: int, key_len: int, source: Iterator[bytes], left: int) -> None:
+        self._encoder = encoder
         self.shape = (kind, key_len)
         self.left = left  # changes
         self.rest = b""  # joined rows that were taken from the source and not sent
@@ -57,11 +88,9 @@ class _Columns:
         self._parts = 2 if rows else 1  # of a row in the source: key and value, or the key alone
         self._source = source
 
-    def fill(self, room: int, guesses: dict[tuple[int, int], float]) -> tuple[bytes, int]:
-        """A record of as many rows as fit, and how many these are; (b"", 0) if not one fits.
-
-        ``guesses`` remembers how many bytes a row took lately.
-        """
+    def fill(self, room: int) -> tuple[bytes, int]:
+        """A record of as many rows as fit, and how many these are; (b"", 0) if not one fits."""
+        guesses = self._encoder.guesses
         guess = guesses.get(self.shape, FIRST_GUESS_BYTES)
         count = min(self.left, wire.MAX_ROWS, max(1, int((room - FIXED_BYTES) / guess)))
         self._read(count)
@@ -89,8 +118,7 @@ class _Columns:
             self.rest += b"".join(itertools.islice(self._source, missing * self._parts))
 
     def _encode(self, count: int) -> bytes:
-        encode = wire.encode_rows if self._kind == wire.RECORD_ROWS else wire.encode_gone
-        return wire.tlv(self._kind, encode(self.shape[1], self.rest[: count * self._width]))
+        return self._encoder.encode(self._kind, self.shape[1], self.rest[: count * self._width])
 
 
 class _Singles:
@@ -103,7 +131,7 @@ class _Singles:
         self._source = records
         self._next: bytes | None = None
 
-    def fill(self, room: int, _guesses: dict[tuple[int, int], float]) -> tuple[bytes, int]:
+    def fill(self, room: int) -> tuple[bytes, int]:
         """As many records as fit, and how many these are."""
         out: list[bytes] = []
         while self.left:
@@ -130,15 +158,15 @@ class Pending:
     were dropped because no block could hold them.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, encoder: Encoder | None = None) -> None:
         self.limit = limit
+        self._encoder = encoder or Encoder(1)
         self.too_long = 0
         self._closed: collections.deque[_Generation] = collections.deque()
         self._open: _Generation | None = None
         self._stages: collections.deque[_Columns | _Singles] = collections.deque()  # of the generation being sent
         self._born = 0.0  # of that generation
         self._waiting = 0  # changes in closed generations, that being sent included
-        self._guesses: dict[tuple[int, int], float] = {}
 
     def __len__(self) -> int:
         return self._waiting + (len(self._open) if self._open is not None else 0)
@@ -237,7 +265,7 @@ class Pending:
         left = room
         while self._stages or self._begin():
             stage = self._stages[0]
-            record, count = stage.fill(left, self._guesses)
+            record, count = stage.fill(left)
             if count:
                 if not out:
                     born = self._born
@@ -265,7 +293,7 @@ class Pending:
         self._born = generation.born
         stages = self._stages
         for key_len, keys in generation.gone.items():
-            stages.append(_Columns(wire.RECORD_GONE, key_len, iter(keys), len(keys)))
+            stages.append(_Columns(self._encoder, wire.RECORD_GONE, key_len, iter(keys), len(keys)))
         if generation.flows:
             flows = (
                 wire.tlv(wire.RECORD_FLOW, wire.encode_flow_record(key, *flow))
@@ -275,7 +303,7 @@ class Pending:
         for key_len, rows in generation.rows.items():
             if rows:
                 parts = itertools.chain.from_iterable(rows.items())
-                stages.append(_Columns(wire.RECORD_ROWS, key_len, parts, len(rows)))
+                stages.append(_Columns(self._encoder, wire.RECORD_ROWS, key_len, parts, len(rows)))
         if generation.expectations:
             stages.append(_Singles(iter(generation.expectations.values()), len(generation.expectations)))
         if generation.mark is not None:

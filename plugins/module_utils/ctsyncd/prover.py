@@ -62,10 +62,15 @@ class _Comparison:
 
 
 class Prover:
-    """Towards one peer."""
+    """Towards one peer.  ``wants``: the purpose of the dump that it has asked for, or that runs for it.
+
+    Of several peers one is audited, or compared with, at a time.
+    """
 
     def __init__(self, situation: Situation, dumps: Dumps, peer: Peer, source: Source, now: float) -> None:
         self.verification: Verification | None = None
+        self.wants = ""
+        self._auditing = False
         self._situation = situation
         self._counters = situation.counters
         self._dumps = dumps
@@ -88,7 +93,8 @@ class Prover:
 
     def reset(self, now: float) -> None:
         """A bulk begins, the session or the side is another one: nothing that was under way makes sense."""
-        self._dumps.cancel(AUDIT, COMPARE)
+        if self.wants:
+            self._dumps.cancel(AUDIT, COMPARE)
         self._told = None
         self._digest_at = now + DIGEST_S
         self._wanted.clear()
@@ -98,8 +104,12 @@ class Prover:
             self.verification = None
 
     def _stop(self) -> None:
-        self._source.states = None
-        self._source.touched = None
+        if self._auditing:
+            self._source.states = None
+        if self._running is not None:
+            self._source.touched = None
+        self.wants = ""
+        self._auditing = False
         self._running = None
         self._settle_at = None
         self._unseen = set()
@@ -125,7 +135,12 @@ class Prover:
 
     @property
     def _busy(self) -> bool:
-        return self._running is not None or self._source.states is not None
+        return self._running is not None or self._auditing
+
+    @property
+    def comparing(self) -> bool:
+        """Does the running dump wait for it?"""
+        return self._running is not None and self._dumps.runs(COMPARE)
 
     def poll(self, now: float) -> None:
         if not self.able(now):
@@ -138,11 +153,14 @@ class Prover:
             self._tell_audit(now)
         if self._running is not None:
             self._tell_held(now)
-        if self._busy or self._dumps.wanted:
+        others = self._source.states is not None or self._source.touched is not None
+        if self._busy or others or self._dumps.wanted:
             return
         if self._wanted and (not self._wanted[0].flags & wire.COMPARE_REPAIR or now >= self._repair_at):
+            self.wants = COMPARE
             self._dumps.want(COMPARE)
         elif self._compares and now >= self._audit_at:
+            self.wants = AUDIT
             self._dumps.want(AUDIT)
 
     def next_deadline(self) -> float:
@@ -231,8 +249,11 @@ class Prover:
 
     def begin(self, purpose: str, now: float) -> None:
         """The dump for an audit or a comparison begins."""
+        if purpose != self.wants:
+            return
         announced = self._source.announced
         if purpose == AUDIT:
+            self._auditing = True
             self._number += 1
             self._audits += 1
             self._source.states = States(self._number)

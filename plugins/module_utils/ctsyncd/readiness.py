@@ -20,32 +20,42 @@ BACKUP = "backup"
 TRANSITION = "transition"
 
 
+class PeerFacts(NamedTuple):
+    """What the verdict depends on, of one peer.  Ages in seconds."""
+
+    name: str
+    session: bool = False  # keys are agreed on with it
+    alive: bool = False
+    left: bool = False  # it said that it stops
+    silent_s: float | None = None
+    role: str = ""
+    replicates: bool = False
+    complete: bool = False
+    learning: bool = False  # this node is active, and gets from it what it lacks
+    lag_s: float = 0.0  # age of the oldest change that it has not acknowledged
+
+
 class Facts(NamedTuple):
     """What the verdict depends on.  Ages in seconds."""
 
     role: str
     replicate: bool
-    peer: str
-    session: bool  # keys are agreed on with the peer
-    peer_alive: bool
-    peer_left: bool  # it said that it stops
-    peer_silent_s: float | None
-    peer_role: str
-    peer_replicates: bool
-    peer_complete: bool
+    peers: tuple[PeerFacts, ...]
+    leader: int | None  # which of the peers this backup holds the replicas of
     complete: bool  # a bulk ended and everything it named is where it belongs
     waiting: int  # replicas that wait for this node's kernel
     refused: Mapping[int, int]  # replicas that this node's kernel refuses to hold: how many, by errno
-    lag_s: float  # age of the oldest change that the peer has not acknowledged
     lag_limit_s: float
     problem: str  # what stops replication: no sync socket
     impaired: tuple[str, ...]  # what an operator should mend but does not stop replication
     holds: bool = False  # this node was complete once, or has some of the peer's flows
-    learning: bool = False  # active, and gets from the peer what it lacks
     progress: tuple[int, int] | None = None  # flows of the table that comes in so far; about how many there will be
     differences: tuple[str, ...] = ()  # of this node's rules, limits and timers from its peer's
     reread_s: float | None = None  # events were lost: until the kernel's table is read again
+    flapping: bool = False  # the virtual IPs come and go
 
+
+STALE_S = 10.0  # silence of the active node after which another backup, that heard it since, is the better one
 
 # What the track file says; keepalived takes that many times the weight off the priority of this node
 OPEN = 0
@@ -80,27 +90,52 @@ def _judge_active(facts: Facts) -> Verdict:
         reasons.append(facts.problem)
     if not facts.replicate:
         reasons.append("replication is off: a failure loses every session")
-    elif not facts.session:
-        reasons.append(f"no session with {facts.peer}: a failure loses every session")
-    elif facts.peer_left:
-        reasons.append(f"ctsyncd on {facts.peer} has stopped: changes are not replicated")
-    elif not facts.peer_alive:
-        reasons.append(f"{facts.peer} is silent{_for(facts.peer_silent_s)}: changes are not replicated")
-    elif facts.peer_role == ACTIVE:
-        reasons.append(f"{facts.peer} is active too: split brain")
-    elif not facts.peer_replicates:
-        reasons.append(f"replication is off on {facts.peer}: a failure loses every session")
-    elif facts.learning:
-        reasons.append(f"this node may lack flows: {facts.peer} is asked for what it holds")
-    elif not facts.peer_complete:
-        reasons.append(f"{facts.peer} does not hold the complete table yet")
-    elif facts.lag_s > facts.lag_limit_s:
-        reasons.append(f"{facts.peer} lags {facts.lag_s:.1f} s behind")
+    else:
+        covered = any(_covers(peer) for peer in facts.peers)
+        reasons.extend(filter(None, (_why_uncovered(peer, facts, covered) for peer in facts.peers)))
+    reasons.extend(facts.differences)
+    reasons.extend(_general(facts))
+    return Verdict(DEGRADED if reasons else READY, tuple(reasons), OPEN)
+
+
+def _covers(peer: PeerFacts) -> bool:
+    """Could it take over from this active node without a loss?"""
+    return peer.session and peer.alive and not peer.left and peer.replicates and peer.complete
+
+
+def _why_uncovered(peer: PeerFacts, facts: Facts, covered: bool) -> str:
+    """What is wrong with this backup of an active node.  ``covered``: another one could take over."""
+    loss = "it could not take over" if covered else "a failure loses every session"
+    if not peer.session:
+        return f"no session with {peer.name}: {loss}"
+    if peer.left:
+        return f"ctsyncd on {peer.name} has stopped: changes are not replicated" + (" to it" if covered else "")
+    if not peer.alive:
+        return f"{peer.name} is silent{_for(peer.silent_s)}: changes are not replicated" + (" to it" if covered else "")
+    if peer.role == ACTIVE:
+        return f"{peer.name} is active too: split brain"
+    if peer.role and not peer.replicates:  # it has said so
+        return f"replication is off on {peer.name}: {loss}"
+    if peer.learning:
+        return f"this node may lack flows: {peer.name} is asked for what it holds"
+    if not peer.complete:
+        return f"{peer.name} does not hold the complete table yet"
+    if peer.lag_s > facts.lag_limit_s:
+        return f"{peer.name} lags {peer.lag_s:.1f} s behind"
+    return ""
+
+
+def _general(facts: Facts) -> list[str]:
+    """What is worth a reason on any node."""
+    reasons = []
     if facts.reread_s is not None:
         reasons.append(_why_reread(facts.reread_s))
-    reasons.extend(facts.differences)
-    reasons.extend(facts.impaired)
-    return Verdict(DEGRADED if reasons else READY, tuple(reasons), OPEN)
+    return [*reasons, *_flaps(facts), *facts.impaired]
+
+
+def _flaps(facts: Facts) -> list[str]:
+    text = "the virtual IPs come and go: bulks are held back (look at keepalived and its links)"
+    return [text] if facts.flapping else []
 
 
 def _judge_standby(facts: Facts) -> Verdict:
@@ -109,40 +144,49 @@ def _judge_standby(facts: Facts) -> Verdict:
         return Verdict(NOT_READY, (facts.problem, *facts.impaired), gate, False)
     if not facts.replicate:
         return Verdict(NOT_READY, ("replication is off", *facts.impaired), KNOWS_NOTHING, False)
-    if not facts.complete:
-        reasons = (_why_incomplete(facts), *facts.differences, *facts.impaired)
+    leader = None if facts.leader is None else facts.peers[facts.leader]
+    if leader is None or not facts.complete:
+        about = facts.peers if leader is None else (leader,)
+        why = (_why_incomplete(peer, facts.progress) for peer in about)
+        reasons = (*why, *_both_active(facts), *_flaps(facts), *facts.differences, *facts.impaired)
         return Verdict(NOT_READY, reasons, gate, False)
-    found = list(facts.differences)
-    if facts.peer_left:
-        found.append(f"ctsyncd on {facts.peer} has stopped: the table is as old as that")
-    elif not facts.peer_alive:
-        found.append(f"{facts.peer} is silent{_for(facts.peer_silent_s)}: the table is as old as that")
+    found, gate = list(facts.differences), OPEN
+    if leader.left:
+        found.append(f"ctsyncd on {leader.name} has stopped: the table is as old as that")
+    elif not leader.alive:
+        found.append(f"{leader.name} is silent{_for(leader.silent_s)}: the table is as old as that")
+        if len(facts.peers) > 1 and (leader.silent_s is None or leader.silent_s > STALE_S):
+            gate = KNOWS_SOME
     if facts.waiting:
         found.append(f"{facts.waiting} flows wait for the kernel")
     if facts.refused:
         found.append(_why_refused(facts.refused))
-    if facts.reread_s is not None:
-        found.append(_why_reread(facts.reread_s))
-    found.extend(facts.impaired)
+    found.extend(_both_active(facts))
+    found.extend(_general(facts))
     if facts.differences:
         return Verdict(NOT_READY, tuple(found), KNOWS_SOME)
-    return Verdict(DEGRADED if found else READY, tuple(found), OPEN)
+    return Verdict(DEGRADED if found else READY, tuple(found), gate)
 
 
-def _why_incomplete(facts: Facts) -> str:
-    if not facts.session:
-        return f"no session with {facts.peer}"
-    if facts.peer_left:
-        return f"ctsyncd on {facts.peer} stopped before its table was here"
-    if not facts.peer_alive:
-        return f"{facts.peer} fell silent before its table was here"
-    if not facts.peer_replicates:
-        return f"replication is off on {facts.peer}"
-    if facts.peer_role != ACTIVE:
-        return f"{facts.peer} is not active: nobody has a table to give"
-    so_far = "" if facts.progress is None else f": receiving, {_so_far(facts.progress)} flows so far"
-    bound = f" (if {facts.peer} fails, this node serves with what it has)"
-    return f"the table of {facts.peer} is not complete here yet{so_far}{bound}"
+def _both_active(facts: Facts) -> list[str]:
+    active = [peer.name for peer in facts.peers if peer.alive and peer.role == ACTIVE]
+    return [f"{' and '.join(active)} are active at the same time: split brain"] if len(active) > 1 else []
+
+
+def _why_incomplete(peer: PeerFacts, progress: tuple[int, int] | None) -> str:
+    if not peer.session:
+        return f"no session with {peer.name}"
+    if peer.left:
+        return f"ctsyncd on {peer.name} stopped before its table was here"
+    if not peer.alive:
+        return f"{peer.name} fell silent before its table was here"
+    if peer.role and not peer.replicates:  # it has said so
+        return f"replication is off on {peer.name}"
+    if peer.role and peer.role != ACTIVE:
+        return f"{peer.name} is not active: nobody has a table to give"
+    so_far = "" if progress is None else f": receiving, {_so_far(progress)} flows so far"
+    bound = f" (if {peer.name} fails, this node serves with what it has)"
+    return f"the table of {peer.name} is not complete here yet{so_far}{bound}"
 
 
 def _so_far(progress: tuple[int, int]) -> str:

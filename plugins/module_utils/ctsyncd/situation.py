@@ -58,7 +58,8 @@ class Question(NamedTuple):
 
 
 class Situation:
-    """One object for all rooms of one engine.  ``now``: of the last poll (monotonic seconds)."""
+    """One object for all rooms of one engine.  ``now``: of the last poll (monotonic seconds).  ``alarms``: what an
+    operator should find in the log."""
 
     def __init__(self, settings: Settings, now: float) -> None:
         self.settings = settings
@@ -68,9 +69,11 @@ class Situation:
         self.now = now
         self.conditions = conditions.UNKNOWN  # of this node
         self.parameters: tuple[str, ...] = ()  # their names
+        self.bulks_from = now  # no bulk begins before: roles change too often
         self.counters: collections.Counter[str] = collections.Counter()
         self.questions: list[Question] = []
         self.unknown_helpers: set[str] = set()  # some of those that replicas have and this kernel has not
+        self.alarms: list[str] = []
 
     def take_side(self, side: str) -> None:
         self.side = side

@@ -27,7 +27,9 @@ class Source:
     ``states``: must be told of all that the peer is told of.  ``touched``: keys of flows that events name, if wanted.
     """
 
-    def __init__(self, situation: Situation, dumps: Dumps, peer: Peer, expectations: ExpectationSource) -> None:
+    def __init__(
+        self, situation: Situation, dumps: Dumps, peers: Sequence[Peer], expectations: ExpectationSource
+    ) -> None:
         self.announced = Announced()
         self.told = 0
         self.early: collections.OrderedDict[bytes, bytes] = collections.OrderedDict()
@@ -35,13 +37,17 @@ class Source:
         self.touched: set[bytes] | None = None
         self._situation = situation
         self._dumps = dumps
-        self._peer = peer
+        self._peers = peers
         self._expectations = expectations
 
     @property
     def telling(self) -> bool:
         """Is there anybody to be told?"""
-        return self._situation.settings.replicate and self._peer.established
+        return self._situation.settings.replicate and any([peer.established for peer in self._peers])
+
+    def _with_room(self, changes: int) -> list[Peer]:
+        """The peers that can be told so many changes."""
+        return [peer for peer in self._peers if peer.established and not peer.behind and peer.fits(changes)]
 
     def forget(self) -> None:
         """Nothing was told."""
@@ -80,18 +86,23 @@ class Source:
                 kept = self._situation.filter.keep_rows(key_len, others)
                 self.end([key for key in others if key not in kept], now)
                 chosen = {**chosen, **kept}
-        if chosen and self._peer.fits(len(chosen)):
+        if chosen:
             self._put_rows(key_len, chosen, now)
 
     def _put_rows(self, key_len: int, rows: Mapping[bytes, bytes], now: float) -> None:
+        told = self._with_room(len(rows))
+        if not told:
+            return
         self._told(key_len, rows)
-        pending = self._peer.pending
         early = self.early.keys() & rows.keys() if self.early else ()
         if early:
             for key in early:
-                pending.put_flow(key, rows[key], self.early.pop(key), now)
+                extras = self.early.pop(key)
+                for peer in told:
+                    peer.pending.put_flow(key, rows[key], extras, now)
             rows = {key: value for key, value in rows.items() if key not in early}
-        pending.put_rows(key_len, rows, now)
+        for peer in told:
+            peer.pending.put_rows(key_len, rows, now)
 
     def judge(self, flow: Flow, now: float) -> None:
         """The flow is so now: tell it, its end, or keep its extras."""
@@ -122,12 +133,14 @@ class Source:
     def _announce(self, flow: Flow, now: float) -> None:
         if flow.helper is not None:
             self._expectations.master(flow)
-        if self._peer.fits(1):
+        told = self._with_room(1)
+        if told:
             key, value, extras = pack(flow)
             if self.early:
                 extras = merge_extras(self.early.pop(key, b""), extras)
             self._told(len(key), {key: value})
-            self._peer.pending.put_flow(key, value, extras, now)
+            for peer in told:
+                peer.pending.put_flow(key, value, extras, now)
 
     def _told(self, key_len: int, rows: Mapping[bytes, bytes]) -> None:
         known = len(self.announced)
@@ -140,39 +153,68 @@ class Source:
         """Tell of the end of these flows."""
         if self._expectations.masters:
             self._expectations.ended(keys)
-        if keys and self._peer.fits(len(keys)):
+        told = self._with_room(len(keys)) if keys else ()
+        if told:
             self.announced.discard(keys)
             if self.states is not None:
                 self.states.touch(keys)
-            self._peer.pending.remove(keys, now)
+            for peer in told:
+                peer.pending.remove(keys, now)
 
     def announce_late(self, keys: Sequence[bytes], job: Job, now: float) -> None:
         """Late flows of the former active node; this node's bulk may have gone out without them."""
-        if self._peer.bulk_due or not self.telling or not self._peer.fits(len(keys)):
+        if not self._situation.settings.replicate:
+            return
+        told = [peer for peer in self._with_room(len(keys)) if not peer.bulk_due]
+        if not told:
             return
         if isinstance(job, Request):
             key, value, extras = pack(job.flow)
             self._told(len(key), {key: value})
-            self._peer.pending.put_flow(key, value, extras, now)
+            for peer in told:
+                peer.pending.put_flow(key, value, extras, now)
         else:
             late = set(keys)
             rows = {key: value for key, value in zip(job.keys, job.values) if key in late}
             self._told(job.key_len, rows)
-            self._peer.pending.put_rows(job.key_len, rows, now)
+            for peer in told:
+                peer.pending.put_rows(job.key_len, rows, now)
 
     # --- bulk --------------------------------------------------------------------------------------------------------
 
-    def begin_bulk(self) -> None:
-        """What this bulk does not name, and no event does, is gone."""
-        self.announced.clear()
+    def begin_bulk(self, peers: Sequence[Peer], now: float) -> None:
+        """A dump of this kernel's table begins, for these peers.
+
+        If they are all there are: what the bulk does not name, and no event does, is gone.
+        """
+        if all(peer in peers for peer in self._peers if peer.established):
+            self.announced.clear()
+        for peer in peers:
+            peer.begin_bulk(now)
 
     def bulk_rows(self, key_len: int, rows: Mapping[bytes, bytes], now: float) -> None:
         chosen, seen = self._situation.filter.select_rows(key_len, rows), self._dumps.seen
         if seen:
             chosen = {key: value for key, value in chosen.items() if key not in seen}
-        if chosen and self._peer.fits(len(chosen)):
-            self._peer.count_bulk(len(chosen))
+        if not chosen:
+            return
+        peers = self._bulking()
+        for peer in peers:
+            peer.count_bulk(len(chosen))
+        if all(peer.bulking for peer in self._peers if peer.established):
             self._put_rows(key_len, chosen, now)
+            return
+        announced = self.announced
+        fresh = {key: value for key, value in chosen.items() if key not in announced}
+        if fresh:  # to the others, too: they do not know them
+            self._put_rows(key_len, fresh, now)
+            chosen = {key: value for key, value in chosen.items() if key not in fresh}
+        for peer in peers:
+            if peer.fits(len(chosen)):
+                peer.pending.put_rows(key_len, chosen, now)
+
+    def _bulking(self) -> list[Peer]:
+        return [peer for peer in self._peers if peer.bulking]
 
     def bulk_flow(self, flow: Flow, now: float) -> None:
         if flow.key in self._dumps.seen:
@@ -180,11 +222,12 @@ class Source:
                 # its event is newer, but may have left out the extras
                 self._situation.questions.append(Question(flow))
             return
-        if self._situation.filter.matches(flow):
-            self._peer.count_bulk(1)
-            self._announce(flow, now)
-        else:
+        if not self._situation.filter.matches(flow):
             self._remember(flow)
+            return
+        for peer in self._bulking():
+            peer.count_bulk(1)
+        self._announce(flow, now)
 
     # --- comparisons -------------------------------------------------------------------------------------------------
 
@@ -204,7 +247,7 @@ class Source:
     def tell_untold(self, key_len: int, rows: Mapping[bytes, bytes], now: float) -> None:
         """The kernel has these flows, of one shape: tell of the untold ones, and those with another translation."""
         strangers = self.announced.strangers(rows, SHAPES[key_len].reply)
-        if strangers and self._peer.fits(len(strangers)):
+        if strangers:
             self._situation.counters["untold_told"] += len(strangers)
             self.announced.discard(strangers)
             self._put_rows(key_len, {key: rows[key] for key in strangers}, now)

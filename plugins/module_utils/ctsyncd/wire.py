@@ -55,6 +55,7 @@ RECORD_BULK_BEGIN = 4
 RECORD_BULK_END = 5
 RECORD_BULK_REQUEST = 6
 RECORD_CONDITIONS = 7
+RECORD_ROLE = 8
 RECORD_DIGEST = 16
 RECORD_BUCKETS_REQUEST = 17
 RECORD_BUCKETS = 18
@@ -374,6 +375,18 @@ def encode_bulk_begin(bulk: int) -> bytes:
 
 def encode_bulk_end(bulk: int, flows: int) -> bytes:
     return tlv(RECORD_BULK_END, _BULK_END.pack(bulk, flows))
+
+
+def encode_role(role: int) -> bytes:
+    """In which role, one of ROLE_*, the sender says the records that follow."""
+    return tlv(RECORD_ROLE, bytes((role,)))
+
+
+def decode_role(payload: bytes) -> int:
+    """One of ROLE_*; a number that this version does not know is ROLE_UNKNOWN."""
+    if not payload:
+        raise WireError("malformed", "role")
+    return payload[0] if payload[0] <= ROLE_TRANSITION else ROLE_UNKNOWN
 
 
 def decode_bulk_begin(payload: bytes) -> int:

@@ -153,18 +153,66 @@ def test_four_turns_lead_from_any_state_to_the_new_key_alone(first, second):
     heard = understood(*states)
     for turn in range(4):
         own, peer = states[turn % 2], states[1 - turn % 2]
-        states[turn % 2] = _pair.rotation_step(own, peer, 2)
+        states[turn % 2] = _pair.rotation_step(own, [peer], 2)
         # once the nodes understand each other they do so for good, and a turn of each is enough for that
         heard = heard or turn > 0
         assert understood(*states) or not heard, (first, second, states)
     assert states == [_pair.KeyState((2,), 2)] * 2
 
 
+@pytest.mark.parametrize("states", itertools.product(STATES, repeat=3))
+def test_three_turns_of_three_nodes_lead_from_any_state_to_the_new_key_alone(states):
+    states = list(states)
+    heard = all(understood(one, other) for one, other in itertools.combinations(states, 2))
+    for turn in range(9):
+        others = [state for number, state in enumerate(states) if number != turn % 3]
+        states[turn % 3] = _pair.rotation_step(states[turn % 3], others, 2)
+        heard = heard or turn > 1
+        now = all(understood(one, other) for one, other in itertools.combinations(states, 2))
+        assert now or not heard, (turn, states)
+    assert states == [_pair.KeyState((2,), 2)] * 3
+
+
+def trio(**changes):
+    nodes = {**pair(), "fw3": node("backup")}
+    for host, priority in (("fw1", 150), ("fw2", 140), ("fw3", 130)):
+        nodes[host]["vrrp"]["instances"][0]["priority"] = priority
+        nodes[host] = {**nodes[host], **changes.get(host, {})}
+    return nodes
+
+
+def test_a_good_group_of_three_is_ready_and_names_who_would_be_elected():
+    found = _pair.judge(trio())
+    assert (found["verdict"], found["obstacles"]) == ("READY", [])
+    assert (found["active"], found["standby"], found["standbys"]) == ("fw1", "fw2", ["fw2", "fw3"])
+    assert found["lines"][0] == "READY - fw2 or fw3 could take over from fw1 now"
+    assert _pair.judge(trio(), "fw3")["standby"] == "fw3"
+
+
+def test_of_three_the_one_that_is_not_ready_is_not_the_standby_and_is_named():
+    found = _pair.judge(trio(fw2={"sync": {"verdict": "NOT READY", "reasons": ["no session with fw1"]}}))
+    assert (found["verdict"], found["standby"]) == ("NOT READY", "fw3")
+    assert found["reasons"] == ["fw2: no session with fw1"]
+    found = _pair.judge(trio(fw2={"problem": "timed out", "role": None}))
+    assert (found["verdict"], found["standby"]) == ("NOT READY", "")
+    found = _pair.judge(trio(fw1={"sync": {"verdict": "DEGRADED", "reasons": ["no session with fw3"]}}))
+    assert found["lines"][0] == "DEGRADED - the group works, but this should be mended"
+    assert found["obstacles"] == ["fw1: no session with fw3"]
+
+
+def test_of_three_any_better_node_that_preempts_is_an_obstacle():
+    preempting = [{"name": "VI_eth1", "state": "BACKUP", "priority": 140, "nopreempt": False}]
+    nodes = trio(fw2={"vrrp": {"running": True, "instances": preempting}})
+    assert _pair.judge(nodes)["obstacles"] == []  # fw2 itself is elected
+    (obstacle,) = _pair.judge(nodes, "fw3")["obstacles"]
+    assert obstacle.startswith("fw2 has the higher priority and keepalived_nopreempt is false")
+
+
 def test_the_usual_rotation_step_by_step():
     steps = []
     states = [_pair.KeyState((1,), 1), _pair.KeyState((1,), 1)]
     for turn in range(4):
-        states[turn % 2] = _pair.rotation_step(states[turn % 2], states[1 - turn % 2], 2)
+        states[turn % 2] = _pair.rotation_step(states[turn % 2], [states[1 - turn % 2]], 2)
         steps.append(states[turn % 2])
     assert steps == [((1, 2), 1), ((1, 2), 2), ((2,), 2), ((2,), 2)]
 
@@ -172,3 +220,4 @@ def test_the_usual_rotation_step_by_step():
 def test_the_filter_speaks_the_words_of_the_facts():
     now = {"keys": {"1": "print"}, "send_key": 1}
     assert key_rotation.key_rotation(now, now, "2") == {"ids": [1, 2], "send_key": 1}
+    assert key_rotation.key_rotation(now, [now, now], "2") == {"ids": [1, 2], "send_key": 1}

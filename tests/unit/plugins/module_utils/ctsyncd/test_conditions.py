@@ -118,7 +118,7 @@ def test_conditions_are_told_again_after_a_restart_and_after_changes_were_droppe
     sim.fw1.up.set_conditions(RULES, KERNEL, sim.now)
     sim.fw2.up.set_conditions(OTHER, KERNEL, sim.now)
     sim.run(2.0)
-    sim.fw1.up.peer.conditions = sim.fw2.up.peer.conditions = None
+    sim.fw1.up.peers[0].conditions = sim.fw2.up.peers[0].conditions = None
     sim.fw2.up.resync()
     sim.fw1.up.resync()  # what follows an overflow of the changes that wait
     sim.run(2.0)

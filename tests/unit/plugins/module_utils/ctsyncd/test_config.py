@@ -52,7 +52,7 @@ def problems(text: str) -> list[str]:
 def test_good_configuration_is_read_with_defaults() -> None:
     settings = config.parse(json.dumps(GOOD))
     assert settings.node == "fw1"
-    assert settings.peer == config.Peer("fw2", ("192.168.100.2",))
+    assert settings.peers == (config.Peer("fw2", ("192.168.100.2",)),)
     assert settings.links == (config.Link("eth2", "192.168.100.1", 3781),)
     assert [vip.interface for vip in settings.virtual_ips] == ["eth1", "eth0"]
     assert dict(settings.keys) == {1: "key-1"}
@@ -85,8 +85,18 @@ def test_defaults_of_the_table_are_those_of_the_object() -> None:
         ("peers", {"node": "fw2"}, ["peers", "list"]),
         (
             "peers",
-            [{"node": "fw2", "address": "192.168.100.2"}, {"node": "fw3", "address": "192.168.100.3"}],
-            ["peers", "exactly one peer is supported in this version"],
+            [{"node": f"fw{number}", "address": f"192.168.100.{number}"} for number in range(2, 10)],
+            ["peers", "8 peers: at most 7 are supported"],
+        ),
+        (
+            "peers",
+            [{"node": "fw2", "address": "192.168.100.2"}, {"node": "fw2", "address": "192.168.100.3"}],
+            ["peers", "fw2 stands more than once"],
+        ),
+        (
+            "peers",
+            [{"node": "fw2", "address": "192.168.100.2"}, {"node": "fw3", "address": "192.168.100.2"}],
+            ["peers[1].address", "192.168.100.2 is also peers[0].address"],
         ),
         ("peers[0].address", "192.168.100.1", ["peers[0].address", "this node's own address"]),
         ("peers[0].address", "fd00::2", ["peers[0].address", "same family"]),
@@ -215,7 +225,7 @@ def test_several_links_in_the_order_of_preference() -> None:
         config.Link("eth2", "192.168.100.1", 3781),
         config.Link("eth3", "fd00:c0de:65::1", 4000),
     )
-    assert settings.peer == config.Peer("fw2", ("192.168.100.2", "fd00:c0de:65::2"))
+    assert settings.peers[0] == config.Peer("fw2", ("192.168.100.2", "fd00:c0de:65::2"))
     single = config.parse(json.dumps(GOOD))
     assert [option.key for option in single.differences(settings)] == ["peers", "links"]
 

@@ -59,7 +59,7 @@ def test_bytes_and_datagrams_of_a_thousand_flows(snat: bool, most_bytes: int) ->
     sim = shipped()
     rows = flows(1000, snat)
     sim.fw1.up.kernel_changes(Changes({13: rows}, [], [], 1000, False, False), sim.now)
-    sent = sim.fw1.up.poll(sim.now)
+    sent = sim.fw1.up.poll(sim.now)[0]
     assert len(sent) <= most_bytes // 1400 + 1
     assert sum(map(len, sent)) + HEADERS * len(sent) <= most_bytes
 
@@ -69,11 +69,11 @@ def test_pieces_of_work_of_a_thousand_flows() -> None:
     sim = shipped()
     rows = flows(1000, True)
     sim.fw1.up.kernel_changes(Changes({13: rows}, [], [], 1000, False, False), sim.now)
-    for datagram in sim.fw1.up.poll(sim.now):
-        sim.fw2.up.receive(datagram, sim.now)
+    for datagram in sim.fw1.up.poll(sim.now)[0]:
+        sim.fw2.up.receive(0, datagram, sim.now)
     jobs = sim.fw2.up.kernel_work(daemon.REQUESTS_PER_TURN)
     assert [(job.operation, isinstance(job, Work)) for job in jobs] == [(CREATE, True)]
-    answers = sim.fw2.up.poll(sim.now)
+    answers = sim.fw2.up.poll(sim.now)[0]
     assert len(answers) <= 1  # one acknowledgement
 
 

@@ -203,8 +203,8 @@ def test_half_open_and_own_flows_are_never_sent() -> None:
     kernel.change(half_open.key, state=k.TCP_SYN_RECV)
     sim.run(2.0)
     assert sim.fw1.up.counters["events"] == 7
-    counters = sim.fw2.up.counters
-    assert counters["records_received"] - counters["digests_equal"] == 4  # conditions, twice; begin and end of the bulk
+    counters = sim.fw2.up.counters  # role; conditions, twice; begin and end of the bulk
+    assert counters["records_received"] - counters["digests_equal"] == 5
     kernel.change(half_open.key, state=k.TCP_ESTABLISHED)
     kernel.change(udp(1000).key, status=k.IPS_CONFIRMED | k.IPS_SEEN_REPLY)
     sim.run(2.0)
@@ -260,7 +260,7 @@ def test_unreplied_flows_and_ignored_networks_follow_the_settings() -> None:
 def test_flows_with_this_nodes_addresses_are_not_accepted() -> None:
     """A peer with another idea of the addresses (or a captured one) must not open the firewall's own services."""
     sim = Simulation().start()
-    end = sim.fw1.up.session
+    end = sim.fw1.up.peers[0].session
     evil = tcp(1001)._replace(orig=Tuple(address("192.168.1.3"), address("192.168.0.2"), b"\1\1\0\x16"))
     evil = evil._replace(reply=Tuple(evil.orig.dst, evil.orig.src, b"\0\x16\1\1"))
     garbage = wire.tlv(wire.RECORD_ROWS, b"garbage") + wire.tlv(99, b"of a later version")
@@ -322,7 +322,7 @@ def test_tables_converge_through_a_bad_wire(seed: int) -> None:
             kernel.change(flow.key, mark=number)
         sim.run(0.01)
     sim.converge(sim.fw1, sim.fw2)
-    assert sim.fw2.up.session.counters["dropped_auth_failed"] > 0
+    assert sim.fw2.up.peers[0].session.counters["dropped_auth_failed"] > 0
     assert sim.fw2.up.counters["stale_removed"] == 0  # no repair was needed: nothing was lost
 
 
@@ -371,7 +371,7 @@ def test_silent_link_heals_without_a_new_session_or_bulk() -> None:
     assert not sim.fw2.up.verdict(sim.now).gate  # complete, if old: it may take over
     sim.converge(sim.fw1, sim.fw2)
     assert sim.fw1.up.counters["bulks_sent"] == 1
-    assert sim.fw1.up.session.counters["sessions"] == 1
+    assert sim.fw1.up.peers[0].session.counters["sessions"] == 1
 
 
 def test_overrun_on_the_active_node_repairs_what_was_missed() -> None:
@@ -388,13 +388,13 @@ def test_overrun_on_the_active_node_repairs_what_was_missed() -> None:
 
 def test_too_many_changes_for_the_queue_become_a_bulk() -> None:
     sim = Simulation().start()
-    sim.fw1.up.peer.pending = Pending(50)
+    sim.fw1.up.peers[0].pending = Pending(50)
     sim.wire.cut = True
     busy(sim, range(1000, 9000))  # the window of the link (512 blocks) takes most of them
     sim.run(5.0)
     assert sim.fw1.up.counters["pending_overflows"] > 0
-    assert len(sim.fw1.up.pending) <= 50
-    sim.fw1.up.pending.limit = 100_000
+    assert len(sim.fw1.up.peers[0].pending) <= 50
+    sim.fw1.up.peers[0].pending.limit = 100_000
     sim.converge(sim.fw1, sim.fw2)
     assert len(sim.fw2.kernel.table) == 8000
 
@@ -450,7 +450,8 @@ def test_flow_that_begins_while_the_kernel_is_read_is_not_made_twice() -> None:
     sim.fw2.up.resync()
     sim.run_until(lambda: sim.fw2.up.dump)
     record = rows_record(sim.fw1.kernel.open(tcp(2001)))
-    sim.fw2.up._receive_records(record, sim.now)  # at once: the simulated wire is slower than the simulated dump
+    # at once: the simulated wire is slower than the simulated dump
+    sim.fw2.up._receive_records(sim.fw2.up.peers[0], record, sim.now)
     sim.converge(sim.fw1, sim.fw2)
     assert operations(sim.fw2) == [CREATE]
 
@@ -877,7 +878,7 @@ def test_transition_keeps_the_side() -> None:
 def test_backup_whose_peer_says_goodbye_stays_ready_to_take_over() -> None:
     sim = busy(Simulation().start())
     sim.converge(sim.fw1, sim.fw2)
-    sim.fw1.up.session.say_bye()
+    sim.fw1.up.peers[0].session.say_bye()
     sim.turn()
     sim.fw1.kill()
     sim.run(3.0)
@@ -890,15 +891,15 @@ def test_backup_whose_peer_says_goodbye_stays_ready_to_take_over() -> None:
 def test_status_for_people() -> None:
     sim = busy(Simulation().start())
     sim.converge(sim.fw1, sim.fw2)
-    status = sim.fw1.up.peer_status(sim.now)
+    status = sim.fw1.up.peer_status(sim.now)[0]
     assert (status["node"], status["state"], status["role"], status["bulk"]) == ("fw2", "up", "backup", "complete")
     assert status["table"] == "holds the whole table"
     assert status["lag"] == {"events": 0, "age_s": 0.0}
-    assert sim.fw2.up.peer_status(sim.now)["bulk"] == "complete"
-    assert sim.fw2.up.peer_status(sim.now)["table"] == "its whole table is here"
+    assert sim.fw2.up.peer_status(sim.now)[0]["bulk"] == "complete"
+    assert sim.fw2.up.peer_status(sim.now)[0]["table"] == "its whole table is here"
     sim.wire.cut = True
     sim.run(5.0)
-    assert sim.fw1.up.peer_status(sim.now)["state"] == "silent"
+    assert sim.fw1.up.peer_status(sim.now)[0]["state"] == "silent"
 
 
 # --- everything at once ----------------------------------------------------------------------------------------------
@@ -1008,7 +1009,7 @@ class Pair(RuleBasedStateMachine):
             return
         for node in (self.active, self.backup):
             assert len(node.up.cache) <= 12
-            assert node.up.session.credit() >= 0
+            assert node.up.peers[0].session.credit() >= 0
             assert not any(name.startswith("kernel_refused") for name in node.up.counters if "eexist" not in name)
         for flow, _since in self.backup.up.external_flows():
             assert replicable(flow)

@@ -11,8 +11,7 @@ import pytest
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import constants as k
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import readiness
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import SeqAdj, Tuple
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.peer import LEARN_S, Peer
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.rows import pack
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.peer import LEARN_S, SPLIT_BRAIN_S, Peer
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.situation import (
     EXTERNAL_CACHE,
     HOT_STANDBY,
@@ -87,11 +86,11 @@ def test_queue_that_overflows_cuts_the_bulk_short_and_another_one_follows() -> N
     sim.converge(sim.fw1, sim.fw2)
     sim.fw1.up.resync()
     sim.run_until(lambda: sim.fw1.up.dump)
-    sim.fw1.up.pending.limit = len(sim.fw1.up.pending) + 1
+    sim.fw1.up.peers[0].pending.limit = len(sim.fw1.up.peers[0].pending) + 1
     opened(sim.fw1, range(2000, 2100))
     sim.turn()
     assert sim.fw1.up.counters["pending_overflows"] >= 1
-    sim.fw1.up.pending.limit = 100_000
+    sim.fw1.up.peers[0].pending.limit = 100_000
     sim.converge(sim.fw1, sim.fw2)
 
 
@@ -170,10 +169,17 @@ def test_of_two_active_nodes_none_takes_flows_of_the_other_and_the_one_that_yiel
     assert tcp(2003).key not in sim.fw2.kernel.table
     assert tcp(2005).key not in sim.fw1.kernel.table
     assert sim.fw2.up.counters["refused_split_brain"] >= 10
-    assert sim.fw1.up.counters["refused_split_brain"] == 1
+    assert sim.fw1.up.counters["refused_split_brain"] >= 1
+    for node, other in ((sim.fw1, "fw2"), (sim.fw2, "fw1")):
+        assert node.up.counters["split_brains"] == 1
+        assert node.up.take_alarms() == [f"split brain: {other} is active too"]
+        assert f"{other} is active too: split brain" in node.up.verdict(sim.now).reasons
     sim.fw1.set_role(readiness.BACKUP, sim.now)
     sim.converge(sim.fw2, sim.fw1)
     assert tcp(2005).key in sim.fw1.kernel.table
+    assert tcp(2003).key not in sim.fw1.kernel.table  # of the history that lost
+    assert sim.fw1.up.take_alarms() == ["the split brain is over: this node yielded"]
+    assert sim.fw2.up.take_alarms() == ["the split brain is over"]
 
 
 def liberal(node: Node) -> set[bytes]:
@@ -230,15 +236,70 @@ def test_without_replication_nothing_is_loosened() -> None:
     assert liberal(sim.fw1) == set()
 
 
-def test_late_flows_are_taken_again_when_the_other_has_yielded() -> None:
+@pytest.mark.parametrize("split_s", [1.0, 6.0])
+def test_late_flows_are_taken_but_not_those_of_another_history(split_s: float) -> None:
+    """What the former active node says after it yielded, of the time when it was active."""
     sim = Simulation().start()
     sim.fw2.set_role(readiness.ACTIVE, sim.now)
-    sim.run(6.0)
+    sim.run(split_s)
+    sim.wire.deaf = "fw2"
+    sim.fw1.kernel.open(tcp(2001))
+    sim.run(0.1)
     sim.fw1.set_role(readiness.BACKUP, sim.now)
-    sim.run(1.0)
-    sim.fw2.up._receive_flow(*pack(tcp(2001)), sim.now)
-    sim.run(1.0)
-    assert tcp(2001).key in sim.fw2.kernel.table
+    sim.wire.deaf = ""
+    sim.run(0.4)  # until the block is sent again
+    assert (tcp(2001).key in sim.fw2.kernel.table) == (split_s < SPLIT_BRAIN_S)
+    sim.converge(sim.fw2, sim.fw1)
+
+
+@pytest.mark.parametrize("winner", ["fw1", "fw2"])
+@pytest.mark.parametrize("new_sessions", [False, True])
+def test_partition_heals_without_mixing_two_histories(winner: str, new_sessions: bool) -> None:
+    """Both serve for a minute without hearing of each other; then one yields and becomes the other's equal."""
+    sim = Simulation().start()
+    shared = opened(sim.fw1, range(1000, 1020))
+    sim.converge(sim.fw1, sim.fw2)
+    sim.wire.cut = True
+    sim.fw2.set_role(readiness.ACTIVE, sim.now)
+    own = {"fw1": opened(sim.fw1, range(2000, 2010)), "fw2": opened(sim.fw2, range(3000, 3010))}
+    sim.fw1.kernel.change(tcp(1001).key, state=k.TCP_LAST_ACK)  # one node knows that it ends, the other does not
+    sim.run(60.0)
+    if new_sessions:
+        for node in sim.nodes.values():
+            node.kill()
+            node.start(sim.now)
+    sim.heal()
+    sim.run(6.0)  # both are active, and hear each other
+    loser = "fw2" if winner == "fw1" else "fw1"
+    for name in sim.nodes:
+        assert not own["fw1" if name == "fw2" else "fw2"] & sim.nodes[name].kernel.table.keys()
+        assert sim.nodes[name].up.counters["split_brains"] == 1
+    before = dict(sim.nodes[winner].kernel.table)
+    sim.nodes[loser].set_role(readiness.BACKUP, sim.now)
+    sim.converge(sim.nodes[winner], sim.nodes[loser])
+    assert sim.nodes[winner].kernel.table.keys() == before.keys() == shared | own[winner]
+    assert sim.nodes[loser].kernel.table.keys() == shared | own[winner]
+
+
+def test_flapping_loses_no_session_and_starts_no_storm_of_bulks() -> None:
+    sim = Simulation().start()
+    keys = opened(sim.fw1, range(1000, 1040))
+    sim.converge(sim.fw1, sim.fw2)
+    before = sum(node.up.counters["bulks_sent"] + node.up.counters["bulks_given"] for node in sim.nodes.values())
+    for turn in range(24):
+        active = sim.fw2 if turn % 2 == 0 else sim.fw1
+        sim.move(active)
+        keys |= opened(active, range(2000 + turn, 2001 + turn))
+        sim.run(0.3 + turn % 5)
+        assert keys <= active.kernel.table.keys()
+    for node in sim.nodes.values():
+        assert any("come and go" in reason for reason in node.up.verdict(sim.now).reasons)
+        assert node.up.counters["bulks_held_back"]
+        assert sum("changed sides" in alarm for alarm in node.up.take_alarms()) == 1
+    bulks = sum(node.up.counters["bulks_sent"] + node.up.counters["bulks_given"] for node in sim.nodes.values())
+    assert bulks - before <= 12  # without damping: one for each of 24 changes, and as many for those that ask
+    sim.converge(sim.fw1, sim.fw2)
+    assert keys <= sim.fw1.kernel.table.keys()
 
 
 # --- the node that knows less is active ------------------------------------------------------------------------------
@@ -359,7 +420,7 @@ def test_restarted_daemon_on_the_active_node_and_a_short_loss_of_the_virtual_ips
 def test_peer_that_gives_nothing_holds_up_the_own_table_for_a_bounded_time_only(cut: bool) -> None:
     sim = Simulation()
     blackout(sim)
-    sim.run_until(lambda: sim.fw1.up.peer.learn == "asked")
+    sim.run_until(lambda: sim.fw1.up.peers[0].learn == "asked")
     sim.wire.deaf = "fw2" if cut else ""
     if not cut:
         sim.fw2.kill()
@@ -367,7 +428,7 @@ def test_peer_that_gives_nothing_holds_up_the_own_table_for_a_bounded_time_only(
         sim.fw2.crash()
         sim.fw2.start(sim.now)
     sim.run(LEARN_S + 3.0)
-    assert sim.fw1.up.peer.learn == ""
+    assert sim.fw1.up.peers[0].learn == ""
     sim.heal()
     opened(sim.fw1, range(5000, 5010))
     sim.run(3.0)
@@ -399,10 +460,10 @@ def test_progress_of_the_table_that_comes_in_is_said() -> None:
     sim.run(2.0)
     sim.fw2.start(sim.now)
     sim.run_until(lambda: sim.fw2.up.cache.bulk_running and len(sim.fw2.up.cache) > 100)
-    status = sim.fw2.up.peer_status(sim.now)
+    status = sim.fw2.up.peer_status(sim.now)[0]
     assert status["bulk"] == "receiving"
     assert status["progress"] == {"flows": len(sim.fw2.up.cache), "expected": 600}
     assert status["table"] == f"its table is coming in: {len(sim.fw2.up.cache)} of about 600 flows"
     (reason,) = sim.fw2.up.verdict(sim.now).reasons
     assert f"receiving, {len(sim.fw2.up.cache)} of about 600 flows so far (if fw1 fails, this node serves" in reason
-    assert sim.fw1.up.peer_status(sim.now)["table"] == "is being sent the table"
+    assert sim.fw1.up.peer_status(sim.now)[0]["table"] == "is being sent the table"

@@ -43,14 +43,14 @@ def lose_a_record(sim: Simulation) -> dict[str, int]:
     """The active node tells of a flow, and what it tells vanishes (a bug of it)."""
     sim.fw1.kernel.open(tcp(3001))
     sim.fw1.up.kernel_changes(sim.fw1.kernel.take_events(), sim.now)
-    sim.fw1.up.pending.clear()
+    sim.fw1.up.peers[0].pending.clear()
     return {digest.MISSING: 1, digest.KERNEL_LEFT_OVER: 0}
 
 
 def lose_an_end(sim: Simulation) -> dict[str, int]:
     sim.fw1.kernel.close(tcp(1001).key)
     sim.fw1.up.kernel_changes(sim.fw1.kernel.take_events(), sim.now)
-    sim.fw1.up.pending.clear()
+    sim.fw1.up.peers[0].pending.clear()
     return {digest.LEFT_OVER: 1}
 
 
@@ -127,7 +127,7 @@ def test_what_differs_is_named_and_mended(fault: Callable[[Simulation], dict[str
     sim.converge(sim.fw1, sim.fw2)
     sim.run(prover.DIGEST_IDLE_S + 1.0)
     assert sim.fw2.up.checker.state == checker.EQUAL
-    assert sim.fw1.up.peer.equal
+    assert sim.fw1.up.peers[0].equal
     assert verified(sim, sim.fw1) == verified(sim, sim.fw2) == {}
 
 
@@ -350,7 +350,7 @@ class Disorder(RuleBasedStateMachine):
             return
         self.sim.heal()
         self.sim.run(ROUND_S)
-        self.sim.converge(self.sim.fw1, self.sim.fw2, 400.0)
+        self.sim.converge(self.sim.fw1, self.sim.fw2, seconds=400.0)
         self.sim.run_until(lambda: self.sim.fw2.up.checker.state == checker.EQUAL, 30.0)
         assert verified(self.sim, self.sim.fw1) == {}
         counters = self.sim.fw2.up.counters

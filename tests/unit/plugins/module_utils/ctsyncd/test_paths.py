@@ -503,7 +503,7 @@ def test_tables_converge_over_whatever_links_work(story: list[Fault], seed: int)
     for line in sim.wires:
         inflict(line, "")
     sim.converge(sim.fw1, sim.fw2)
-    assert [node.up.peer.session.counters["sessions"] for node in sim.nodes.values()] == [1, 1]
+    assert [node.up.peers[0].session.counters["sessions"] for node in sim.nodes.values()] == [1, 1]
 
 
 def test_a_busy_peer_is_no_failure_of_a_link() -> None:

@@ -18,32 +18,34 @@ from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.readine
     READY,
     TRANSITION,
     Facts,
+    PeerFacts,
     judge,
 )
 from hypothesis import given
 from hypothesis import strategies as st
 
+ACTIVE_PEER = PeerFacts("fw2", session=True, alive=True, silent_s=0.1, role=ACTIVE, replicates=True)
+BACKUP_PEER = ACTIVE_PEER._replace(role=BACKUP, complete=True)
 GOOD = Facts(
     role=BACKUP,
     replicate=True,
-    peer="fw2",
-    session=True,
-    peer_alive=True,
-    peer_left=False,
-    peer_silent_s=0.1,
-    peer_role=ACTIVE,
-    peer_replicates=True,
-    peer_complete=False,
+    peers=(ACTIVE_PEER,),
+    leader=0,
     complete=True,
     waiting=0,
     refused={},
-    lag_s=0.0,
     lag_limit_s=2.0,
     problem="",
     impaired=(),
 )
-ACTIVE_GOOD = GOOD._replace(role=ACTIVE, peer_role=BACKUP, peer_complete=True, complete=False)
+ACTIVE_GOOD = GOOD._replace(role=ACTIVE, peers=(BACKUP_PEER,), complete=False)
 INCOMPLETE = {"complete": False}
+
+
+def change(facts: Facts, **changes: Any) -> Facts:
+    """Other facts; ``peer_*``: of the first peer."""
+    first = {name[5:]: changes.pop(name) for name in list(changes) if name.startswith("peer_")}
+    return facts._replace(**changes, peers=(facts.peers[0]._replace(**first), *facts.peers[1:]))
 
 
 def test_all_is_well() -> None:
@@ -56,7 +58,7 @@ def test_all_is_well() -> None:
     [
         ({"problem": "no socket"}, NOT_READY, "no socket"),
         ({"replicate": False}, NOT_READY, "replication is off"),
-        ({**INCOMPLETE, "session": False}, NOT_READY, "no session with fw2"),
+        ({**INCOMPLETE, "peer_session": False}, NOT_READY, "no session with fw2"),
         ({**INCOMPLETE, "peer_alive": False}, NOT_READY, "fell silent before its table was here"),
         ({**INCOMPLETE, "peer_replicates": False}, NOT_READY, "replication is off on fw2"),
         ({**INCOMPLETE, "peer_role": BACKUP}, NOT_READY, "nobody has a table to give"),
@@ -79,7 +81,7 @@ def test_all_is_well() -> None:
 )
 @pytest.mark.parametrize("role", [BACKUP, TRANSITION])
 def test_standby(role: str, changes: dict[str, Any], verdict: str, reason: str) -> None:
-    judged = judge(GOOD._replace(role=role, **changes))
+    judged = judge(change(GOOD, role=role, **changes))
     assert judged.verdict == verdict
     assert reason in judged.reasons[0]
     assert judged.gate == (2 if verdict == NOT_READY else 0)
@@ -97,25 +99,104 @@ def test_of_two_that_are_not_ready_the_one_that_holds_flows_is_better(changes: d
     [
         ({"problem": "no socket"}, "no socket"),
         ({"replicate": False}, "replication is off: a failure loses every session"),
-        ({"session": False}, "no session with fw2: a failure loses every session"),
+        ({"peer_session": False}, "no session with fw2: a failure loses every session"),
         ({"peer_alive": False, "peer_silent_s": None}, "fw2 is silent: changes are not replicated"),
         ({"peer_left": True, "peer_alive": False}, "ctsyncd on fw2 has stopped: changes are not replicated"),
         ({"peer_role": ACTIVE}, "split brain"),
         ({"peer_replicates": False}, "replication is off on fw2"),
         ({"peer_complete": False}, "does not hold the complete table yet"),
-        ({"learning": True, "peer_complete": False}, "this node may lack flows: fw2 is asked for what it holds"),
+        ({"peer_learning": True, "peer_complete": False}, "this node may lack flows: fw2 is asked for what it holds"),
         ({"reread_s": 0.0}, "kernel events were lost: the table is read again"),
-        ({"lag_s": 2.5}, "lags 2.5 s behind"),
+        ({"peer_lag_s": 2.5}, "lags 2.5 s behind"),
         ({"impaired": ("no FIFO",)}, "no FIFO"),
     ],
 )
 def test_active(changes: dict[str, Any], reason: str) -> None:
-    judged = judge(ACTIVE_GOOD._replace(**changes))
+    judged = judge(change(ACTIVE_GOOD, **changes))
     assert judged.verdict == DEGRADED
     assert any(reason in text for text in judged.reasons)
 
 
-_BOOLEANS = ("replicate", "session", "peer_alive", "peer_left", "peer_replicates", "peer_complete", "complete", "holds")
+THIRD = BACKUP_PEER._replace(name="fw3")
+
+
+@pytest.mark.parametrize(
+    ("peers", "reason"),
+    [
+        ((BACKUP_PEER, THIRD._replace(session=False)), "no session with fw3: it could not take over"),
+        ((BACKUP_PEER, THIRD._replace(left=True)), "ctsyncd on fw3 has stopped: changes are not replicated to it"),
+        (
+            (BACKUP_PEER, THIRD._replace(alive=False, silent_s=4.0)),
+            "fw3 is silent for 4.0 s: changes are not replicated to it",
+        ),
+        ((BACKUP_PEER, THIRD._replace(replicates=False)), "replication is off on fw3: it could not take over"),
+        ((BACKUP_PEER, THIRD._replace(complete=False)), "fw3 does not hold the complete table yet"),
+        ((BACKUP_PEER, THIRD._replace(lag_s=3.0)), "fw3 lags 3.0 s behind"),
+        ((BACKUP_PEER, THIRD._replace(role=ACTIVE)), "fw3 is active too: split brain"),
+        (
+            (BACKUP_PEER._replace(complete=False), THIRD._replace(session=False)),
+            "no session with fw3: a failure loses every session",
+        ),
+    ],
+)
+def test_active_names_the_backup_that_is_the_reason(peers: tuple[PeerFacts, ...], reason: str) -> None:
+    judged = judge(ACTIVE_GOOD._replace(peers=peers))
+    assert judged.verdict == DEGRADED
+    assert judged.reasons[-1] == reason
+    assert judged.gate == 0
+
+
+def test_backup_is_ready_whatever_became_of_the_other_backup() -> None:
+    for third in (THIRD, THIRD._replace(session=False, alive=False), THIRD._replace(left=True, alive=False)):
+        assert judge(GOOD._replace(peers=(ACTIVE_PEER, third))) == (READY, (), 0, True)
+        assert judge(GOOD._replace(peers=(third, ACTIVE_PEER), leader=1)) == (READY, (), 0, True)
+
+
+def test_backup_that_does_not_hear_the_active_node_is_behind_one_that_does() -> None:
+    """An only backup takes over whatever it has; of two the one that heard the active node last is better."""
+    silent = ACTIVE_PEER._replace(alive=False, silent_s=60.0)
+    assert judge(GOOD._replace(peers=(silent,))).gate == 0
+    assert judge(GOOD._replace(peers=(silent, THIRD), holds=True)).gate == 1
+    just_died = silent._replace(silent_s=3.0)  # both see it: neither goes behind
+    assert judge(GOOD._replace(peers=(just_died, THIRD), holds=True)).gate == 0
+
+
+def test_backup_without_an_active_node_says_why_of_each_peer() -> None:
+    judged = judge(GOOD._replace(peers=(BACKUP_PEER, THIRD._replace(session=False)), leader=None, complete=False))
+    assert judged.verdict == NOT_READY
+    assert judged.reasons == ("fw2 is not active: nobody has a table to give", "no session with fw3")
+
+
+def test_what_a_peer_has_not_said_yet_is_not_held_against_it() -> None:
+    silent = ACTIVE_PEER._replace(role="", replicates=False)
+    judged = judge(GOOD._replace(peers=(silent,), complete=False, progress=(70, 0)))
+    assert judged.reasons[0].startswith("the table of fw2 is not complete here yet: receiving, 70 flows so far")
+    assert judge(ACTIVE_GOOD._replace(peers=(silent,))).reasons == ("fw2 does not hold the complete table yet",)
+
+
+def test_backup_sees_the_split_brain_of_others() -> None:
+    judged = judge(GOOD._replace(peers=(ACTIVE_PEER, THIRD._replace(role=ACTIVE))))
+    assert judged.verdict == DEGRADED
+    assert judged.reasons == ("fw2 and fw3 are active at the same time: split brain",)
+
+
+@pytest.mark.parametrize("facts", [GOOD, ACTIVE_GOOD])
+def test_flapping_is_said(facts: Facts) -> None:
+    judged = judge(facts._replace(flapping=True))
+    assert (judged.verdict, judged.gate) == (DEGRADED, 0)
+    assert "come and go" in judged.reasons[0]
+
+
+_BOOLEANS = (
+    "replicate",
+    "peer_session",
+    "peer_alive",
+    "peer_left",
+    "peer_replicates",
+    "peer_complete",
+    "complete",
+    "holds",
+)
 
 
 @given(
@@ -124,7 +205,7 @@ _BOOLEANS = ("replicate", "session", "peer_alive", "peer_left", "peer_replicates
             "role": st.sampled_from((ACTIVE, BACKUP, TRANSITION)),
             "peer_role": st.sampled_from((ACTIVE, BACKUP, TRANSITION, "")),
             "refused": st.dictionaries(st.sampled_from([errno.EEXIST, errno.EINVAL]), st.integers(1, 2)),
-            "lag_s": st.floats(0, 10),
+            "peer_lag_s": st.floats(0, 10),
             "problem": st.sampled_from(("", "broken")),
             "reread_s": st.none() | st.floats(0, 60),
             "differences": st.sampled_from(((), ("ruleset differs",))),
@@ -133,7 +214,7 @@ _BOOLEANS = ("replicate", "session", "peer_alive", "peer_left", "peer_replicates
     )
 )
 def test_gate_and_reasons(changes: dict[str, Any]) -> None:
-    facts = GOOD._replace(**changes)
+    facts = change(GOOD, **changes)
     judged = judge(facts)
     assert bool(judged.reasons) == (judged.verdict != READY)
     assert bool(judged.gate) == (judged.verdict == NOT_READY)

@@ -174,7 +174,7 @@ def test_tables_become_equal_after_a_node_was_restored(name: str, peer_restarts:
         elif made.now > noticed:
             equal_at = 0.0
     assert 0 < equal_at < end - 15.0
-    assert sum(node.up.session.counters["sessions_ended_went_back"] for node in made.nodes.values()) == (
+    assert sum(node.up.peers[0].session.counters["sessions_ended_went_back"] for node in made.nodes.values()) == (
         not peer_restarts
     )
     made.converge(made.fw1, made.fw2)
@@ -188,7 +188,7 @@ def test_a_session_that_a_node_does_not_know_is_doubted_only_in_silence() -> Non
     made.fw2.kill()
     made.fw2.start(made.now)
     made.converge(made.fw1, made.fw2)
-    before = made.fw1.up.session.counters["sessions"]
+    before = made.fw1.up.peers[0].session.counters["sessions"]
 
     def hellos_to_fw2(seconds: float) -> int:
         start, end = len(made.wire.sent), made.now + seconds
@@ -200,7 +200,7 @@ def test_a_session_that_a_node_does_not_know_is_doubted_only_in_silence() -> Non
     assert hellos_to_fw2(10.0) == 0
     made.fw2.kill()
     assert 40 <= hellos_to_fw2(10.0) <= 50
-    assert made.fw1.up.session.counters["sessions"] == before
+    assert made.fw1.up.peers[0].session.counters["sessions"] == before
 
 
 @pytest.mark.parametrize("name", ["fw1", "fw2"])
@@ -213,13 +213,13 @@ def test_an_acknowledgement_of_the_past_ends_the_session(name: str) -> None:
         made.fw1.kernel.open(tcp(port))
         made.run(0.1)
     restore(made, name, image)
-    session = made.nodes[name].up.session
+    session = made.nodes[name].up.peers[0].session
     known = session._established
     assert known is not None
     known.sealer.number += 100_000  # as many datagrams on, all of them lost
     made.fw1.kernel.open(tcp(4000))
     made.converge(made.fw1, made.fw2)
-    restored, other = session.counters, peer.up.session.counters
+    restored, other = session.counters, peer.up.peers[0].session.counters
     if name == "fw1":  # its new blocks have numbers that the peer acknowledged already
         assert restored["sessions_ended_went_back"] == 1
     else:  # it acknowledges less than it did
@@ -235,14 +235,14 @@ def test_new_blocks_under_old_numbers_are_found_out(flows: int) -> None:
     made.fw1.kernel.open(tcp(3000))
     made.run(0.1)
     restore(made, "fw1", image)
-    made.fw1.up.session._established.sealer.number += 100_000  # as many datagrams on, all of them lost
+    made.fw1.up.peers[0].session._established.sealer.number += 100_000  # as many datagrams on, all of them lost
     made.wire.deaf = "fw1"
     for port in range(4000, 4000 + flows):
         made.fw1.kernel.open(tcp(port))
         made.run(0.01)
     made.wire.deaf = ""
     made.run(0.5)
-    counters = made.fw1.up.session.counters
+    counters = made.fw1.up.peers[0].session.counters
     assert counters["sessions_ended_differed"] == 1
     assert counters["sessions_ended_went_back"] == 0
     made.converge(made.fw1, made.fw2)

@@ -282,6 +282,7 @@ DECODERS: dict[str, Callable[[bytes], object]] = {
     "bulk begin": wire.decode_bulk_begin,
     "bulk end": wire.decode_bulk_end,
     "conditions": wire.decode_conditions,
+    "role": wire.decode_role,
     "rows": wire.decode_rows,
     "gone": wire.decode_gone,
     "flow": wire.decode_flow_record,
