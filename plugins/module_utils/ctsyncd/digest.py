@@ -16,7 +16,6 @@ difference in translation hides behind it with a probability of 1/256.  :class:`
 from __future__ import annotations
 
 import itertools
-from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from zlib import crc32
 
@@ -181,7 +180,7 @@ class States:
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self._sums = array("Q", bytes(8 * FINE_BUCKETS))
+        self._sums: dict[int, int] = {}  # of fine buckets that are not empty: a small table costs little
         self._touched = bytearray(FINE_BUCKETS)
 
     def touch(self, keys: Iterable[bytes]) -> None:
@@ -196,12 +195,15 @@ class States:
         numbers = list(map(crc32, rows))
         for number, printed in zip(numbers, map(crc32, state_parts(key_len, rows.values()), numbers)):
             at = number & _LAST_FINE
-            sums[at] = sums[at] + printed * printed & SUM
+            sums[at] = sums.get(at, 0) + printed * printed & SUM
 
     def totals(self) -> list[int]:
         """For each bucket the sum over its fine buckets that were not touched, modulo 2^64."""
-        clean = list(map(_clean, self._sums, self._touched))
-        return [sum(clean[at::BUCKETS]) & SUM for at in range(BUCKETS)]
+        touched, totals = self._touched, [0] * BUCKETS
+        for at, value in self._sums.items():
+            if not touched[at]:
+                totals[at & _LAST] += value
+        return [total & SUM for total in totals]
 
     @property
     def clean(self) -> int:
@@ -212,10 +214,6 @@ class States:
 def differing(own: Sequence[int], first: int, others: Sequence[int]) -> list[int]:
     """Which buckets from ``first`` on have other sums than these."""
     return [at for at, (one, other) in enumerate(zip(own[first:], others), first) if one != other]
-
-
-def _clean(value: int, touched: int) -> int:
-    return 0 if touched else value
 
 
 def state_parts(key_len: int, values: Collection[bytes]) -> Iterator[bytes]:
