@@ -18,7 +18,7 @@ pytestmark = [
 ]
 
 SEED = "58"
-STEPS = 4
+STEPS = 3
 
 
 def records(folder: Path) -> list[dict]:
