@@ -315,7 +315,7 @@ class Engine:
         situation = self.situation
         if not situation.active or not situation.settings.replicate:
             return False
-        return situation.hot or not (self.replicas.takeover.running and any(peer.bulk_due for peer in self.peers))
+        return situation.hot or not (self.replicas.takeover.running and all(peer.bulk_due for peer in self.peers))
 
     def take_questions(self) -> list[Question]:
         """What the kernel must be asked; the caller gives what it finds to :meth:`answer`."""
