@@ -104,7 +104,8 @@ def assert_refused(done, sentences):
 def test_every_mistake_is_named_and_nothing_is_changed(variables, sentences):
     done = deploy(variables)
     assert_refused(done, sentences)
-    assert variables.get("ha_firewall_key", "no key") not in done.stdout + done.stderr, "the key was printed"
+    if "ha_firewall_key" in variables:
+        assert variables["ha_firewall_key"] not in done.stdout + done.stderr, "the key was printed"
 
 
 def test_a_running_conntrackd_is_refused():
