@@ -97,6 +97,8 @@ class Checker:
         self._walk_at = now
         # this node's kernel
         self._kernel_at = now + KERNEL_S
+        self._quiet = False  # when the last look began, nothing had changed since the one before began
+        self._changes = -1  # of flows, when it began
         self._looks = 0
         self._unseen: set[bytes] = set()
         self._ghosts: set[bytes] = set()  # seen once
@@ -147,6 +149,9 @@ class Checker:
             self._dumps.cancel(KERNEL)
             self._kernel_at = now + CONFIRM_S
             self._waiting_for_kernel = self._report is not None
+        elif self._report is None and self._dumps.runs(KERNEL) and not self._dumps.calm(now, self._kernel_at):
+            self._dumps.cancel(KERNEL)
+            self._counters["kernel_looks_put_off"] += 1
         if not self.able:
             return
         if self._waiting_for_kernel and not self._dumps.wanted:
@@ -158,6 +163,7 @@ class Checker:
         if (
             self._compares
             and now >= self._kernel_at
+            and self._dumps.calm(now, self._kernel_at)
             and self._situation.hot
             and self._report is None
             and not self._dumps.wanted
@@ -366,6 +372,7 @@ class Checker:
     def kernel_begins(self) -> None:
         held, table = self._replicas.copies.held, self._replicas.cache.table
         self._looks += 1
+        self._quiet, self._changes = self._changes == self._dumps.changes, self._dumps.changes
         self._found_ghosts = set()
         parts = 1 if self._report is not None else len(table) // MISSED + 1
         part = self._looks % parts
@@ -407,7 +414,7 @@ class Checker:
         ghosts = {key for key in self._found_ghosts if key not in table}
         self._unseen, self._found_ghosts = set(), set()
         if self._report is None:
-            self._kernel_at = now + self._dumps.pause(KERNEL_S)
+            self._kernel_at = now + self._dumps.pause(KERNEL_S, self._quiet)
         if not consistent:
             if self._report is not None:
                 self._dumps.want(KERNEL)

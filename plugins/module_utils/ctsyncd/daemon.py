@@ -563,10 +563,15 @@ class Daemon:
         if wanted is None:
             self._close_dump()
             return
+        began = time.thread_time()
+        paced = self._engine.dump_paced
         if self._dump is None or self._dump_number != wanted.number:
             self._close_dump()
             self._dump, self._dump_number = netlink.TableDump(), wanted.number
-        paced = self._engine.dump_paced
+            if paced:  # the kernel looked through its hash for the first entry, or through all of it
+                spent = time.thread_time() - began
+                self._engine.dump_cost(spent)
+                self._dump_at = now + PACED_REST * spent
         if not self._engine.dump_room or (paced and now < self._dump_at):
             return
         began = time.thread_time()

@@ -22,7 +22,13 @@ KERNEL = "kernel"  # now and then: this backup's kernel against the external cac
 
 PACED = (AUDIT, COMPARE, KERNEL)  # nobody waits for them: they are read slowly
 
-SHARE = 0.01  # of a core, that paced dumps may cost on average
+SHARE = 0.01  # of a core, that paced dumps may cost on average ...
+QUIET_SHARE = 0.001  # ... and where nothing has changed since the one before
+QUIET_MAX_S = 600.0  # between two of them, at most, where only that share is to be kept to
+
+CROWD = 2_000  # changes within about a second: there is better to do than to read the table
+CALM_S = 5.0  # so long after a crowd of changes a paced dump begins
+PATIENCE_S = 600.0  # so long it waits for calm, at most
 
 REREAD_S = 5.0  # before the table is read again where events go on to be lost; doubles
 REREAD_MAX_S = 60.0
@@ -39,18 +45,22 @@ class Dumps:
     """The dump that runs and those that wait.
 
     ``seen``: keys that the running dump need not tell of any more.  ``reread_at``: events were lost, the table is read
-    again then (monotonic seconds).
+    again then (monotonic seconds).  ``changes``: of flows, so far.
     """
 
     def __init__(self) -> None:
         self.current: Dump | None = None
         self.seen: set[bytes] = set()
         self.reread_at: float | None = None
+        self.changes = 0
         self._number = 0
         self._queue: collections.deque[str] = collections.deque()
         self._reread_wait_s = REREAD_S
         self._lost_at: float | None = None  # when events were lost last
         self._spent_s = 0.0
+        self._crowd = 0  # changes since _counted_from
+        self._counted_from = 0.0
+        self._crowded_at = float("-inf")
 
     def runs(self, *purposes: str) -> bool:
         """Does a dump for one of these purposes run?"""
@@ -100,9 +110,29 @@ class Dumps:
         """What the running dump has cost of a core."""
         self._spent_s += seconds
 
-    def pause(self, least_s: float) -> float:
-        """After the dump that ran last: seconds before the next one like it, so that they cost ``SHARE`` at most."""
-        return max(least_s, self._spent_s / SHARE)
+    def pause(self, least_s: float, quiet: bool = False) -> float:
+        """After the dump that ran last: seconds before the next one like it, so that they cost ``SHARE`` at most.
+
+        ``quiet``: nothing has changed since the one before, and the less often the table is read the better.
+        """
+        wait = max(least_s, self._spent_s / SHARE)
+        return max(wait, min(self._spent_s / QUIET_SHARE, QUIET_MAX_S)) if quiet else wait
+
+    # --- calm --------------------------------------------------------------------------------------------------------
+
+    def changed(self, changes: int, now: float) -> None:
+        """So many flows of this node's tables have changed."""
+        if now - self._counted_from >= 1.0:
+            self._counted_from, self._crowd = now, 0
+        self.changes += changes
+        self._crowd += changes
+        if self._crowd >= CROWD:
+            self._crowded_at = now
+
+    def calm(self, now: float, due: float) -> bool:
+        """May a paced dump that was due at a time begin, or go on?  In a flood it would only get in the way; but not
+        for ever."""
+        return now - self._crowded_at >= CALM_S or now - due >= PATIENCE_S
 
     def finished(self, now: float) -> str:
         """The running one came to its end; returns its purpose, or nothing if none runs."""

@@ -290,6 +290,8 @@ class Engine:
     def kernel_changes(self, changes: Changes, now: float) -> None:
         """What conntrack events said that this daemon did not cause."""
         self.counters["events"] += changes.events
+        if changes.events:
+            self.dumps.changed(changes.events, now)
         if not self.active:
             if changes.gone:
                 self.replicas.vanished(changes.gone)
@@ -575,16 +577,19 @@ class Engine:
         elif kind == wire.RECORD_ROWS:
             key_len, joined = wire.decode_rows(payload)
             rows = dict(wire.iter_rows(key_len, joined))
+            self.dumps.changed(len(rows), now)
             if self._takes(peer, len(rows), now):
                 self._receive_rows(key_len, rows, now)
         elif kind == wire.RECORD_FLOW:
             key, value, extras = wire.decode_flow_record(payload)
+            self.dumps.changed(1, now)
             if self._takes(peer, 1, now):
                 self._receive_flow(key, value, extras, now)
         elif kind == wire.RECORD_GONE:
             key_len, joined = wire.decode_gone(payload)
             if self._led_by(peer):
                 keys = wire.split_keys(key_len, joined)
+                self.dumps.changed(len(keys), now)
                 self.checker.told(keys)
                 self.replicas.delete(keys)
                 self.helpers.replicas.masters_gone(keys)

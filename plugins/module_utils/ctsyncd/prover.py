@@ -81,6 +81,8 @@ class Prover:
         self._idle_at = now
         self._told: tuple[int, int] | None = None  # the last digest
         self._audit_at = now + AUDIT_S
+        self._quiet = False  # when the last audit began, nothing had changed since the one before began
+        self._changes = -1  # of flows, when it began
         self._unseen: set[bytes] = set()
         self._strangers: dict[bytes, bytes] = {}
         self._audits = 0
@@ -149,6 +151,10 @@ class Prover:
             return
         if self._compares and now >= self._digest_at and len(self._peer.pending) < DUMP_ROOM:
             self._tell_digest(now)
+        if self.wants == AUDIT and self._settle_at is None and not self._dumps.calm(now, self._audit_at):
+            self._dumps.cancel(AUDIT)
+            self._counters["audits_put_off"] += 1
+            self._stop()
         if self._settle_at is not None and now >= self._settle_at:
             self._tell_audit(now)
         if self._running is not None:
@@ -159,7 +165,7 @@ class Prover:
         if self._wanted and (not self._wanted[0].flags & wire.COMPARE_REPAIR or now >= self._repair_at):
             self.wants = COMPARE
             self._dumps.want(COMPARE)
-        elif self._compares and now >= self._audit_at:
+        elif self._compares and now >= self._audit_at and self._dumps.calm(now, self._audit_at):
             self.wants = AUDIT
             self._dumps.want(AUDIT)
 
@@ -256,6 +262,7 @@ class Prover:
             self._auditing = True
             self._number += 1
             self._audits += 1
+            self._quiet, self._changes = self._changes == self._dumps.changes, self._dumps.changes
             self._source.states = States(self._number)
             self._strangers = {}
             parts = len(announced) // UNSEEN + 1
@@ -302,7 +309,7 @@ class Prover:
     def finished(self, purpose: str, consistent: bool, now: float) -> None:
         """All was read."""
         if purpose == AUDIT:
-            self._audit_at = now + self._dumps.pause(AUDIT_S)
+            self._audit_at = now + self._dumps.pause(AUDIT_S, self._quiet)
             if consistent:
                 self._settle_at = now + HOLD_S
             else:
