@@ -17,7 +17,7 @@ import selectors
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from . import (
@@ -650,12 +650,11 @@ class Daemon:
 
     def _record(self, now: float) -> None:
         events, age = self._engine.lag(now)
-        for peer in self._engine.peer_status(now):
-            said = {name: peer[name] for name in ("node", "state", "role", "bulk")}
-            if said != self._peer_said.get(peer["node"]):
-                self._peer_said[peer["node"]] = said
+        for said in self._engine.peer_notes(now):
+            if said != self._peer_said.get(said["node"]):
+                self._peer_said[said["node"]] = said
                 self._recorder.note(now, "peer", **said)
-        self._recorder.sample(now, self._counters(), lag_events=events, lag_s=round(age, 3))
+        self._recorder.sample(now, self._counter_sources(), lag_events=events, lag_s=round(age, 3))
         self._keep_story(self._recorder.finished(now), now)
 
     def _keep_story(self, role: str, now: float) -> None:
@@ -716,16 +715,19 @@ class Daemon:
         return out
 
     def _counters(self) -> dict[str, int]:
-        counters: collections.Counter[str] = collections.Counter(self._engine.counters)
-        for session in self._sessions:
-            counters.update(session.counters)
-            counters.update(session.paths.counters)
-        for source in (link.counters for link in self._links):
+        counters: collections.Counter[str] = collections.Counter()
+        for source in self._counter_sources():
             counters.update(source)
-        counters.update(self._helpers.counters)
-        counters["events_malformed"] = self._events.malformed
-        counters["fifo_garbage"] = self._fifo.garbage
         return dict(sorted(counters.items()))
+
+    def _counter_sources(self) -> list[Mapping[str, int]]:
+        """Where all is counted."""
+        sources: list[Mapping[str, int]] = [self._engine.counters, self._helpers.counters]
+        for session in self._sessions:
+            sources += (session.counters, session.paths.counters)
+        sources += [link.counters for link in self._links]
+        sources.append({"events_malformed": self._events.malformed, "fifo_garbage": self._fifo.garbage})
+        return sources
 
     def _statistics(self, section: str) -> dict[str, Any]:
         now = time.monotonic()

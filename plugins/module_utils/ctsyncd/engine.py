@@ -994,6 +994,10 @@ class Engine:
             for peer, prover in zip(self.peers, self.provers)
         ]
 
+    def peer_notes(self, now: float) -> list[dict[str, str]]:
+        """Of :meth:`peer_status` what is worth a note when it changes; it costs less."""
+        return [{"node": peer.name, **peer.standing(now), "bulk": self._tables(peer, now)[0]} for peer in self.peers]
+
     def _equality(self, prover: Prover, peer: Peer, now: float) -> dict[str, Any]:
         return self.checker.describe(now) if not self.active and peer is self.leader else prover.describe()
 

@@ -391,6 +391,13 @@ class Peer:
         last = self.session.last_seen
         return None if last is None else max(0.0, now - last)
 
+    def standing(self, now: float) -> dict[str, str]:
+        alive = self.alive(now)
+        return {
+            "state": "up" if alive else "silent" if self.established else "handshake",
+            "role": self.role_name or "unknown" if alive else "unknown",
+        }
+
     def describe(
         self, bulk: str, progress: tuple[int, int] | None, equality: dict[str, Any], now: float
     ) -> dict[str, Any]:
@@ -398,13 +405,11 @@ class Peer:
 
         ``equality``: are the tables equal?
         """
-        alive = self.alive(now)
         events, age = self.lag(now)
         silent = self.silent_s(now)
         return {
             "node": self.name,
-            "state": "up" if alive else "silent" if self.established else "handshake",
-            "role": self.role_name or "unknown" if alive else "unknown",
+            **self.standing(now),
             "last_seen_s": None if silent is None else round(silent, 3),
             "lag": {"events": events, "age_s": round(age, 3)},
             "bulk": bulk,

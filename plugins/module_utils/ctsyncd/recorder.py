@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import collections
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 SCHEMA = 1
@@ -31,7 +31,7 @@ class Recorder:
         self._notes: collections.deque[tuple[float, int, str]] = collections.deque(maxlen=NOTES)
         self._samples: collections.deque[tuple[float, int, str]] = collections.deque(maxlen=SAMPLES)
         self._number = 0  # order of what happened at one moment
-        self._counted: dict[str, int] = {}
+        self._counted: list[dict[str, int]] = []
         self._sampled_at: float | None = None
         self._due: tuple[float, str] | None = None
 
@@ -50,17 +50,26 @@ class Recorder:
         self.note(now, "role", role=role)
         self._due = (now + FOLLOWED_S, role)
 
-    def sample(self, now: float, counters: Mapping[str, int], **state: Any) -> None:
-        """Once a second: what was counted since the last call, and ``state`` (lag, flows) beside it."""
-        before, self._counted = self._counted, dict(counters)
+    def sample(self, now: float, sources: Sequence[Mapping[str, int]], **state: Any) -> None:
+        """Once a second: what was counted since the last call, and ``state`` (lag, flows) beside it.
+
+        ``sources``: counters, always in this order; what has one name in several of them is one number.  That they
+        have not moved, as most of them have not in most seconds, is seen without looking at each name.
+        """
+        before, self._counted = self._counted, [dict(source) for source in sources]
         since, self._sampled_at = self._sampled_at, now
-        if since is None or before == self._counted:
+        if since is None or len(before) != len(self._counted):
             return
-        counted = {
-            name: value - before.get(name, 0) for name, value in counters.items() if value != before.get(name, 0)
-        }
-        if all(name.startswith(_ROUTINE) for name in counted):
+        counted: dict[str, int] = {}
+        for old, new in zip(before, self._counted):
+            if old != new:
+                for name, value in new.items():
+                    grown = value - old.get(name, 0)
+                    if grown:
+                        counted[name] = counted.get(name, 0) + grown
+        if all([name.startswith(_ROUTINE) for name in counted]):
             return
+        counted = {name: counted[name] for name in sorted(counted)}
         text = json.dumps({"sample_s": round(now - since, 3), **state, "counted": counted}, ensure_ascii=True)
         self._number += 1
         self._samples.append((now, self._number, text))

@@ -23,9 +23,9 @@ def read(kept: Recorder, offset: float = 0.0) -> list[dict[str, Any]]:
 
 def test_notes_and_samples_come_out_in_the_order_in_which_they_happened() -> None:
     kept = Recorder()
-    kept.sample(1.0, {"events": 0})
+    kept.sample(1.0, [{"events": 0}])
     kept.note(1.5, "verdict", verdict="READY")
-    kept.sample(2.0, {"events": 7, "overruns": 1}, lag_s=0.25)
+    kept.sample(2.0, [{"events": 7, "overruns": 1}], lag_s=0.25)
     kept.note(2.0, "peer", state="silent")
     assert read(kept, 1000.0) == [
         {"at": 1001.5, "note": "verdict", "verdict": "READY"},
@@ -36,19 +36,28 @@ def test_notes_and_samples_come_out_in_the_order_in_which_they_happened() -> Non
 
 def test_a_quiet_second_makes_no_sample_and_is_not_counted_again() -> None:
     kept = Recorder()
-    kept.sample(1.0, {"events": 3, "datagrams_sent": 1})
-    kept.sample(2.0, {"events": 3, "datagrams_sent": 3, "bytes_sent": 200})  # signs of life
-    kept.sample(3.0, {"events": 3, "datagrams_sent": 3, "bytes_sent": 200})
+    kept.sample(1.0, [{"events": 3, "datagrams_sent": 1}])
+    kept.sample(2.0, [{"events": 3, "datagrams_sent": 3, "bytes_sent": 200}])  # signs of life
+    kept.sample(3.0, [{"events": 3, "datagrams_sent": 3, "bytes_sent": 200}])
     assert read(kept) == []
-    kept.sample(4.0, {"events": 4, "datagrams_sent": 5, "bytes_sent": 300})
+    kept.sample(4.0, [{"events": 4, "datagrams_sent": 5, "bytes_sent": 300}])
     assert [line["counted"] for line in read(kept)] == [{"events": 1, "datagrams_sent": 2, "bytes_sent": 100}]
+
+
+def test_counters_of_several_places() -> None:
+    kept = Recorder()
+    kept.sample(1.0, [{"events": 3}, {"datagrams_sent": 1, "refused": 1}, {"refused": 5}])
+    kept.sample(2.0, [{"events": 3}, {"datagrams_sent": 2, "refused": 1}, {"refused": 5}])
+    assert read(kept) == []
+    kept.sample(3.0, [{"events": 3}, {"datagrams_sent": 3, "refused": 2}, {"refused": 7, "bytes_sent": 1}])
+    assert [line["counted"] for line in read(kept)] == [{"bytes_sent": 1, "datagrams_sent": 1, "refused": 3}]
 
 
 def test_memory_is_bounded_whatever_happens() -> None:
     kept = Recorder()
     for number in range(5000):
         kept.note(float(number), "verdict", reasons=["x" * 500] * 100)
-        kept.sample(float(number), {f"counter_{n}": number for n in range(50)})
+        kept.sample(float(number), [{f"counter_{n}": number for n in range(50)}])
     lines = list(kept.lines(0.0))
     assert len(kept) == recorder.NOTES + recorder.SAMPLES == len(lines) - 1
     assert max(map(len, lines)) < recorder.NOTE_BYTES + 200
