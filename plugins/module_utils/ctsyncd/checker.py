@@ -152,7 +152,7 @@ class Checker:
         elif self._report is None and self._dumps.runs(KERNEL) and not self._dumps.calm(now, self._kernel_at):
             self._dumps.cancel(KERNEL)
             self._counters["kernel_looks_put_off"] += 1
-        if not self.able:
+        if self._situation.active or not self.able:
             return
         if self._waiting_for_kernel and not self._dumps.wanted:
             self._waiting_for_kernel = False

@@ -138,10 +138,14 @@ class Announced:
     def add(self, rows: Mapping[bytes, bytes], reply: int) -> None:
         """Flows of one shape are told of: key to value.  Nothing is looked at of those that are known."""
         table, sums = self.table, self.digest.sums
-        fresh: Collection[bytes] = [key for key in rows if key not in table]
-        if not fresh:
-            return
-        lows = prints(rows.values() if len(fresh) == len(rows) else [rows[key] for key in fresh], reply)
+        fresh: Collection[bytes] = rows
+        values: Collection[bytes] = rows.values()
+        if not table.keys().isdisjoint(rows):
+            fresh = [key for key in rows if key not in table]
+            if not fresh:
+                return
+            values = [rows[key] for key in fresh]
+        lows = prints(values, reply)
         table.update(zip(fresh, lows))
         for number, low in zip(map(crc32, fresh), lows):
             sums[number & _LAST] += number * (number << 8 | low)

@@ -74,6 +74,8 @@ class Dumps:
     @property
     def urgent(self) -> bool:
         """One runs or waits that is not paced."""
+        if self.current is None and not self._queue:  # as nearly always
+            return False
         if self.current is not None and self.current.purpose not in PACED:
             return True
         return any(purpose not in PACED for purpose in self._queue)

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import collections
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 from . import rows as shapes
 from . import wire
@@ -214,23 +215,20 @@ class Pending:
         generation.flows[key] = value, extras
         rows.pop(key, None)
 
-    def remove(self, keys: Iterable[bytes], now: float) -> None:
+    def remove(self, keys: Collection[bytes], now: float) -> None:
         """The flows ended: what waits of them is forgotten, their end is told."""
-        generation: _Generation | None = None
-        for key in keys:
-            if generation is None:
-                generation = self._opened(now)
-                gone, flows, rows = generation.gone, generation.flows, generation.rows
-            length = len(key)
-            waiting = rows.get(length)
-            if waiting:
-                waiting.pop(key, None)
-            if flows:
-                flows.pop(key, None)
-            ended = gone.get(length)
-            if ended is None:
-                ended = gone[length] = {}
-            ended[key] = None
+        if not keys:
+            return
+        generation = self._opened(now)
+        lengths = dict.fromkeys(map(len, keys))
+        for length in lengths:
+            some = keys if len(lengths) == 1 else [key for key in keys if len(key) == length]
+            waiting: dict[bytes, Any]
+            for waiting in (generation.rows.get(length, {}), generation.flows):
+                if waiting and not waiting.keys().isdisjoint(some):
+                    for key in some:
+                        waiting.pop(key, None)
+            generation.gone.setdefault(length, {}).update(dict.fromkeys(some))
 
     def put_expectation(self, name: bytes, payload: bytes | None, now: float) -> None:
         """The expectation of this name is so now; None: it is gone.  Goes behind the flows, its master's among them."""

@@ -145,6 +145,8 @@ class Prover:
         return self._running is not None and self._dumps.runs(COMPARE)
 
     def poll(self, now: float) -> None:
+        if now < self._digest_at and now < self._audit_at and not (self._auditing or self._running or self._wanted):
+            return  # as in nearly every turn
         if not self.able(now):
             if self._busy or self._wanted:
                 self.reset(now)

@@ -97,8 +97,9 @@ class Replicas:
 
     def store_rows(self, rows: Mapping[bytes, bytes], now: float) -> None:
         table = self.cache.table
-        fresh: Mapping[bytes, bytes] = {key: value for key, value in rows.items() if key not in table}
-        if len(fresh) != len(rows):
+        fresh = rows
+        if not table.keys().isdisjoint(rows):
+            fresh = {key: value for key, value in rows.items() if key not in table}
             known = {key: value for key, value in rows.items() if key in table} if fresh else rows
             self._store_known(known)
         if not fresh:

@@ -69,8 +69,7 @@ class Source:
                 for key in gone:
                     self.early.pop(key, None)
             if not bulk:
-                announced = self.announced
-                gone = [key for key in gone if key in announced]
+                gone = list(filter(self.announced.table.__contains__, gone))
             self.end(gone, now)
         for key_len, rows in changes.rows.items():
             self._judge_rows(key_len, rows, now)

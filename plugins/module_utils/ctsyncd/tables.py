@@ -137,20 +137,15 @@ class ExternalCache:
 
     def take(self, keys: Iterable[bytes]) -> list[bytes]:
         """Forget flows; returns those that were here."""
-        pop = self.table.pop
-        known: list[bytes] = []
-        found: dict[int, tuple[list[bytes], list[bytes]]] = {}
-        for key in keys:
-            stored = pop(key, None)
-            if stored is not None:
-                known.append(key)
-                shape = found.get(len(stored))
-                if shape is None:
-                    shape = found[len(stored)] = [], []
-                shape[0].append(key)
-                shape[1].append(stored)
-        for size, (gone, values) in found.items():
-            self.digest.remove(gone, values, size - TAIL_BYTES - SINCE_BYTES)
+        known = list(filter(self.table.__contains__, dict.fromkeys(keys)))
+        values = list(map(self.table.pop, known))
+        sizes = set(map(len, values))
+        for size in sizes:
+            gone, theirs = known, values
+            if len(sizes) > 1:
+                gone = [key for key, value in zip(known, values) if len(value) == size]
+                theirs = [value for value in values if len(value) == size]
+            self.digest.remove(gone, theirs, size - TAIL_BYTES - SINCE_BYTES)
         if self.extras:
             for key in known:
                 self.extras.pop(key, None)
