@@ -83,11 +83,13 @@ lint: venv ## Style and types
 unit: venv ## Unit tests
 	pytest -q tests/unit
 
+# Those that take long are left to make test-all.
+WHICH ?= not long
 .PHONY: integration
-integration: root venv ## Integration tests in network namespaces (root)
+integration: root venv ## Integration tests in network namespaces (root); WHICH=long those that test-all adds
 	sh tools/need.sh ip:iproute2 iptables-restore:iptables conntrack:conntrack keepalived:keepalived systemctl:systemd \
 		vsftpd:vsftpd in.tftpd:tftpd-hpa
-	pytest -q tests/integration
+	pytest -q -m "$(WHICH)" tests/integration
 
 .PHONY: scale
 scale: root venv ## Ten times 10,000 sessions, a sync link that loses 30 %, the active node cut four times (10 minutes)
@@ -110,6 +112,7 @@ soak: root venv ## Random faults from a seed: make soak SEED=7 MINUTES=60; PLAN=
 
 .PHONY: test-all
 test-all: test scale ## make test, and what takes longer
+	$(MAKE) integration WHICH=long
 	$(MAKE) soak CONTROL=yes
 	$(MAKE) soak MINUTES=10
 

@@ -20,10 +20,20 @@ if ! command -v apt-get >/dev/null 2>&1 || [ "$(id -u)" != 0 ]; then
     exit 1
 fi
 echo "Installing Debian packages:$missing"
+# What is here for a test must not begin to serve, now (policy-rc.d, see invoke-rc.d(8)) or at the next boot.
+policy=/usr/sbin/policy-rc.d
+if [ ! -e "$policy" ]; then
+    trap 'rm -f "$policy"' EXIT INT TERM
+    printf '#!/bin/sh\nexit 101\n' >"$policy"
+    chmod 755 "$policy"
+fi
 export DEBIAN_FRONTEND=noninteractive
 apt-get -qq update
 # shellcheck disable=SC2086 # a list of words
 apt-get -qq -y --no-install-recommends install $missing >/dev/null
+if [ -d /run/systemd/system ]; then
+    for package in $missing; do systemctl --quiet disable "$package" 2>/dev/null || true; done
+fi
 # make lab-down names them (plugins/module_utils/_lab.py): what was installed here stays.
 record=/var/lib/ctsync-lab
 mkdir -p "$record"

@@ -117,6 +117,7 @@ def test_hands_in_the_tables_are_seen_and_mended(lab: Callable[..., Cluster]) ->
         wait_for(lambda one=daemon: one.status()["peers"][0]["equality"]["state"] == "equal", "equal digests")
 
 
+@pytest.mark.long
 def test_with_compare_off_they_stay_and_verify_still_tells(lab: Callable[..., Cluster]) -> None:
     pair = lab(compare=False)
     planted = plant(pair)

@@ -110,8 +110,16 @@ def shown(daemon: Daemon, letter: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in daemon.ask(letter, "expect", "--json").splitlines()]
 
 
-@pytest.mark.parametrize("mode", ["hot-standby", "external-cache"])
-@pytest.mark.parametrize(("version", "passive"), [(4, False), (4, True), (6, False), (6, True)])
+@pytest.mark.parametrize("mode", ["hot-standby", pytest.param("external-cache", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("version", "passive"),
+    [
+        (4, False),
+        (4, True),
+        pytest.param(6, False, marks=pytest.mark.long),
+        pytest.param(6, True, marks=pytest.mark.long),
+    ],
+)
 def test_ftp_goes_on_after_a_cut_and_the_next(
     cluster: Callable[..., Cluster], tmp_path: Path, version: int, passive: bool, mode: str
 ) -> None:
@@ -178,7 +186,7 @@ def test_a_data_connection_whose_first_packets_were_lost_with_the_node_comes_to_
     client.finish(CONTENT[:1000])
 
 
-@pytest.mark.parametrize("passive", [False, True])
+@pytest.mark.parametrize("passive", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_without_replication_nothing_of_ftp_survives(
     cluster: Callable[..., Cluster], tmp_path: Path, passive: bool
 ) -> None:
@@ -202,6 +210,7 @@ def test_without_replication_nothing_of_ftp_survives(
     assert expected(lab.pair.fw2) == []
 
 
+@pytest.mark.long
 def test_flows_alone_are_not_enough_for_ftp(cluster: Callable[..., Cluster], tmp_path: Path) -> None:
     """With expectations switched off the transfer that runs goes on; what was announced does not come to be."""
     lab = cluster(max_expectations=0)
@@ -254,6 +263,7 @@ def test_a_call_is_heard_though_nobody_spoke_before_the_cut(cluster: Callable[..
     assert call.heard()
 
 
+@pytest.mark.long
 def test_a_registered_phone_rings_after_a_cut_and_the_next(cluster: Callable[..., Cluster]) -> None:
     """SIP: the registration's expectation is permanent; that the server confirmed it, the kernel tells by no event."""
     lab = cluster()

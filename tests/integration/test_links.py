@@ -136,6 +136,7 @@ def test_with_one_link_the_peer_is_silent(lab: Callable[..., Cluster]) -> None:
     assert cluster.fw1.status()["peers"][0]["lag"]["events"] > 0
 
 
+@pytest.mark.long
 def test_both_links_fail_and_come_back(lab: Callable[..., Cluster]) -> None:
     cluster = lab()
     uses(cluster, "eth2")
@@ -164,6 +165,7 @@ def mtu(daemon: Daemon, interface: str) -> int:
     return next((int(link["mtu"]) for link in links(daemon) if link["interface"] == interface), 0)
 
 
+@pytest.mark.long
 def test_a_link_shrinks_and_grows_under_load(pair: Pair, lab: Callable[..., Cluster]) -> None:
     """Where it shrinks on the far side nobody says so; where the own interface shrinks the kernel does (EMSGSIZE)."""
     for firewall in (pair.fw1, pair.fw2):

@@ -34,6 +34,7 @@ def test_the_first_faults_of_a_plan(tmp_path: Path) -> None:
     assert "passed" in (tmp_path / f"soak-{SEED}.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.long
 def test_without_replication_a_power_cut_is_seen_to_lose_every_session(tmp_path: Path) -> None:
     assert main(["--seed", SEED, "--control", "--sessions", "60", "--output", str(tmp_path)]) == 0
     assert records(tmp_path)[-1]["lost"] == 60 + 8

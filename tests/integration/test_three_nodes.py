@@ -146,6 +146,7 @@ def test_without_replication_the_same_sessions_die(trio: Callable[..., Trio]) ->
             raise AssertionError(f"{name} survived")
 
 
+@pytest.mark.long
 def test_dead_backup_is_named_and_delays_nobody(trio: Callable[..., Trio]) -> None:
     lab = trio()
     lab.verdicts(fw1="READY", fw2="READY", fw3="READY")
