@@ -150,7 +150,7 @@ def test_reload_that_cannot_be_done_leaves_everything_and_says_why(
     for text, reasons in (
         ("{", ("not valid JSON",)),
         (good.replace('"node"', '"filter": {"zones": [70000]}, "nod": 1, "node"', 1), ("(and 1 more)", "zones[0]: 70")),
-        (good.replace("eth2", "eth3").replace('"node"', '"window_ms": 9, "node"', 1), ("changes of link need a rest",)),
+        (good.replace("eth2", "eth3").replace('"node"', '"window_ms": 9, "node"', 1), ("changes of links need a",)),
     ):
         path.write_text(text, encoding="utf-8")
         lab.fw2.send(signal.SIGHUP)

@@ -472,6 +472,8 @@ class Daemon:
         role = readiness.ACTIVE if self._held == virtual else readiness.TRANSITION if self._held else readiness.BACKUP
         if role != self._engine.role:
             LOG.info("role %s: holds %d of %d virtual IPs", role, len(self._held), len(virtual))
+            self._parameters_at = now  # a node that becomes active gives flows the timers as they are now
+            self._read_conditions(now)
             self._engine.set_role(role, now)
             self._write_gate(now)
             self._recorder.transition(now, role)
