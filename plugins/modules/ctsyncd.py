@@ -934,14 +934,15 @@ class Installation:
         link = _files.look(layout.COMMAND)
         if link.kind == stat.S_IFLNK and _text(link.content).startswith(layout.LIBRARY + "/"):
             paths.append(layout.COMMAND)
-        paths += [*_programs(), *_stories(), layout.TRACK_FILE, layout.NOTIFY_FIFO, RESTART_PENDING]
+        paths += [*_programs(), layout.TRACK_FILE, layout.NOTIFY_FIFO, RESTART_PENDING]
         if state.enabled:
             self.work.add(f"{layout.UNIT} at boot", "enabled\n", "disabled\n", self.service.disable)
         for path in paths:
             if _files.look(path).exists:
                 self.work.add(path, "present\n", "", functools.partial(_files.remove, path))
-        outer = (layout.CONFIG_DIRECTORY, layout.LIBRARY, layout.SHARED_DIRECTORY, layout.STATE_DIRECTORY)
-        for path in (layout.KEY_DIRECTORY, *outer):
+        if _only_ours(layout.STATE_DIRECTORY, _stories()):
+            self.work.add(layout.STATE_DIRECTORY, "present\n", "", _remove_stories)
+        for path in (layout.KEY_DIRECTORY, layout.CONFIG_DIRECTORY, layout.LIBRARY, layout.SHARED_DIRECTORY):
             if _only_ours(path, paths):
                 self.work.add(path, "present\n", "", functools.partial(_files.remove_empty_directory, path))
         if self.params["remove_user"] and self.account.uid is not None:
@@ -1018,6 +1019,13 @@ def _key_files() -> list[str]:
 def _stories() -> list[str]:
     """What the flight recorder has kept."""
     return [f"{layout.STATE_DIRECTORY}/{name}" for name in _list(layout.STATE_DIRECTORY) if name.endswith(".jsonl")]
+
+
+def _remove_stories() -> None:
+    """With the last one, which the daemon wrote while it stopped."""
+    for path in _stories():
+        _files.remove(path)
+    _files.remove_empty_directory(layout.STATE_DIRECTORY)
 
 
 def _only_ours(path: str, removed: list[str]) -> bool:
