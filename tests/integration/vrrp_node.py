@@ -122,10 +122,15 @@ class Node:
             self._process.wait(30)
         self._process = None
 
+    def _child(self) -> int:
+        """The process that speaks VRRP; its file is empty for a moment while keepalived writes it anew."""
+        path = self.directory / "vrrp.pid"
+        return int(netns.wait_for(lambda: path.read_text(encoding="ascii").strip(), "keepalived's child to be named"))
+
     def kill(self) -> None:
         """No process, no last word; the addresses stay behind."""
         assert self._process is not None
-        child = int((self.directory / "vrrp.pid").read_text(encoding="ascii"))
+        child = self._child()
         os.kill(self._process.pid, signal.SIGSTOP)  # it would start a new child
         os.kill(child, signal.SIGKILL)
         self._process.kill()
@@ -143,7 +148,7 @@ class Node:
     def freeze(self, frozen: bool) -> None:
         """Stop its processes where they are, or let them go on."""
         assert self._process is not None
-        child = int((self.directory / "vrrp.pid").read_text(encoding="ascii"))
+        child = self._child()
         for pid in (self._process.pid, child):
             os.kill(pid, signal.SIGSTOP if frozen else signal.SIGCONT)
 
