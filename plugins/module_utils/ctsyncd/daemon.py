@@ -122,6 +122,7 @@ class Daemon:
         self._path = path
         self._digest = digest
         self._ruleset_problem = ""
+        self._ruleset = ""  # its fingerprint
         self._recorder = Recorder()
         self._recorder.note(now, "start", version=__version__, mode=config.mode, replicate=config.replicate)
         self._peer_said: dict[str, Any] = {}
@@ -480,6 +481,9 @@ class Daemon:
 
     def _read_conditions(self, now: float) -> None:
         ruleset, self._ruleset_problem = service.read_fingerprint(self.config.ruleset_fingerprint)
+        if now < self._parameters_at and ruleset == self._ruleset:
+            return
+        self._ruleset = ruleset
         if now >= self._parameters_at:
             self._parameters_at = now + PARAMETERS_CHECK_S
             self._parameters = netlink.conntrack_parameters()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import itertools
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple, Union
 
@@ -136,7 +137,7 @@ class JobQueue:
             self.waiting -= size
             room -= size
             if isinstance(job, Work) and job.values:
-                end = SHAPES[job.key_len].value
-                job = job._replace(values=[value[:end] for value in job.values])
+                value = operator.itemgetter(slice(SHAPES[job.key_len].value))
+                job = job._replace(values=list(map(value, job.values)))
             out.append(job)
         return out

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import collections
+import operator
 from typing import Any
 
 from . import conditions, readiness, wire
@@ -68,6 +69,7 @@ class Peer:
         self._both_active_at = now  # when it said so last
         self._rose = False  # it became active while this node was
         self._request_at = now
+        self._differences: tuple[tuple[Any, ...], tuple[str, ...]] | None = None  # of what they were found, and they
         self._full_since: float | None = None  # there was no room for more of the running dump
 
     @property
@@ -139,9 +141,12 @@ class Peer:
         if self.conditions is None:
             return ()
         situation = self._situation
-        return conditions.differences(
-            situation.conditions, self.conditions, situation.parameters, self.name, situation.settings.same_conditions
-        )
+        about = (situation.conditions, self.conditions, situation.parameters, situation.settings.same_conditions)
+        known = self._differences
+        if known is None or any(map(operator.is_not, known[0], about)):
+            theirs = conditions.differences(about[0], about[1], about[2], self.name, about[3])
+            known = self._differences = (about, theirs)  # asked for every second
+        return known[1]
 
     def leaves(self) -> None:
         self._counters["peer_left"] += 1

@@ -11,6 +11,7 @@ refuses, and what changed in more than its state.
 from __future__ import annotations
 
 import errno
+import operator
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from .constants import IPPROTO_TCP, IPS_ASSURED, IPS_SEEN_REPLY
@@ -371,7 +372,7 @@ class Replicas:
         full of them.
         """
         first, end = -TIMEOUT_FROM_END - behind, -STATE_FROM_END - behind
-        raw = [value[first:end] for value in values]
+        raw = list(map(operator.itemgetter(slice(first, end)), values))
         return list(map({told: self._timer(int.from_bytes(told, "big")) for told in set(raw)}.__getitem__, raw))
 
     def _timer(self, told: int) -> int:
@@ -415,7 +416,7 @@ class Replicas:
         if (job.operation != CREATE and job.attempt != ADOPTING) or not keys:
             return ()
         table, active = self.cache.table, self._situation.active
-        known = [key for key in keys if key in table]
+        known = list(filter(table.__contains__, keys))
         if self._orphans:
             self._adopt_orphans(known)
         late = [key for key in keys if key not in table] if active and len(known) != len(keys) else ()

@@ -9,6 +9,7 @@ label of the counter that the fault belongs to, and nothing else, whatever the b
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Iterator, Sequence
 from itertools import compress
@@ -485,7 +486,7 @@ def iter_rows(key_len: int, rows: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 def split_keys(key_len: int, keys: bytes) -> list[bytes]:
     """Joined keys, one by one."""
-    return [keys[at : at + key_len] for at in range(0, len(keys), key_len)]
+    return list(itertools.chain.from_iterable(struct.iter_unpack(f"{key_len}s", keys)))
 
 
 def encode_rows(key_len: int, rows: bytes) -> bytes:

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import random
 import struct
+import sys
+from types import FrameType
+from typing import Any, Callable
 
 import pytest
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import config, daemon, wire
@@ -16,7 +19,11 @@ from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow im
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.jobs import CREATE, Work
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.rows import Changes, pack
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.session import Session
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.situation import EXTERNAL_CACHE, Settings
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.situation import (
+    EXTERNAL_CACHE,
+    HOT_STANDBY,
+    Settings,
+)
 from unit.simulation import ALIVE, NATTED, SECRET, VIP, Simulation, address
 
 HEADERS = 14 + 20 + 8  # Ethernet, IPv4, UDP: what the link carries besides
@@ -136,3 +143,71 @@ def test_wake_ups_of_an_idle_pair() -> None:
     assert sent["fw2"] <= 121
     assert wakes["fw1"] <= 242
     assert wakes["fw2"] <= 121
+
+
+def lines(work: Callable[[], object]) -> int:
+    """How many lines of Python are executed: what is done for each flow shows, however fast the machine is."""
+    count = 0
+
+    def trace(_frame: FrameType, event: str, _arg: object) -> Callable[..., Any]:
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+@pytest.mark.parametrize(
+    ("mode", "most"),
+    [
+        # new on the active node, new on the backup, ends on the active node, ends on the backup; for each flow of 1000
+        (HOT_STANDBY, (7.4, 6.6, 8.0, 5.0)),
+        (EXTERNAL_CACHE, (7.4, 6.2, 8.0, 5.0)),
+    ],
+)
+def test_lines_of_a_flood(mode: str, most: tuple[float, ...]) -> None:
+    """Nearly all is done for many flows at once; what is left is the digest's sum and columns of datagrams."""
+    sim = shipped(mode=mode)
+    count = 1000
+    rows = flows(count, True)
+    found = []
+    for changes in (
+        Changes({13: rows}, [], [], count, False, False),
+        Changes({}, [], list(rows), count, False, False),
+    ):
+        sent: list[bytes] = []
+        told = changes
+
+        def tell(told: Changes = told, sent: list[bytes] = sent) -> None:
+            sim.fw1.up.kernel_changes(told, sim.now)
+            sent += sim.fw1.up.poll(sim.now)[0]
+
+        def hear(sent: list[bytes] = sent) -> None:
+            for datagram in sent:
+                sim.fw2.up.receive(0, datagram, sim.now)
+            for job in sim.fw2.up.kernel_work(daemon.REQUESTS_PER_TURN):
+                sim.fw2.up.kernel_results(job, ())
+
+        found += [lines(tell), lines(hear)]
+        sim.now += 0.001
+        sim.converge(sim.fw1)
+    assert all(one <= count * limit for one, limit in zip(found, most)), found
+
+
+def test_lines_of_a_turn_and_a_verdict_of_an_idle_node() -> None:
+    sim = shipped()
+    sim.run(3.0)
+    for up in (sim.fw1.up, sim.fw2.up):
+        up.set_conditions("ab" * 16, {f"tcp_timeout_{number}": number for number in range(50)}, sim.now)
+    sim.run(3.0)
+    for up in (sim.fw1.up, sim.fw2.up):
+        up.poll(sim.now)
+        up.verdict(sim.now)
+        assert lines(lambda up=up: up.poll(sim.now)) <= 160  # type: ignore[misc]
+        assert lines(lambda up=up: up.verdict(sim.now)) <= 165  # type: ignore[misc]
