@@ -25,6 +25,7 @@ from types import SimpleNamespace
 from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import (
+    client,
     columns,
     config,
     control,
@@ -1172,8 +1173,8 @@ def answer_runner() -> Runner:
         parts = [data[: len(data) // 3], data[len(data) // 3 :], b""]
         sock = SimpleNamespace(recv=lambda _size: parts.pop(0) or (parts.pop(0) if parts else b""))
         try:
-            size = sum(len(line) for line in control._lines(sock, "/run/x", 1.0))  # type: ignore[arg-type]
-        except control.ControlError as error:
+            size = sum(len(line) for line in client._lines(sock, "/run/x", 1.0))  # type: ignore[arg-type]
+        except client.ControlError as error:
             check(isinstance(error.exit, int), "an exit status is a number")
             return False
         check(size <= 3 * len(data), "the answer is no longer than what was read")

@@ -12,8 +12,8 @@ from typing import Iterator
 
 import pytest
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import (
+    client,
     config,
-    control,
     ctnetlink,
     netlink,
     session,
@@ -173,8 +173,8 @@ def answered(data: bytes) -> list[netlink.InterfaceAddress]:
 def test_an_answer_with_a_strange_end_is_incomplete(end: bytes) -> None:
     parts = [end, b""]
     sock = type("Socket", (), {"recv": lambda _self, _size: parts.pop(0)})()
-    with pytest.raises(control.ControlError, match="incomplete"):
-        list(control._lines(sock, "/run/x", 1.0))
+    with pytest.raises(client.ControlError, match="incomplete"):
+        list(client._lines(sock, "/run/x", 1.0))
 
 
 @pytest.mark.parametrize(
