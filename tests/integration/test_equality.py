@@ -89,6 +89,7 @@ def lab(cluster: Callable[..., Cluster]) -> Callable[..., Cluster]:
     return up
 
 
+@pytest.mark.long
 def test_hands_in_the_tables_are_seen_and_mended(lab: Callable[..., Cluster]) -> None:
     pair = lab()
     planted = plant(pair)

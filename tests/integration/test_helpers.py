@@ -297,7 +297,7 @@ def timers(firewall: Namespace) -> list[int]:
 
 @pytest.mark.parametrize(
     ("options", "degraded"),
-    [({"udp": "all"}, 0), ({}, 1), ({"replicate": False}, None)],
+    [({"udp": "all"}, 0), ({}, 1), pytest.param({"replicate": False}, None, marks=pytest.mark.long)],
     ids=["all flows", "replied flows", "without replication"],
 )
 def test_tftp_goes_on_in_mid_transfer(

@@ -77,6 +77,7 @@ def chatter(session: Session, pause: float) -> Iterator[list[str]]:
         thread.join()
 
 
+@pytest.mark.long
 def test_udp_stream_that_is_busy_without_events_survives(cluster: Callable[..., Cluster]) -> None:
     """For several timeouts packets refresh the original's timer, and nothing tells the backup.
 

@@ -72,7 +72,7 @@ def test_the_first_link_carries_and_both_are_shown(lab: Callable[..., Cluster]) 
         assert "eth3" in daemon.ask("-s", "link")
 
 
-@pytest.mark.parametrize("fault", ["down", "deaf fw1", "deaf fw2"])
+@pytest.mark.parametrize("fault", ["down", "deaf fw1", pytest.param("deaf fw2", marks=pytest.mark.long)])
 def test_a_failing_link_is_left_and_taken_again(lab: Callable[..., Cluster], fault: str) -> None:
     cluster = lab()
     pair = cluster.pair

@@ -108,6 +108,7 @@ def test_backup_that_was_frozen_has_all_that_happened_meanwhile(
     survives(lab, opened)
 
 
+@pytest.mark.long
 def test_active_node_that_was_frozen_tells_what_it_missed(load: Callable[..., Load]) -> None:
     """What the kernel could keep for it, and what it could not: then the buffer overran, and all is read again."""
     lab = load(100)

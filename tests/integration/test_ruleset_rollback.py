@@ -241,6 +241,7 @@ def test_the_old_rules_come_back_when_the_controller_dies_before_it_confirms(sit
     wait_for(lambda: site.rules() == before, "the old rules")
 
 
+@pytest.mark.long
 def test_a_second_run_waits_until_the_first_is_decided(site):
     running = site.start([site.task(SSH_IN, rollback_timeout=10)])
     wait_for(lambda: any("--dport 22 " in line for line in site.rules()), "the new rules")
@@ -273,6 +274,7 @@ def test_a_guard_that_is_told_to_stop_puts_the_old_rules_back(machine):
     wait_for(lambda: not machine.run("find", "/run/ctsync/ruleset.fingerprint", check=False), "no fingerprint")
 
 
+@pytest.mark.long
 def test_a_confirmation_that_comes_too_late_or_has_no_guard_is_refused(machine):
     machine.module("ruleset", rollback_timeout=5, **PROBATION)
     wait_for(lambda: "CTSYNC" not in machine.run("iptables-save"), "the old rules")

@@ -25,6 +25,7 @@ def records(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / f"soak-{SEED}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.mark.long
 def test_the_first_faults_of_a_plan(tmp_path: Path) -> None:
     """In the end the active node goes while the backup knows nothing, which loses every session, and is seen."""
     status = main(["--seed", SEED, "--steps", str(STEPS), "--sessions", "60", "--output", str(tmp_path)])

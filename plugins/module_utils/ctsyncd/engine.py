@@ -206,7 +206,7 @@ class Engine:
 
     def _become_backup(self, now: float) -> None:
         """The virtual IPs are gone.  This node's flows belong to the new active node now; its bulk says which."""
-        if any([peer.learn for peer in self.peers]):  # it never knew all
+        if any(peer.learn for peer in self.peers):  # it never knew all
             self._informed = False
         rivals = [peer for peer in self.peers if peer.split_brain(now)]
         for peer in self.peers:
@@ -346,9 +346,9 @@ class Engine:
     @property
     def dump_room(self) -> bool:
         """May the running dump be read on?"""
-        if not all([prover.room for prover in self.provers if prover.comparing]):
+        if not all(prover.room for prover in self.provers if prover.comparing):
             return False
-        return self.replicas.jobs.waiting < DUMP_ROOM and all([p.has_room for p in self.peers if p.bulking])
+        return self.replicas.jobs.waiting < DUMP_ROOM and all(p.has_room for p in self.peers if p.bulking)
 
     @property
     def dump_paced(self) -> bool:
@@ -463,7 +463,7 @@ class Engine:
             self._look_for_stalled(now)
         if not dumps.urgent:  # else it comes to its end first
             if not self.active:
-                if any([peer.give_due for peer in self.peers]):
+                if any(peer.give_due for peer in self.peers):
                     dumps.want(GIVE)
             elif not self.replicas.busy and now >= self.situation.bulks_from and self._due(now):
                 dumps.want(BULK)
@@ -551,7 +551,7 @@ class Engine:
         self.provers[self.peers.index(peer)].reset(now)
         if peer is self.leader:
             self.checker.reset(now)
-        if not any([other.established for other in self.peers if other is not peer]):
+        if not any(other.established for other in self.peers if other is not peer):
             self.source.forget()
         if self.active:
             peer.bulk_due = True
@@ -813,7 +813,7 @@ class Engine:
     @property
     def nothing_to_tell(self) -> bool:
         """No change waits to be told to a peer."""
-        return not any([len(peer.pending) for peer in self.peers])
+        return not any(len(peer.pending) for peer in self.peers)
 
     def take_alarms(self) -> list[str]:
         """What an operator should find in the log."""

@@ -67,7 +67,7 @@ class Recorder:
                     grown = value - old.get(name, 0)
                     if grown:
                         counted[name] = counted.get(name, 0) + grown
-        if all([name.startswith(_ROUTINE) for name in counted]):
+        if all(name.startswith(_ROUTINE) for name in counted):
             return
         counted = {name: counted[name] for name in sorted(counted)}
         text = json.dumps({"sample_s": round(now - since, 3), **state, "counted": counted}, ensure_ascii=True)

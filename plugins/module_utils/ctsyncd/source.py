@@ -43,7 +43,7 @@ class Source:
     @property
     def telling(self) -> bool:
         """Is there anybody to be told?"""
-        return self._situation.settings.replicate and any([peer.established for peer in self._peers])
+        return self._situation.settings.replicate and any(peer.established for peer in self._peers)
 
     def _with_room(self, changes: int) -> list[Peer]:
         """The peers that can be told so many changes."""
