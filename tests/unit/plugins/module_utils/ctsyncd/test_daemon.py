@@ -9,7 +9,7 @@ import errno
 
 import pytest
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import constants as k
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import ctnetlink, daemon
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import ctnetlink, daemon, dumps
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.client import ControlError
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.errors import NetlinkError
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import Flow
@@ -226,3 +226,34 @@ def test_dump_for_people_says_when_it_may_not_be_whole(monkeypatch: pytest.Monke
             next(answer)
     else:
         assert list(answer) == []
+
+
+@pytest.mark.parametrize(("paced", "count", "read"), [(True, 0, 0), (True, 1, 1), (True, None, 1), (False, 0, 1)])
+def test_empty_table_that_nobody_waits_for_is_not_walked_through(
+    monkeypatch: pytest.MonkeyPatch, paced: bool, count: int | None, read: int
+) -> None:
+    opened: list[object] = []
+    finished: list[bool] = []
+
+    class Engine:
+        dump = dumps.Dump(1, dumps.AUDIT if paced else dumps.BULK)
+        dump_paced = paced
+        dump_room = False
+
+        @staticmethod
+        def dump_cost(seconds: float) -> None:
+            assert seconds >= 0.0
+
+        @staticmethod
+        def dump_finished(consistent: bool, _now: float) -> None:
+            finished.append(consistent)
+
+    monkeypatch.setattr(daemon.netlink, "TableDump", lambda: opened.append(None))
+    monkeypatch.setattr(daemon, "_kernel_count", lambda: count)
+    one = daemon.Daemon.__new__(daemon.Daemon)
+    one._engine = Engine()  # type: ignore[assignment]
+    one._dump = None
+    one._dump_number = 0
+    one._feed_dump(5.0)
+    assert len(opened) == read
+    assert finished == ([] if read else [True])
