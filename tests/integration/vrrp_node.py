@@ -122,17 +122,18 @@ class Node:
             self._process.wait(30)
         self._process = None
 
-    def _child(self) -> int:
-        """The process that speaks VRRP; its file is empty for a moment while keepalived writes it anew."""
-        path = self.directory / "vrrp.pid"
-        return int(netns.wait_for(lambda: path.read_text(encoding="ascii").strip(), "keepalived's child to be named"))
+    def _children(self) -> list[int]:
+        """The processes that speak VRRP and BFD.  (Their files are empty where the disk was full.)"""
+        assert self._process is not None
+        parent = self._process.pid
+        return [int(child) for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
 
     def kill(self) -> None:
         """No process, no last word; the addresses stay behind."""
         assert self._process is not None
-        child = self._child()
         os.kill(self._process.pid, signal.SIGSTOP)  # it would start a new child
-        os.kill(child, signal.SIGKILL)
+        for child in self._children():
+            os.kill(child, signal.SIGKILL)
         self._process.kill()
         self._process.wait(30)
         self._process = None
@@ -148,8 +149,7 @@ class Node:
     def freeze(self, frozen: bool) -> None:
         """Stop its processes where they are, or let them go on."""
         assert self._process is not None
-        child = self._child()
-        for pid in (self._process.pid, child):
+        for pid in (self._process.pid, *self._children()):
             os.kill(pid, signal.SIGSTOP if frozen else signal.SIGCONT)
 
     def reload(self) -> None:
@@ -221,8 +221,14 @@ class Node:
 def adverts_seen(node: Node, more: int = 20) -> None:
     """Wait until a backup has heard ``more`` advertisements: enough for it to act on what they say."""
 
-    def heard() -> int:
-        return min(instance["statistics"]["advert_rcvd"] for instance in node.facts()["vrrp"]["instances"])
+    def heard() -> int | None:
+        """The least that an instance heard; None while keepalived has not written its statistics yet."""
+        statistics = [instance.get("statistics") for instance in node.facts()["vrrp"]["instances"]]
+        return min(each["advert_rcvd"] for each in statistics) if statistics and all(statistics) else None
 
-    start = heard()
-    netns.wait_for(lambda: heard() >= start + more, "advertisements to arrive")
+    def known() -> list[int]:
+        found = heard()
+        return [] if found is None else [found]
+
+    (start,) = netns.wait_for(known, "keepalived's statistics")
+    netns.wait_for(lambda: (heard() or 0) >= start + more, "advertisements to arrive")
