@@ -191,14 +191,26 @@ def _flapping(scene: Scene) -> list[str]:
 
 
 @act("split brain")
-def _split_brain(scene: Scene) -> None:
-    """While both are active the two directions of a session may take different ways: it is proved afterwards."""
+def _split_brain(scene: Scene) -> list[str]:
+    """While both are active the two directions of a session may take different ways: it is proved afterwards.
+
+    A backup that alone is deaf, and has the higher priority, makes none: the active node hears it and yields (RFC 5798,
+    section 6.4.3).  That is a take-over like another.
+    """
+    stand, active, backup = scene.stand, scene.active, scene.backup
     deaf = [scene.node(name) for name in scene.values["deaf"]]
+    yields = active not in deaf and stand.nodes[backup].priority > stand.nodes[active].priority
     with _dropped(deaf, "-p", "112"):
-        wait(scene.stand.virtual_ips_of(scene.backup), "two active nodes")
-        for daemon in scene.stand.daemons:
-            scene.stand.says(daemon, "active, DEGRADED", "split brain")
+        wait(stand.virtual_ips_of(backup), "two active nodes")
+        lost = []
+        if yields:
+            wait(stand.nodes[active].holds_none, f"{active.space.label} to yield")
+            lost = stand.lost()
+        else:
+            for daemon in stand.daemons:
+                stand.says(daemon, "active, DEGRADED", "split brain")
         scene.pause("for_s")
+    return lost
 
 
 @contextlib.contextmanager
