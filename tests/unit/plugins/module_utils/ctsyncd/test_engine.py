@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import errno
-import os
 from typing import Any
 
 import pytest
@@ -17,10 +16,10 @@ from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.jobs im
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.pending import Pending
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.rows import pack, unpack
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.situation import EXTERNAL_CACHE, Settings
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import initialize, invariant, precondition, rule
 from unit.simulation import NATTED, VIP, Node, Simulation, address, replicable, tcp, udp
+from unit.traffic_rules import FLOWS, PORTS, Events, thorough
 
 PARKED = 86_400
 ADJUSTED = (SeqAdj(100, 0, 5), SeqAdj(0, 0, 0))
@@ -904,47 +903,15 @@ def test_status_for_people() -> None:
 
 # --- everything at once ----------------------------------------------------------------------------------------------
 
-PORTS = st.integers(1000, 1011)
 
-
-class Pair(RuleBasedStateMachine):
+class Pair(Events):
     """Traffic, a bad wire, restarts, overruns, moved virtual IPs and operators, in any order."""
 
     @initialize(seed=st.integers(0, 2**32 - 1))
     def begin(self, seed: int) -> None:
         self.sim = Simulation(seed).start()
         self.active, self.backup = self.sim.fw1, self.sim.fw2
-        self.numbers = 20_000
         self.flushed = False
-
-    def flow(self, port: int) -> Flow:
-        self.numbers += 1
-        return tcp(port, self.numbers) if port % 2 else udp(port)
-
-    @rule(port=PORTS, state=st.sampled_from((k.TCP_SYN_SENT, k.TCP_ESTABLISHED, k.TCP_ESTABLISHED)))
-    def traffic_opens(self, port: int, state: int) -> None:
-        flow = self.flow(port)
-        if flow.key not in self.active.kernel.table:
-            self.active.kernel.open(flow._replace(state=state) if port % 2 else flow)
-
-    @rule(port=PORTS, mark=st.integers(0, 3), state=st.sampled_from((3, 3, 4, 7, 1)), adjusted=st.booleans())
-    def traffic_changes(self, port: int, mark: int, state: int, adjusted: bool) -> None:
-        key = self.flow(port).key
-        if key in self.active.kernel.table:
-            changes: dict[str, Any] = {"mark": mark}
-            if port % 2:
-                changes["state"] = state
-            if adjusted:
-                changes["seqadj"] = (SeqAdj(mark, 0, mark), SeqAdj(0, 0, 0))
-            self.active.kernel.change(key, **changes)
-
-    @rule(port=PORTS, again=st.booleans())
-    def traffic_closes(self, port: int, again: bool) -> None:
-        flow = self.flow(port)
-        if flow.key in self.active.kernel.table:
-            self.active.kernel.close(flow.key)
-            if again:
-                self.active.kernel.open(flow)
 
     @rule(loss=st.sampled_from((0.0, 0.3, 0.7)), jitter=st.sampled_from((0.0, 0.1)), cut=st.sampled_from((0, 0, 0, 1)))
     def wire_changes(self, loss: float, jitter: float, cut: int) -> None:
@@ -960,16 +927,6 @@ class Pair(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from((0.003, 0.05, 0.5, 3.0)))
     def time_passes(self, seconds: float) -> None:
         self.sim.run(seconds)
-
-    @rule(name=st.sampled_from(("fw1", "fw2")), seconds=st.sampled_from((0.0, 2.0)))
-    def daemon_restarts(self, name: str, seconds: float) -> None:
-        self.sim.nodes[name].kill()
-        self.sim.run(seconds)
-        self.sim.nodes[name].start(self.sim.now)
-
-    @rule()
-    def events_are_lost(self) -> None:
-        self.active.kernel.lose_events()
 
     @rule(what=st.sampled_from(("resync", "request", "flush external", "flush kernel", "overrun")))
     def operator_acts_on_the_backup(self, what: str) -> None:
@@ -1008,7 +965,7 @@ class Pair(RuleBasedStateMachine):
         if not hasattr(self, "sim"):
             return
         for node in (self.active, self.backup):
-            assert len(node.up.cache) <= 12
+            assert len(node.up.cache) <= FLOWS
             assert node.up.peers[0].session.credit() >= 0
             assert not any(name.startswith("kernel_refused") for name in node.up.counters if "eexist" not in name)
         for flow, _since in self.backup.up.external_flows():
@@ -1024,11 +981,5 @@ class Pair(RuleBasedStateMachine):
             self.sim.converge(self.active, self.backup)
 
 
-Pair.TestCase.settings = settings(
-    max_examples=int(os.environ.get("CTSYNC_EXAMPLES", "40")),
-    stateful_step_count=30,
-    deadline=None,
-    derandomize="CTSYNC_EXAMPLES" not in os.environ,  # a hunt for failures sets it; the gate must not be a lottery
-    suppress_health_check=[HealthCheck.too_slow],
-)
+Pair.TestCase.settings = thorough(40)
 TestPair = Pair.TestCase

@@ -5,20 +5,19 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import constants as k
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import peer as peers
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import readiness, situation, wire
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import Flow, SeqAdj
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import SeqAdj
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.pending import Encoder, Pending
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.rows import Changes, pack
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import initialize, invariant, precondition, rule
 from unit.simulation import Node, Simulation, replicable, tcp, udp
+from unit.traffic_rules import FLOWS, Events, thorough
 
 ADJUSTED = (SeqAdj(100, 0, 5), SeqAdj(0, 0, 0))
 
@@ -359,51 +358,20 @@ def test_third_node_follows_one_of_two_histories_and_ends_with_the_winner(winner
 
 # --- everything at once ----------------------------------------------------------------------------------------------
 
-PORTS = st.integers(1000, 1009)
 NAMES = st.sampled_from(("fw1", "fw2", "fw3"))
 
 
-class Trio(RuleBasedStateMachine):
+class Trio(Events):
     """Traffic, a bad wire, partitions of any two nodes, restarts, overruns, moved virtual IPs, in any order."""
 
     @initialize(seed=st.integers(0, 2**32 - 1))
     def begin(self, seed: int) -> None:
         self.sim = Simulation(seed, nodes=3).start()
         self.active = self.sim.fw1
-        self.numbers = 20_000
 
     @property
     def backups(self) -> list[Node]:
         return [node for node in self.sim.nodes.values() if node is not self.active]
-
-    def flow(self, port: int) -> Flow:
-        self.numbers += 1
-        return tcp(port, self.numbers) if port % 2 else udp(port)
-
-    @rule(port=PORTS, state=st.sampled_from((k.TCP_SYN_SENT, k.TCP_ESTABLISHED, k.TCP_ESTABLISHED)))
-    def traffic_opens(self, port: int, state: int) -> None:
-        flow = self.flow(port)
-        if flow.key not in self.active.kernel.table:
-            self.active.kernel.open(flow._replace(state=state) if port % 2 else flow)
-
-    @rule(port=PORTS, mark=st.integers(0, 3), state=st.sampled_from((3, 3, 4, 7, 1)), adjusted=st.booleans())
-    def traffic_changes(self, port: int, mark: int, state: int, adjusted: bool) -> None:
-        key = self.flow(port).key
-        if key in self.active.kernel.table:
-            changes: dict[str, Any] = {"mark": mark}
-            if port % 2:
-                changes["state"] = state
-            if adjusted:
-                changes["seqadj"] = (SeqAdj(mark, 0, mark), SeqAdj(0, 0, 0))
-            self.active.kernel.change(key, **changes)
-
-    @rule(port=PORTS, again=st.booleans())
-    def traffic_closes(self, port: int, again: bool) -> None:
-        flow = self.flow(port)
-        if flow.key in self.active.kernel.table:
-            self.active.kernel.close(flow.key)
-            if again:
-                self.active.kernel.open(flow)
 
     @rule(loss=st.sampled_from((0.0, 0.3, 0.7)), jitter=st.sampled_from((0.0, 0.1)))
     def wire_changes(self, loss: float, jitter: float) -> None:
@@ -419,22 +387,12 @@ class Trio(RuleBasedStateMachine):
     def time_passes(self, seconds: float) -> None:
         self.sim.run(seconds)
 
-    @rule(name=NAMES, seconds=st.sampled_from((0.0, 2.0)))
-    def daemon_restarts(self, name: str, seconds: float) -> None:
-        self.sim.nodes[name].kill()
-        self.sim.run(seconds)
-        self.sim.nodes[name].start(self.sim.now)
-
     @rule(number=st.integers(0, 1))
     def backup_reboots(self, number: int) -> None:
         node = self.backups[number]
         node.crash()
         self.sim.run(1.0)
         node.start(self.sim.now)
-
-    @rule()
-    def events_are_lost(self) -> None:
-        self.active.kernel.lose_events()
 
     @rule(number=st.integers(0, 1), what=st.sampled_from(("resync", "request", "overrun")))
     def backup_is_disturbed(self, number: int, what: str) -> None:
@@ -467,7 +425,7 @@ class Trio(RuleBasedStateMachine):
         if not hasattr(self, "sim"):
             return
         for node in self.sim.nodes.values():
-            assert len(node.up.cache) <= 10
+            assert len(node.up.cache) <= FLOWS
             assert all(peer.session.credit() >= 0 for peer in node.up.peers)
             assert not any(name.startswith("kernel_refused") for name in node.up.counters if "eexist" not in name)
         for node in self.backups:
@@ -482,11 +440,5 @@ class Trio(RuleBasedStateMachine):
             assert before <= self.active.kernel.table.keys()  # nobody took a session from the active node
 
 
-Trio.TestCase.settings = settings(
-    max_examples=int(os.environ.get("CTSYNC_EXAMPLES", "25")),
-    stateful_step_count=30,
-    deadline=None,
-    derandomize="CTSYNC_EXAMPLES" not in os.environ,  # a hunt for failures sets it; the gate must not be a lottery
-    suppress_health_check=[HealthCheck.too_slow],
-)
+Trio.TestCase.settings = thorough(25)
 TestTrio = Trio.TestCase
