@@ -622,6 +622,8 @@ class Engine:
             peer.spoke_as = wire.decode_role(payload)
             if peer.spoke_as == wire.ROLE_ACTIVE and not self.active:
                 self._follow(peer)  # before its status says so
+            elif peer.spoke_as == wire.ROLE_ACTIVE and not peer.active:
+                self.dumps.want(LOOSEN)  # it was active beside this node, and has yielded before its status was heard
         elif wire.RECORD_DIGEST <= kind <= wire.RECORD_REPORT:
             self._receive_comparison(peer, kind, payload, now)
         else:

@@ -210,6 +210,23 @@ def test_connections_that_passed_through_the_other_active_node_are_loosened(seco
     assert sim.fw1.up.counters["kernel_loosened"] == 10 + 11
 
 
+@pytest.mark.parametrize("seconds", [1.0, 6.0, 60.0])
+def test_connections_that_passed_through_a_node_that_was_not_heard_as_active_are_loosened(seconds: float) -> None:
+    """It took over and yielded again while nothing came through the sync link, or while this node was frozen."""
+    sim = Simulation().start()
+    own = {sim.fw1.kernel.open(tcp(port)).key for port in range(1000, 1010)}
+    sim.converge(sim.fw1, sim.fw2)
+    sim.wire.cut = True
+    sim.fw2.set_role(readiness.ACTIVE, sim.now)
+    sim.run(seconds)
+    sim.fw2.set_role(readiness.BACKUP, sim.now)
+    sim.run(0.5)
+    sim.wire.cut = False
+    sim.converge(sim.fw1, sim.fw2)
+    assert liberal(sim.fw1) == own
+    assert sim.fw1.up.counters["kernel_loosened"] == 10
+
+
 def test_a_hand_over_loosens_nothing() -> None:
     """For a moment both are active at every move; a table is not read for that."""
     sim = Simulation().start()
