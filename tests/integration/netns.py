@@ -44,16 +44,20 @@ def run(*argv: str, check: bool = True, stdin: str | None = None) -> subprocess.
     return done
 
 
-def wait_for(condition: Callable[[], _Value], what: str, timeout: float = 30.0) -> _Value:
-    """The first true value of ``condition``; AssertionError naming ``what`` after ``timeout`` seconds."""
+class InVain(AssertionError):
+    """What was waited for did not come."""
+
+
+def wait_for(condition: Callable[[], _Value], what: str, timeout: float = 30.0, *, every_s: float = 0.02) -> _Value:
+    """The first true value of ``condition``; :class:`InVain` naming ``what`` after ``timeout`` seconds."""
     deadline = time.monotonic() + timeout
     while True:
         value = condition()
         if value:
             return value
         if time.monotonic() > deadline:
-            raise AssertionError(f"waited {timeout} s in vain for {what}")
-        time.sleep(0.02)
+            raise InVain(f"waited {timeout:g} s in vain for {what}")
+        time.sleep(every_s)
 
 
 class Namespace:

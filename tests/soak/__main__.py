@@ -23,7 +23,7 @@ from typing import Any, Iterator, NoReturn, Sequence
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.client import ControlError
 
 from . import faults, judge, plan, report
-from .stand import Stand, Trouble, stand
+from .stand import Stand, stand
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 TOOLS = ("ip", "iptables", "ip6tables", "conntrack", "keepalived", "mount")
@@ -87,7 +87,7 @@ class Run:
                         if self._live(here, steps):
                             self._end(here)
                             break
-                except (Trouble, AssertionError, OSError, ControlError) as error:
+                except (AssertionError, OSError, ControlError) as error:
                     self.record("end", complaints=[f"no pair could be built: {error}"])
                     break
                 if not self._time_left():
@@ -124,7 +124,7 @@ class Run:
             took = self.at() - began
             here.weather()
             complaints += here.lost() + here.equal(active, backup) + here.verified(backup)
-        except (Trouble, AssertionError, OSError, ControlError, subprocess.SubprocessError) as error:
+        except (AssertionError, OSError, ControlError, subprocess.SubprocessError) as error:
             took = self.at() - began
             complaints.append(str(error))
         complaints += here.dead() + self._new_in_logs(here)
@@ -168,7 +168,7 @@ class Run:
             complaints += [f"ctsyncd on {life.node}: {complaint}" for life in lives for complaint in life.complaints]
             self.say("the active node goes while the backup knows nothing: every session has to be seen to die")
             complaints += faults.unready_take_over(here)
-        except (Trouble, AssertionError, OSError, ControlError) as error:
+        except (AssertionError, OSError, ControlError) as error:
             complaints.append(str(error))
             self.keep_logs(here, 0)
         self.record("end", complaints=complaints[: 2 * MOST])

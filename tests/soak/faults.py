@@ -113,6 +113,7 @@ def _node_freeze(scene: Scene) -> list[str]:
         stand.lab.plug_traffic(scene.active.space)
         stand.weather()
         node.freeze(False)
+        scene.pause("late_s")  # by then the other node may have yielded, and is not heard as active any more
         scene.active.send(signal.SIGCONT)
     return lost
 
@@ -330,7 +331,7 @@ def _reload(stand: Stand, daemon: Daemon, **options: Any) -> None:
     stand.configure(daemon, **options)
     before = stand.status(daemon)["configuration"]["digest"]
     daemon.send(signal.SIGHUP)
-    wait(lambda: stand.status(daemon)["configuration"]["digest"] != before, "the reload", 30)
+    wait(lambda: stand.status(daemon)["configuration"]["digest"] != before, "the reload", timeout=30)
 
 
 @act("configuration reloaded")
@@ -456,7 +457,7 @@ def _events_lost(scene: Scene) -> list[str]:
     daemon.send(signal.SIGSTOP)
     stand.inject(daemon.space, scene.chance, scene.values["flows"], scene.values["timeout_s"])
     daemon.send(signal.SIGCONT)
-    wait(lambda: stand.status(daemon)["counters"].get("overruns", 0) > before, "the loss to be counted", 30)
+    wait(lambda: stand.status(daemon)["counters"].get("overruns", 0) > before, "the loss to be counted", timeout=30)
     stand.ready()
     _reload(stand, daemon, netlink_buffer_bytes=None)
     return []

@@ -134,9 +134,9 @@ FAULTS = (
     ),
     Fault(
         "freeze of the active node",
-        "nothing runs or forwards there; then it goes on as if nothing had been",
+        "nothing runs or forwards there; then it goes on as if nothing had been, ctsyncd at once or later",
         5,
-        lambda c: {"frozen_s": _seconds(c, 3, 12)},
+        lambda c: {"frozen_s": _seconds(c, 3, 12), "late_s": c.choice((0.0, 0.0, 2.0))},
         moves=True,
         blind=True,
     ),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import functools
 import json
 import os
 import random
@@ -22,7 +23,7 @@ from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import 
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.client import ControlError
 from integration.cluster import VIP, Daemon, Session, install
 from integration.load import Load, cpu_seconds, memory_kib
-from integration.netns import Namespace, Net, Pair, run
+from integration.netns import InVain, Namespace, Net, Pair, run, wait_for
 from integration.vrrp_node import V4, V6, Node
 
 from . import judge, relay
@@ -40,20 +41,11 @@ OWN_NETWORKS = ("192.168.0.", "192.168.1.", "192.168.100.", "fd00:c0de::", "fd00
 VIP6 = "fd00:c0de:1::100"
 
 
-class Trouble(Exception):
+class Trouble(AssertionError):
     """Something that must not be; the text says what."""
 
 
-def wait(condition: Callable[[], Any], what: str, timeout: float = PATIENCE_S) -> Any:
-    """The first true value of ``condition``; :class:`Trouble` naming ``what`` if there is none."""
-    deadline = time.monotonic() + timeout
-    while True:
-        value = condition()
-        if value:
-            return value
-        if time.monotonic() > deadline:
-            raise Trouble(f"waited {timeout:.0f} s in vain for {what}")
-        time.sleep(POLL_S)
+wait = functools.partial(wait_for, timeout=PATIENCE_S, every_s=POLL_S)
 
 
 class Wire(Pair):
@@ -193,14 +185,18 @@ class Stand:
 
         try:
             return wait(done, what)
-        except Trouble as error:
+        except InVain as error:
             raise Trouble(f"{error}: {'; '.join(self.say(daemon) for daemon in self.daemons)}") from None
 
     def says(self, daemon: Daemon, *words: str) -> None:
         """Wait until the daemon's verdict has these words: the product has to tell what an operator must know."""
         try:
-            wait(lambda: all(word in self.say(daemon) for word in words), f"{daemon.space.label} to say {words}", 30)
-        except Trouble as error:
+            wait(
+                lambda: all(word in self.say(daemon) for word in words),
+                f"{daemon.space.label} to say {words}",
+                timeout=30,
+            )
+        except InVain as error:
             raise Trouble(f"{error}: {self.say(daemon)}") from None
 
     # --- sessions ----------------------------------------------------------------------------------------------------
@@ -282,8 +278,8 @@ class Stand:
             return done
 
         try:
-            wait(same, "equal tables", patience)
-        except Trouble:
+            wait(same, "equal tables", timeout=patience)
+        except InVain:
             return stays
         except ControlError as error:
             return [f"the tables cannot be listed: {error}"]
@@ -303,8 +299,8 @@ class Stand:
             return status == 0
 
         try:
-            wait(equal, "equal tables", EQUAL_S)
-        except Trouble:
+            wait(equal, "equal tables", timeout=EQUAL_S)
+        except InVain:
             return [f"verify on {daemon.space.label}: {said[:500]}"]
         return []
 
