@@ -9,7 +9,10 @@ import itertools
 import statistics
 from typing import Any, Iterable, Mapping, NamedTuple, Sequence
 
-WARM_UP_S = 120.0  # of a process: imports, first bulks, the largest table so far
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import recorder
+
+# Of a process: imports, first bulks, the largest table so far; and the flight recorder takes that long to be full.
+WARM_UP_S = 120.0 + recorder.SAMPLES
 SHORTEST_LIFE_S = 600.0  # after the warm-up: memory of a shorter life is not judged
 GROWTH_KIB_PER_H = 4096.0
 GROWTH_KIB = 1024.0

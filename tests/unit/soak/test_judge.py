@@ -42,6 +42,19 @@ def test_a_leak_of_memory_is_found(kib_per_h: float) -> None:
     assert one.slope_kib_per_h == pytest.approx(kib_per_h, rel=0.5)
 
 
+def test_what_fills_up_to_its_limit_is_no_growth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The flight recorder has its 600 samples after ten minutes of a busy node."""
+    short, long = (
+        [one._replace(rss_kib=one.rss_kib + int(5 * min(one.at_s - 500.0, 700.0))) for one in life(minutes)]
+        for minutes in (13, 30)
+    )
+    for samples in (short, long):
+        assert judge.growth(samples)[0].complaints == ()
+    assert judge.growth(long)[0].judged
+    monkeypatch.setattr(judge, "WARM_UP_S", 60.0)  # what it would be without
+    assert "memory grows" in judge.growth(short)[0].complaints[0]
+
+
 def test_a_leak_of_descriptors_is_found() -> None:
     (one,) = judge.growth(life(30, leaks_descriptors=True))
     assert len(one.complaints) == 1 and "descriptors grow from" in one.complaints[0]
