@@ -321,6 +321,7 @@ def _wire_seeds() -> list[bytes]:
         wire.encode_ack(wire.Ack(5, 517, 0b1100011))[wire.TLV_BYTES :],
         wire.encode_status(wire.Status(wire.ROLE_ACTIVE, 3, 1000))[wire.TLV_BYTES :],
         wire.encode_block(9, b"".join(many[:3]))[wire.TLV_BYTES :],
+        wire.encode_keys({1: b"abcd", 2: b"efgh", 255: b"ijkl"})[wire.TLV_BYTES :],
         wire.encode_bulk_end(3, 9)[wire.TLV_BYTES :],
         b"".join(singles[:4]),
         *(record[wire.TLV_BYTES :] for record in singles + many + _comparison_records()),
@@ -407,6 +408,9 @@ def wire_runner() -> Runner:
     def part(data: bytes) -> None:
         _round_trip(wire.decode_part(data), wire.encode_part, wire.decode_part, wire.TLV_BYTES)
 
+    def keys(data: bytes) -> None:
+        _round_trip(wire.decode_keys(data), wire.encode_keys, wire.decode_keys, wire.TLV_BYTES)
+
     def foreseen(data: bytes) -> None:
         one = expectation.unpack(data)
         check(expectation.unpack(expectation.pack(one)) == one, "an expectation survives")
@@ -435,8 +439,8 @@ def wire_runner() -> Runner:
 
     decoders: tuple[Callable[[bytes], Any], ...] = (
         *(foreseen, expectation.unpack_name),
-        *(flow, many, gone, tlvs, hello, ack, status, heard, probe, echo, part, wire.decode_header, wire.decode_block),
-        *(wire.decode_bulk_begin, wire.decode_bulk_end, conditions),
+        *(flow, many, gone, tlvs, hello, ack, status, heard, probe, echo, part, keys, wire.decode_header),
+        *(wire.decode_block, wire.decode_bulk_begin, wire.decode_bulk_end, conditions),
         *(compare, sums, report, wire.decode_digest, wire.decode_number),
     )
 
@@ -625,6 +629,7 @@ def session_grammar() -> Grammar:
             wire.encode_part(wire.Part(block, at, 9, b"abc"))
             for block, at in ((0, 0), (0, 3), (0, 6), (1, 0), (999, 0))
         ),
+        *(wire.encode_keys({key_id: bytes(4), 9: b"abcd"}) for key_id in (1, 2)),
     ]
     seeds = [bytes((what,)) + frame for frame in frames for what in (5, 100, 252)]
     seeds += [bytes((_DO_HELLO,)) + hello, bytes((_DO_HELLO,)) + blank]

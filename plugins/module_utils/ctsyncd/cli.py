@@ -58,6 +58,7 @@ Words:
   verify               are the tables of both nodes equal? Exit status 0 yes, 1 no, 2 cannot tell
   status               can this node lose its peer? Exit status 0 READY, 1 DEGRADED, 2 NOT READY
   recorder             what happened in the last minutes, as JSON lines
+  keys                 have the running daemon use the keys that configuration and key files have now, without a gap
   check-config         check the configuration; with --keys, the key files too
   gate --not-ready     tell keepalived "not ready", unless this node holds the virtual IPs
 
@@ -93,7 +94,7 @@ _REQUESTS = {
     "-t": _Request("purge"),
     "-k": _Request("kill"),
 }
-_WORDS = ("status", "verify", "recorder", "check-config", "gate")
+_WORDS = ("status", "verify", "recorder", "keys", "check-config", "gate")
 _FLAGS = ("-d", "-x", "-v", "-h", "-C")
 
 
@@ -251,18 +252,38 @@ def _check_config(chosen: Invocation) -> int:
 
     settings = config.load(chosen.path)
     if chosen.keys:
-        problems: list[str] = []
-        for key_id in settings.keys:
-            try:
-                _read_key_as_operator(settings, key_id, chosen.path)
-            except ConfigError as error:
-                problems += error.problems
-        if problems:
-            raise ConfigError(problems)
+        _read_keys(settings, chosen.path)
     return OK
 
 
-def _read_key_as_operator(settings: config.Config, key_id: int, path: str) -> None:
+def _keys(chosen: Invocation) -> int:
+    """The daemon cannot read the files itself: systemd gave it copies when it started."""
+    import base64  # noqa: PLC0415 - only this command needs them
+
+    from . import config  # noqa: PLC0415
+
+    keys = _read_keys(config.load(chosen.path), chosen.path)
+    texts = {str(key_id): base64.b64encode(key).decode() for key_id, key in keys.items()}
+    for line in client.request(_socket_path(chosen), {"command": "keys", "keys": texts}, STATUS_TIMEOUT_S):
+        sys.stdout.write(_for_people(line))
+    return OK
+
+
+def _read_keys(settings: config.Config, path: str) -> dict[int, bytes]:
+    """All of them by id; ConfigError with everything that is wrong."""
+    problems: list[str] = []
+    found = {}
+    for key_id in settings.keys:
+        try:
+            found[key_id] = _read_key_as_operator(settings, key_id, path)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
+def _read_key_as_operator(settings: config.Config, key_id: int, path: str) -> bytes:
     """Outside the unit there are no credentials: look at the file that the unit loads as ``key-<id>``."""
     import dataclasses  # noqa: PLC0415 - only this command needs them
 
@@ -272,7 +293,7 @@ def _read_key_as_operator(settings: config.Config, key_id: int, path: str) -> No
     if directory is None and settings.keys[key_id] == f"key-{key_id}":
         file = os.path.join(os.path.dirname(os.path.abspath(path)), "keys", f"{key_id}.key")
         settings = dataclasses.replace(settings, keys={**settings.keys, key_id: file})
-    service.read_key(settings, key_id, directory)
+    return service.read_key(settings, key_id, directory)
 
 
 def _gate(chosen: Invocation) -> int:
@@ -438,6 +459,7 @@ _ACTIONS: dict[str, Callable[[Invocation], int]] = {
     "version": _version,
     "status": _status,
     "verify": _verify,
+    "keys": _keys,
     "check-config": _check_config,
     "gate": _gate,
     "kill": _kill,

@@ -19,7 +19,7 @@ from typing import Any, Callable, Mapping, NamedTuple, Union
 
 from . import conditions
 from .client import MAX_CONFIG_BYTES as MAX_BYTES
-from .constants import IPPROTO_VRRP, PROTOCOL_NAMES, TCP_CLOSE, TCP_ESTABLISHED, TCP_STATE_NAMES
+from .constants import IPPROTO_VRRP, MAX_KEYS, PROTOCOL_NAMES, TCP_CLOSE, TCP_ESTABLISHED, TCP_STATE_NAMES
 from .errors import ConfigError
 
 MAX_PEERS = 7
@@ -52,7 +52,7 @@ REQUIRED: Any = _Required()
 class Option(NamedTuple):
     """One row of an option table.  ``minimum`` and ``maximum`` are inclusive and for integers.
 
-    ``live``: a reload (SIGHUP) applies a change; any other needs a restart.
+    ``live``: a reload (SIGHUP) applies a change; ``handed``: ``ctsyncd keys`` does; any other needs a restart.
     """
 
     key: str
@@ -63,6 +63,7 @@ class Option(NamedTuple):
     maximum: int = 0
     choices: tuple[str, ...] = ()
     live: bool = False
+    handed: bool = False
 
 
 class Peer(NamedTuple):
@@ -120,8 +121,14 @@ OPTIONS: tuple[Option, ...] = (
     Option("link", "link", None, "This node's end of the sync link, where there is one. Or `links`."),
     Option("links", "links", None, "This node's ends of several sync links; the first one that works is used."),
     Option("virtual_ips", "virtual_ips", REQUIRED, "The virtual IPs that VRRP moves; who holds them all is active."),
-    Option("keys", "keys", REQUIRED, "Pre-shared keys: key id (1 to 255) to credential name or absolute path."),
-    Option("send_key", "key_id", None, "Key id to send with. Needed when there are several keys.", 1, 255),
+    Option(
+        "keys",
+        "keys",
+        REQUIRED,
+        f"Pre-shared keys, at most {MAX_KEYS}: key id (1 to 255) to credential name or absolute path.",
+        handed=True,
+    ),
+    Option("send_key", "key_id", None, "Key id to send with. Needed when there are several keys.", 1, 255, handed=True),
     Option(
         "mode",
         "choice",
@@ -649,6 +656,9 @@ def _read_keys(value: Any, where: str, option: Option, problems: _Problems) -> A
     if not isinstance(value, dict) or not value:
         problems.add(where, f'{_show(value)} is not a non-empty object: write one such as {{"1": "key-1"}}')
         return _BAD
+    if len(value) > MAX_KEYS:
+        problems.add(where, f"has {len(value)} keys, more than {MAX_KEYS}: keep those that a node still sends with")
+        return _BAD
     keys: dict[int, str] = {}
     for name, place in value.items():
         path = f"{where}.{name[:80]}"
@@ -824,7 +834,7 @@ def reference() -> str:
     ):
         live = prefix.startswith("filter.")
         for option in table:
-            needs = "reload" if live or option.live else "restart"
+            needs = "reload" if live or option.live else "`ctsyncd keys`" if option.handed else "restart"
             lines.append(
                 f"| `{prefix}{option.key}` | {_value_text(option)} | {_default_text(option)} | {needs} "
                 f"| {option.help} |"

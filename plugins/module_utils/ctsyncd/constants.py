@@ -98,3 +98,6 @@ TCP_FLAG_WINDOW_SCALE = 0x01
 TCP_FLAG_SACK_PERM = 0x02
 TCP_FLAG_CLOSE_INIT = 0x04
 TCP_FLAG_BE_LIBERAL = 0x08
+
+# Pre-shared keys that a node holds at once
+MAX_KEYS = 8

@@ -35,7 +35,7 @@ import socket
 import stat
 import struct
 import time
-from typing import Any, Callable, Iterable, Iterator, Optional, Union
+from typing import Any, Callable, Collection, Iterable, Iterator, Optional, Union
 
 from .client import ControlError
 
@@ -65,8 +65,9 @@ def trailer(error: str | None = None, exit: int = 0) -> bytes:
 class _Client:
     """One connection: first it sends (``pieces`` is None), then it receives."""
 
-    def __init__(self, sock: socket.socket, deadline: float) -> None:
+    def __init__(self, sock: socket.socket, uid: int, deadline: float) -> None:
         self.sock = sock
+        self.uid = uid
         self.deadline = deadline
         self.request = bytearray()
         self.pieces: Iterator[bytes | None] | None = None
@@ -80,12 +81,18 @@ class _Client:
 
 
 class ControlServer:
-    """The listening socket and its clients.  Raises :class:`ControlError` from ``open`` when it cannot listen."""
+    """The listening socket and its clients.  Raises :class:`ControlError` from ``open`` when it cannot listen.
 
-    def __init__(self, path: str, handler: Handler, max_clients: int = MAX_CLIENTS) -> None:
+    ``privileged``: commands that only root may ask for, not the daemon's own user.
+    """
+
+    def __init__(
+        self, path: str, handler: Handler, max_clients: int = MAX_CLIENTS, privileged: Collection[str] = ()
+    ) -> None:
         self.path = path
         self.handler = handler
         self.max_clients = max_clients
+        self.privileged = privileged
         self.counters = {"requests": 0, "refused": 0, "dropped": 0, "failed": 0}
         self._listener: socket.socket | None = None
         self._identity = (0, 0)
@@ -227,7 +234,8 @@ class ControlServer:
                     self._paused_until = now + 1.0
                 return
             sock.setblocking(False)
-            refusal = self._refusal(sock)
+            uid = _uid(sock)
+            refusal = self._refusal(uid)
             if refusal is not None:
                 self.counters["refused"] += 1
                 try:
@@ -236,15 +244,13 @@ class ControlServer:
                     LOG.debug("control: a refused client did not wait for the reason")
                 sock.close()
                 continue
-            client = _Client(sock, now + REQUEST_S)
+            client = _Client(sock, uid, now + REQUEST_S)
             self._clients[sock.fileno()] = client
             self._watch(client, selectors.EVENT_READ)
             self._receive(client, now)
 
-    def _refusal(self, sock: socket.socket) -> str | None:
+    def _refusal(self, uid: int) -> str | None:
         """Why this connection is not served.  When the house is full, the oldest silent client makes room."""
-        raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        uid = struct.unpack("3i", raw)[1]
         if uid not in (0, os.geteuid()):
             LOG.warning("control: refused a connection of uid %d", uid)
             return "permission denied: only root and the daemon's own user may ask"
@@ -288,6 +294,10 @@ class ControlServer:
             request = None
         if not isinstance(request, dict) or not isinstance(request.get("command"), str):
             self._refuse(client, 'the request is not a JSON object with "command" on one line', now)
+            return
+        if request["command"] in self.privileged and client.uid != 0:
+            LOG.warning("control: refused %s of uid %d", request["command"], client.uid)
+            self._refuse(client, f"permission denied: only root may ask for {request['command']}", now)
             return
         self.counters["requests"] += 1
         try:
@@ -407,3 +417,9 @@ class ControlServer:
                 close()
             except Exception:  # the client has gone, the daemon stays
                 LOG.exception("control: a response could not be closed")
+
+
+def _uid(sock: socket.socket) -> int:
+    """Who is at the other end (unix(7), SO_PEERCRED)."""
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return int(struct.unpack("3i", raw)[1])

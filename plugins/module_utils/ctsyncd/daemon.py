@@ -161,7 +161,7 @@ class Daemon:
         ]
         self._fifo = vrrp.FifoReader(config.notify_fifo)
         self._track = vrrp.TrackFile(config.track_file)
-        self._control = control.ControlServer(config.control_socket, self._command)
+        self._control = control.ControlServer(config.control_socket, self._command, privileged=("keys",))
         self._dump: netlink.TableDump | None = None
         self._dump_number = 0
         self._dump_at = now  # when a paced one is read on
@@ -514,7 +514,10 @@ class Daemon:
         fixed = [option.key for option in changed if not option.live]
         if fixed:
             names = ", ".join(fixed)
-            self._not_reloaded = f"the configuration was not reloaded: changes of {names} need a restart of ctsyncd"
+            needed = (
+                "ctsyncd keys" if all(option.live or option.handed for option in changed) else "a restart of ctsyncd"
+            )
+            self._not_reloaded = f"the configuration was not reloaded: changes of {names} need {needed}"
             LOG.error("SIGHUP: %s", self._not_reloaded)
             return
         self._not_reloaded = ""
@@ -646,6 +649,8 @@ class Daemon:
         self._look_at_links(now)
         problems = [self._not_reloaded, self._ruleset_problem, self._fifo.problem, self._track.problem]
         problems.append(self._flights.problem)
+        for session in self._sessions:
+            problems += session.key_problems()
         self._engine.impaired = (*self._broken_links(now), *filter(None, problems))
         for alarm in self._engine.take_alarms():
             LOG.warning("%s", alarm)
@@ -704,6 +709,7 @@ class Daemon:
             "differences": list(self._engine.differences()),
             "replicate": self.config.replicate,
             "mode": self.config.mode,
+            "keys": {"accepts": sorted(self.config.keys), "sends": self.config.send_key},
             "peers": self._peers(now),
             "flows": {"kernel": _kernel_count(), "external": len(self._engine.cache)},
             "expectations": self._engine.helpers.describe(),
@@ -720,7 +726,7 @@ class Daemon:
         for found, peer, session in zip(self._engine.peer_status(now), self.config.peers, self._sessions):
             rows = zip(session.paths.status(now), peer.addresses)
             links = [{**row, "address": address} for row, address in rows]
-            out.append({**found, "address": peer.addresses[0], "links": links})
+            out.append({**found, "address": peer.addresses[0], "links": links, "keys": session.keys()})
         return out
 
     def _counters(self) -> dict[str, int]:
@@ -921,6 +927,33 @@ class Daemon:
         names = (self.config.node, (self._engine.leader or self._engine.peers[0]).name)
         active, backup = names if self._engine.active else names[::-1]
         yield json.dumps(_verified(asked, active, backup)).encode() + b"\n"
+
+    def _command_keys(self, request: dict[str, Any]) -> control.Response:
+        """Other pre-shared keys, which the configuration names by now.  What would cut a session is refused, and what
+        is refused changes nothing."""
+        now = time.monotonic()
+        try:
+            text = read(self._path)
+            new = parse(text, source=self._path)
+            secrets = service.handed_over(request.get("keys"), new)
+        except ConfigError as error:
+            raise ControlError(f"the keys stay as they are: {'; '.join(error.problems)}", 2) from None
+        changed = self.config.differences(new)
+        fixed = [option.key for option in changed if not option.live and not option.handed]
+        if fixed:
+            raise ControlError(f"the keys stay as they are: changes of {', '.join(fixed)} need a restart of ctsyncd", 2)
+        obstacles = list(filter(None, [session.obstacle(secrets, now) for session in self._sessions]))
+        if obstacles:
+            raise ControlError(f"the keys stay as they are: {'; '.join(obstacles)}")
+        for session in self._sessions:
+            session.set_keys(secrets, new.send_key, now)
+        self._not_reloaded = ""
+        self._digest = fingerprint(text)
+        self._apply(new, now)
+        self._recorder.note(now, "keys", accepts=sorted(new.keys), sends=new.send_key)
+        said = f"accepts {' and '.join(map(str, sorted(new.keys)))}, sends with {new.send_key}"
+        LOG.info("keys: %s", said)
+        return _say(said)
 
     def _command_kill(self, _request: dict[str, Any]) -> control.Response:
         self.stopping = True

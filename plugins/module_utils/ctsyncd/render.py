@@ -251,6 +251,7 @@ def status_text(status: Mapping[str, Any]) -> str:
         rows.append(("virtual IP", f"{vip.get('address')} on {vip.get('interface')}, {held}"))
     if "mode" in status:
         rows.append(("mode", str(status["mode"]) + ("" if status.get("replicate", True) else ", replication off")))
+    rows.extend(("keys", text) for text in _key_texts(status))
     for peer in status.get("peers") or ():
         rows.append(("peer", _peer_text(peer)))
         rows.extend(("link", _link_text(link, peer.get("node"))) for link in peer.get("links") or ())
@@ -282,6 +283,30 @@ def _peer_text(peer: Mapping[str, Any]) -> str:
     if isinstance(equality, Mapping):
         words.append(_equality_text(equality))
     return ", ".join(words)
+
+
+def _key_texts(status: Mapping[str, Any]) -> list[str]:
+    """Which keys each node accepts and sends with; nothing while there is but one and all use it."""
+    own, peers = status.get("keys") or {}, status.get("peers") or ()
+    known = [(peer.get("node"), peer.get("keys") or {}) for peer in peers]
+    one = [own.get("sends")]
+    if all(
+        accepts in (None, one) for accepts in (own.get("accepts"), *(keys.get("accepts") for _node, keys in known))
+    ) and not any(keys.get("differ") for _node, keys in known):
+        return []
+    texts = [f"{status.get('node')} accepts {_ids(own.get('accepts'))}, is to send with {own.get('sends')}"]
+    for node, keys in known:
+        if keys.get("sends") is None:
+            texts.append(f"{node} does not say (no session)")
+            continue
+        differ = f", has another key under {_ids(keys['differ'])}" if keys.get("differ") else ""
+        used = f"sends with {keys['sends']}, is sent to with {keys.get('used')}"
+        texts.append(f"{node} accepts {_ids(keys.get('accepts'))}, {used}{differ}")
+    return texts
+
+
+def _ids(numbers: Any) -> str:
+    return " and ".join(map(str, numbers)) if numbers else "unknown keys"
 
 
 def _link_text(link: Mapping[str, Any], peer: Any) -> str:

@@ -160,6 +160,18 @@ def decode_key(raw: bytes, key_id: int, path: str) -> bytes:
     return key
 
 
+def handed_over(request: Any, config: Config) -> dict[int, bytes]:
+    """The keys of this configuration out of a request's object: base64 by key id.  Raises ConfigError, which never
+    shows any of it."""
+    texts = request if isinstance(request, dict) else {}
+    if sorted(texts) != sorted(str(key_id) for key_id in config.keys):
+        raise ConfigError(["keys: the configuration was changed meanwhile, or is not this daemon's: ask again"])
+    return {
+        key_id: decode_key(str(texts[str(key_id)]).encode(), key_id, "what was handed over")
+        for key_id in sorted(config.keys)
+    }
+
+
 def _read_key_file(path: str, key_id: int, shared: bool) -> bytes:
     """``shared``: systemd guards the file, and its access list looks like group permissions."""
     try:

@@ -12,12 +12,14 @@ from __future__ import annotations
 import collections
 import itertools
 import zlib
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from . import wire
+from .constants import MAX_KEYS
 from .crypto import Aead, Crypto
 from .errors import WireError
+from .keyring import Agreement, key_info
 from .paths import Paths
 
 WINDOW_BLOCKS = 512  # blocks that a receiver buffers ahead; the credit that it gives
@@ -41,8 +43,8 @@ _SAMPLES = 4  # of the round-trip time; a single one may be long because acknowl
 _BACK_OFF = 4  # times that the time to a retransmission doubles; by then it is RETRANSMIT_MAX_S
 
 _ABOUT_LINKS = (wire.FRAME_PROBE, wire.FRAME_ECHO)
-# the longest HEARD, ACK and STATUS
-_NEWS_BYTES = 3 * wire.TLV_BYTES + 12 + 16 + wire.MAX_EARLY_BYTES + 6
+# the longest HEARD, ACK, STATUS and KEYS
+_NEWS_BYTES = 4 * wire.TLV_BYTES + 12 + 16 + wire.MAX_EARLY_BYTES + 6 + MAX_KEYS * wire.KEY_CHECK_BYTES
 _MAX_PACKETS = 1 << 62  # per key; never reached, and refused rather than wrapped
 
 
@@ -86,7 +88,7 @@ class _InFlight:
 class _Keys:
     """The peer's keys of one pair of nonces, made when a key id is first used."""
 
-    def __init__(self, crypto: Crypto, secrets: dict[int, bytes], salt: bytes, sender: str, receiver: str) -> None:
+    def __init__(self, crypto: Crypto, secrets: Mapping[int, bytes], salt: bytes, sender: str, receiver: str) -> None:
         self._crypto = crypto
         self._secrets = secrets
         self._salt = salt
@@ -100,8 +102,14 @@ class _Keys:
             secret = self._secrets.get(key_id)
             if secret is None:
                 raise WireError("unknown_key", str(key_id))
-            made = self._made[key_id] = self._crypto.derive(secret, self._salt, _info(b"data", key_id, *self._names))
+            made = self._made[key_id] = self._crypto.derive(secret, self._salt, key_info(b"data", key_id, *self._names))
         return made
+
+    def hold(self, secrets: Mapping[int, bytes]) -> None:
+        """Open with these from now on."""
+        before, self._secrets = self._secrets, secrets
+        for key_id in [key_id for key_id in self._made if before.get(key_id) != secrets.get(key_id)]:
+            del self._made[key_id]
 
 
 class _Sealer:
@@ -109,21 +117,38 @@ class _Sealer:
 
     The AEAD's nonce depends on the packet number and on the contents: a node that goes on from a state of the past,
     with numbers that it used before, uses other nonces for other contents, and says the same in the same datagram.
+    The numbers go on when another key is used, and when the former one is used again.
     """
 
     def __init__(
-        self, crypto: Crypto, secret: bytes, *, key_id: int, kind: int, nonce: bytes, salt: bytes, info: bytes
+        self,
+        crypto: Crypto,
+        secret: bytes,
+        *,
+        key_id: int,
+        kind: int,
+        nonce: bytes,
+        salt: bytes,
+        names: tuple[str, str],
     ) -> None:
         self.nonce = nonce
         self.number = 0  # of the next datagram
         self._kind = kind
-        self._key_id = key_id
-        self._aead = crypto.derive(secret, salt, info)
-        self._digest = crypto.derive_digest(secret, salt, b"ctsync nonce " + info)
+        self._crypto = crypto
+        self._salt = salt
+        self._names = names
+        self.use(key_id, secret)
+
+    def use(self, key_id: int, secret: bytes) -> None:
+        """Seal with this pre-shared key from now on."""
+        info = key_info(b"hello" if self._kind == wire.HELLO else b"data", key_id, *self._names)
+        self.key_id = key_id
+        self._aead = self._crypto.derive(secret, self._salt, info)
+        self._digest = self._crypto.derive_digest(secret, self._salt, b"ctsync nonce " + info)
 
     def seal(self, plaintext: bytes) -> bytes:
         """The whole datagram."""
-        header = wire.encode_header(self._kind, self._key_id, self.nonce, self.number)
+        header = wire.encode_header(self._kind, self.key_id, self.nonce, self.number)
         self.number += 1
         digest = self._digest(header, plaintext)
         return header + digest + self._aead.seal(wire.aead_nonce(header, digest), plaintext, header)
@@ -151,7 +176,7 @@ class _Parts:
 class _Established:
     """Everything that lives and dies with one pair of nonces."""
 
-    def __init__(self, hello: _Sealer, peer_nonce: bytes, send: _Sealer, receive: _Keys) -> None:
+    def __init__(self, hello: _Sealer, peer_nonce: bytes, send: _Sealer, receive: _Keys, agreement: Agreement) -> None:
         self.hello = hello
         self.local_nonce = hello.nonce
         self.peer_nonce = peer_nonce
@@ -159,6 +184,7 @@ class _Established:
         self.doubted = False  # the peer seems to have forgotten it
         self.sealer = send
         self.receive_keys = receive
+        self.agreement = agreement
         # replay protection (RFC 4303, 3.4.3)
         self.highest = -1
         self.seen = 0
@@ -201,9 +227,9 @@ class _Established:
 class Session:
     """The protocol engine towards one peer.
 
-    ``secrets`` maps key ids to pre-shared keys (any of them opens, ``send_key`` seals); ``random`` gives n fresh random
-    bytes; ``payload`` is the largest datagram in bytes (UDP payload), ``paths`` the links to the peer, if there are
-    more than one.
+    ``secrets`` maps key ids to pre-shared keys: any of them opens, ``send_key`` seals if the peer has it, too.
+    ``random`` gives n fresh random bytes; ``payload`` is the largest datagram in bytes (UDP payload), ``paths`` the
+    links to the peer, if there are more than one.
     """
 
     def __init__(
@@ -212,7 +238,7 @@ class Session:
         peer: str,
         *,
         crypto: Crypto,
-        secrets: dict[int, bytes],
+        secrets: Mapping[int, bytes],
         send_key: int,
         random: Callable[[int], bytes],
         version: str,
@@ -240,6 +266,7 @@ class Session:
         self._later = self._answers * hello_interval_s
         self._dead_after = dead_after_s
         self._hello = self._fresh_hello()  # of the next session; replaced as soon as a session uses it
+        self._hellos = 0  # sent without a session
         self._established: _Established | None = None
         self._hello_at = now
         self._heartbeat_at = now
@@ -254,6 +281,49 @@ class Session:
         self._later = self._answers * hello_interval_s
         self._dead_after = dead_after_s
         self.paths.set_timers(hello_interval_s, dead_after_s)
+
+    # --- keys ---------------------------------------------------------------------------------------------------------
+
+    def obstacle(self, secrets: Mapping[int, bytes], now: float) -> str:
+        """Why :meth:`set_keys` would cut the session with a peer that is alive; empty if it would not."""
+        session = self._established
+        if session is None or not self.alive(now):
+            return ""
+        heard = session.agreement.heard
+        if secrets.get(heard) == self._secrets.get(heard):
+            return ""
+        return f"{self.peer} sends with key {heard}: keep that as it is until {self.peer} sends with another one"
+
+    def set_keys(self, secrets: Mapping[int, bytes], send_key: int, now: float) -> None:
+        """Hold other pre-shared keys from now on.  The session goes on, if both nodes have a key in common."""
+        self._secrets = secrets
+        self._send_key = send_key
+        self._hello = self._fresh_hello()
+        session = self._established
+        if session is None:
+            self._hello_at = now
+            return
+        session.receive_keys.hold(secrets)
+        session.agreement.hold(secrets, send_key)
+        self._use_key(session)
+        self._status_due = True
+
+    def keys(self) -> dict[str, Any]:
+        """The peer's keys as far as they are known (``accepts``, ``sends``), the one that this node uses (``used``),
+        and ids under which both have different keys (``differ``)."""
+        session = self._established
+        if session is None:
+            return {"accepts": None, "sends": None, "used": None, "differ": []}
+        return session.agreement.describe()
+
+    def key_problems(self) -> list[str]:
+        return [] if self._established is None else self._established.agreement.problems()
+
+    def _use_key(self, session: _Established) -> None:
+        """The one that the agreement says."""
+        key_id = session.agreement.sends
+        session.sealer.use(key_id, self._secrets[key_id])
+        session.hello.use(key_id, self._secrets[key_id])
 
     # --- what the engine asks ----------------------------------------------------------------------------------------
 
@@ -336,7 +406,7 @@ class Session:
         secret = self._secrets.get(header.key_id)
         if secret is None:
             raise WireError("unknown_key", str(header.key_id))
-        aead = self._crypto.derive(secret, header.sender, _info(b"hello", header.key_id, self.peer, self.node))
+        aead = self._crypto.derive(secret, header.sender, key_info(b"hello", header.key_id, self.peer, self.node))
         plaintext = aead.open(*wire.sealed_parts(header, datagram))
         hello = wire.decode_hello(plaintext)
         if hello.node != self.peer:
@@ -345,28 +415,34 @@ class Session:
         session = self._established
         if session is not None and session.peer_nonce == header.sender:
             if hello.echo != session.local_nonce:  # it has not heard our half yet
-                self._send_hello(session.hello, session.peer_nonce)
+                self._send_hello(session.hello, session.peer_nonce, header.key_id)
         elif hello.echo == self._hello.nonce:  # only a live peer can know this nonce
-            events.append(self._establish(header.sender, hello, now))
+            events.append(self._establish(header, hello, now))
         elif hello.echo == wire.NO_NONCE:  # a peer without a session, or a replay: only the former will echo our nonce
-            self._send_hello(self._hello, header.sender)
+            self._send_hello(self._hello, header.sender, header.key_id)
         else:  # answers a nonce of the past.  Answered in turn, a replayed HELLO would start a new session.
             raise WireError("stale_hello")
 
-    def _establish(self, peer_nonce: bytes, hello: wire.Hello, now: float) -> SessionUp:
+    def _establish(self, header: wire.Header, hello: wire.Hello, now: float) -> SessionUp:
+        """The key of this HELLO is one that both have."""
         sealer, self._hello = self._hello, self._fresh_hello()
+        peer_nonce, key_id = header.sender, header.key_id
+        salts = (sealer.nonce + peer_nonce, peer_nonce + sealer.nonce)
+        agreement = Agreement(self._crypto, (self.node, self.peer), salts, key_id)
+        agreement.hold(self._secrets, self._send_key)
         self._established = _Established(
             sealer,
             peer_nonce,
-            self._sealer(wire.DATA, b"data", sealer.nonce, sealer.nonce + peer_nonce),
-            _Keys(self._crypto, self._secrets, peer_nonce + sealer.nonce, self.peer, self.node),
+            self._sealer(wire.DATA, sealer.nonce, salts[0], key_id),
+            _Keys(self._crypto, self._secrets, salts[1], self.peer, self.node),
+            agreement,
         )
         self.last_seen = now
         self._heartbeat_at = now
         self._status_due = True
         self.counters["sessions"] += 1
         # the last word of the handshake: the peer may still wait for its own nonce to come back
-        self._send_hello(sealer, peer_nonce)
+        self._send_hello(sealer, peer_nonce, key_id)
         self._hello_at = now + self._interval
         self._probes.clear()
         self.paths.begin(now)
@@ -390,6 +466,7 @@ class Session:
         if age < 0:
             session.seen = (session.seen << min(-age, REPLAY_WINDOW) | 1) & ((1 << REPLAY_WINDOW) - 1)
             session.highest = number
+            session.agreement.heard = header.key_id
         else:
             session.seen |= 1 << age
         self.last_seen = now
@@ -423,8 +500,15 @@ class Session:
                 events.append(PeerLeft())
             elif kind == wire.FRAME_PART:
                 events.extend(self._receive_part(session, wire.decode_part(payload), now))
+            elif kind == wire.FRAME_KEYS:
+                self._receive_keys(session, wire.decode_keys(payload))
             else:
                 self.counters["skipped_unknown_frame"] += 1
+
+    def _receive_keys(self, session: _Established, keys: wire.Keys) -> None:
+        if session.agreement.told(keys):
+            self._use_key(session)
+            self._status_due = True  # the peer sees what is used
 
     def _contradicts(
         self, session: _Established, ack: wire.Ack, heard: wire.Heard | None, number: int, now: float
@@ -451,8 +535,7 @@ class Session:
             self._hello = self._fresh_hello()  # a state of the past has a nonce of the past
             self._hello_at = min(self._hello_at, now)
         if now >= self._hello_at:
-            self._send_hello(self._hello, wire.NO_NONCE)
-            self._hello_at = now + self._interval
+            self._call(now)
 
     def _forget(self, why: str, now: float) -> None:
         """One of the nodes goes on from a state of the past (a virtual machine was restored from a snapshot): it said
@@ -644,8 +727,7 @@ class Session:
         session = self._established
         if session is None:
             if now >= self._hello_at:
-                self._send_hello(self._hello, wire.NO_NONCE)
-                self._hello_at = now + self._interval
+                self._call(now)
         else:
             self._poll_established(session, now)
         out, self._out = self._out, []
@@ -670,7 +752,7 @@ class Session:
 
     def _poll_established(self, session: _Established, now: float) -> None:
         if not session.confirmed and now >= self._hello_at:
-            self._send_hello(session.hello, session.peer_nonce)
+            self._send_hello(session.hello, session.peer_nonce, session.agreement.sends)
             self._hello_at = now + self._interval
         paths = self.paths
         paths.wake(now)
@@ -713,7 +795,7 @@ class Session:
         session.ack_sent = now
         session.unacked = 0
         if status:
-            frames += wire.encode_status(self._status)
+            frames += wire.encode_status(self._status) + session.agreement.riding()
             self._status_due = False
             self._heartbeat_at = now + self._interval + self._later
             if not riding:
@@ -799,20 +881,24 @@ class Session:
         if session.sealer.number > _MAX_PACKETS:  # fresh keys long before a nonce could repeat
             self._end()
 
-    def _send_hello(self, sealer: _Sealer, echo: bytes) -> None:
+    def _call(self, now: float) -> None:
+        """A HELLO to a peer that may hold any of this node's keys: with each in turn, the one to send with first."""
+        others = sorted(self._secrets.keys() - {self._send_key})
+        key_id = [self._send_key, *others][self._hellos % (len(others) + 1)]
+        self._hellos += 1
+        self._send_hello(self._hello, wire.NO_NONCE, key_id)
+        self._hello_at = now + self._interval
+
+    def _send_hello(self, sealer: _Sealer, echo: bytes, key_id: int) -> None:
+        if sealer.key_id != key_id:
+            sealer.use(key_id, self._secrets[key_id])
         self._out.append(sealer.seal(wire.encode_hello(wire.Hello(echo, self.node, 0, self._version))))
 
     def _fresh_hello(self) -> _Sealer:
         nonce = self._random(wire.NONCE_BYTES)
-        return self._sealer(wire.HELLO, b"hello", nonce, nonce)
+        return self._sealer(wire.HELLO, nonce, nonce, self._send_key)
 
-    def _sealer(self, kind: int, what: bytes, nonce: bytes, salt: bytes) -> _Sealer:
-        key_id = self._send_key
-        info = _info(what, key_id, self.node, self.peer)
+    def _sealer(self, kind: int, nonce: bytes, salt: bytes, key_id: int) -> _Sealer:
+        names = (self.node, self.peer)
         secret = self._secrets[key_id]
-        return _Sealer(self._crypto, secret, key_id=key_id, kind=kind, nonce=nonce, salt=salt, info=info)
-
-
-def _info(what: bytes, key_id: int, sender: str, receiver: str) -> bytes:
-    """What a key is for, as HKDF takes it."""
-    return b"ctsync " + what + bytes((wire.VERSION, key_id)) + sender.encode() + b"\0" + receiver.encode()
+        return _Sealer(self._crypto, secret, key_id=key_id, kind=kind, nonce=nonce, salt=salt, names=names)

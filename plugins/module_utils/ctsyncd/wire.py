@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import compress
 from typing import NamedTuple
 
@@ -47,6 +47,7 @@ FRAME_HEARD = 5
 FRAME_PROBE = 6
 FRAME_ECHO = 7
 FRAME_PART = 8
+FRAME_KEYS = 9
 
 # Records inside a block
 RECORD_ROWS = 1
@@ -70,6 +71,8 @@ RECORD_STATES = 25
 RECORD_REPORT = 26
 RECORD_EXPECT = 32
 RECORD_EXPECT_GONE = 33
+
+KEY_CHECK_BYTES = 1 + DIGEST_BYTES  # of one key in a KEYS: id and check value
 
 MAX_ROWS = 1024  # rows of one record: what a few bytes may grow to
 
@@ -282,6 +285,23 @@ def decode_heard(payload: bytes) -> Heard:
     if len(payload) < _HEARD.size:
         raise WireError("malformed", "heard: truncated")
     return Heard(*_HEARD.unpack_from(payload))
+
+
+Keys = Mapping[int, bytes]  # check values by key id
+
+
+def encode_keys(keys: Keys) -> bytes:
+    """Which pre-shared keys this node accepts: ids and check values of ``DIGEST_BYTES``, by id."""
+    return tlv(FRAME_KEYS, b"".join(bytes((key_id,)) + keys[key_id] for key_id in sorted(keys)))
+
+
+def decode_keys(payload: bytes) -> Keys:
+    """Raises WireError ``malformed``."""
+    places = range(0, len(payload), KEY_CHECK_BYTES)
+    ids = [payload[at] for at in places]
+    if len(payload) % KEY_CHECK_BYTES or not ids or 0 in ids or ids != sorted(set(ids)):
+        raise WireError("malformed", "keys: not a list of ids, rising, and check values")
+    return {payload[at]: payload[at + 1 : at + KEY_CHECK_BYTES] for at in places}
 
 
 class Probe(NamedTuple):

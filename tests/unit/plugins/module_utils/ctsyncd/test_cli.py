@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import pathlib
 import selectors
@@ -300,6 +301,27 @@ def test_check_config(tmp_path: pathlib.Path, run: Run) -> None:
     assert (code, out) == (2, "")
     assert [line.split(": ")[2] for line in err.splitlines()] == ["link.address", "mode"]
     assert run()[0] == 2, "the daemon does not start with it"
+
+
+def test_keys_are_read_and_handed_over(tmp_path: pathlib.Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = base64.b64encode(bytes(range(32))).decode()
+    (tmp_path / "keys").mkdir()
+    file = tmp_path / "keys" / "1.key"
+    write_config(tmp_path)
+    asked: list[dict[str, Any]] = []
+
+    def request(path: str, message: dict[str, Any], timeout_s: float) -> list[str]:
+        asked.append(message)
+        return ["accepts 1, sends with 1"]
+
+    monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
+    monkeypatch.setattr(cli.client, "request", request)
+    code, _out, err = run("keys")
+    assert code == 2 and "1.key: cannot be read" in err and asked == []
+    file.write_text(secret + "\n")
+    file.chmod(0o600)
+    assert run("keys") == (0, "accepts 1, sends with 1\n", "")
+    assert asked == [{"command": "keys", "keys": {"1": secret}}]
 
 
 def test_check_config_looks_at_the_keys(tmp_path: pathlib.Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

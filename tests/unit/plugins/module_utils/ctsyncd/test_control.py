@@ -76,7 +76,7 @@ class Loop:
 def serve(tmp_path: pathlib.Path) -> Iterator[Callable[..., Loop]]:
     loops: list[Loop] = []
 
-    def start(handler: control.Handler, **options: int) -> Loop:
+    def start(handler: control.Handler, **options: Any) -> Loop:
         loops.append(Loop(ControlServer(str(tmp_path / "c.sock"), handler, **options)))
         return loops[-1]
 
@@ -399,6 +399,20 @@ def test_another_user_is_refused(serve: Callable[..., Loop], monkeypatch: pytest
     with pytest.raises(ControlError, match="permission denied"):
         loop.ask({"command": "status"})
     assert loop.server.counters == {"requests": 0, "refused": 1, "dropped": 0, "failed": 0}
+
+
+def test_privileged_command_is_for_root_only(serve: Callable[..., Loop], monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = serve(echo, privileged=("keys",))
+    uids = [os.geteuid()]
+    monkeypatch.setattr(control, "_uid", lambda sock: uids[0])
+    monkeypatch.setattr(control.os, "geteuid", lambda: 990)
+    uids[0] = 990  # the daemon's own user
+    assert loop.ask({"command": "status"})
+    with pytest.raises(ControlError, match="only root may ask for keys"):
+        loop.ask({"command": "keys", "keys": {"1": "secret"}})
+    uids[0] = 0
+    assert loop.ask({"command": "keys"})
+    assert loop.server.counters == {"requests": 2, "refused": 1, "dropped": 0, "failed": 0}
 
 
 def test_only_a_stale_socket_is_replaced(tmp_path: pathlib.Path) -> None:

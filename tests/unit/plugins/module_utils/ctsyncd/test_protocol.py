@@ -97,9 +97,9 @@ def reproduced() -> dict[str, str]:
         "1: fw1 to fw2, HELLO": hello1,
         "2: fw2 to fw1, HELLO": hello2,
         "3: fw1 to fw2, HELLO": hello3,
-        "4: fw1 to fw2, DATA (ack, status)": data0,
+        "4: fw1 to fw2, DATA (ack, status, keys)": data0,
         "5: fw1 to fw2, DATA (block)": data1,
-        "6: fw2 to fw1, DATA (heard, ack, status)": data2,
+        "6: fw2 to fw1, DATA (heard, ack, status, keys)": data2,
         "records of 5": records,
         "key of the flow": key,
         "value of the flow": value,
@@ -194,11 +194,13 @@ def test_vectors_open_with_the_keys_of_the_document_and_nothing_of_ours() -> Non
         assert digested(name, 28, hkdf(secret, nonce, b"ctsync nonce ctsync hello\2\1" + ends), plain)
     key = hkdf(secret, nonce1 + nonce2, b"ctsync data\2\1" + b"fw1\0fw2")
     digest_key = hkdf(secret, nonce1 + nonce2, b"ctsync nonce ctsync data\2\1" + b"fw1\0fw2")
-    assert opened("4: fw1 to fw2, DATA (ack, status)", 20, key)[:3] == b"\2\0\x10"
+    first = opened("4: fw1 to fw2, DATA (ack, status, keys)", 20, key)
+    check = hashlib.blake2b(key=hkdf(secret, nonce1 + nonce2, b"ctsync check\2\1fw1\0fw2"), digest_size=4).digest()
+    assert first[:3] == b"\2\0\x10" and first[-8:] == b"\x09\0\5\1" + check
     block = opened("5: fw1 to fw2, DATA (block)", 20, key)
     assert digested("5: fw1 to fw2, DATA (block)", 20, digest_key, block)
     heard = opened(
-        "6: fw2 to fw1, DATA (heard, ack, status)", 20, hkdf(secret, nonce2 + nonce1, b"ctsync data\2\1fw2\0fw1")
+        "6: fw2 to fw1, DATA (heard, ack, status, keys)", 20, hkdf(secret, nonce2 + nonce1, b"ctsync data\2\1fw2\0fw1")
     )
     said = vectors["HEARD of 0 and 1, and of the records of 5"]
     assert heard[:15] == said == b"\5\0\x0c" + struct.pack("!QI", 1, zlib.crc32(vectors["records of 5"]))

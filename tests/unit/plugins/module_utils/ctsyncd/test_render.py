@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from socket import AF_INET, AF_INET6, inet_pton
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -266,6 +267,42 @@ def test_status_begins_with_the_verdict() -> None:
     assert f"  peer        {peer}" in lines
     assert "  flows       12 kernel, unknown external" in lines
     assert "  transition  to active, 12.1 s ago" in lines
+
+
+@pytest.mark.parametrize(
+    ("accepts", "theirs", "lines"),
+    [
+        ([1], {"accepts": [1], "sends": 1, "used": 1, "differ": []}, []),
+        ([1], {"accepts": None, "sends": None, "used": None, "differ": []}, []),
+        (
+            [1, 2],
+            {"accepts": [1], "sends": 1, "used": 1, "differ": []},
+            ["fw1 accepts 1 and 2, is to send with 1", "fw2 accepts 1, sends with 1, is sent to with 1"],
+        ),
+        (
+            [1],
+            {"accepts": [1], "sends": 1, "used": 1, "differ": [1]},
+            [
+                "fw1 accepts 1, is to send with 1",
+                "fw2 accepts 1, sends with 1, is sent to with 1, has another key under 1",
+            ],
+        ),
+        (
+            [1, 2],
+            {"accepts": None, "sends": None, "used": None, "differ": []},
+            ["fw1 accepts 1 and 2, is to send with 1", "fw2 does not say (no session)"],
+        ),
+    ],
+)
+def test_status_shows_keys_while_they_change(accepts: list[int], theirs: dict[str, Any], lines: list[str]) -> None:
+    status = {
+        "verdict": "READY",
+        "node": "fw1",
+        "keys": {"accepts": accepts, "sends": 1},
+        "peers": [{"node": "fw2", "keys": theirs}],
+    }
+    said = render.status_text(status).splitlines()
+    assert [line.split(None, 1)[1] for line in said if line.startswith("  keys ")] == lines
 
 
 def test_status_shows_each_link() -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import logging
 import os
@@ -14,6 +15,7 @@ import select
 import signal
 import socket
 import time
+from typing import Any
 
 import pytest
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import config, service
@@ -187,3 +189,18 @@ def test_limited_log_counts_what_it_leaves_out(caplog: pytest.LogCaptureFixture)
         limited.warning(f"key {number}", 61.0, "x")
     assert len(limited) == 3
     assert limited.warning("bad tag", 62.0, "forgotten, so said again")
+
+
+SHOWN = base64.b64encode(bytes(range(32))).decode()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [None, [], {}, {"1": SHOWN}, {"1": SHOWN, "2": SHOWN, "3": SHOWN}, {"1": SHOWN, "2": 7}, {"1": SHOWN, "2": "x"}],
+)
+def test_keys_that_are_handed_over_must_be_those_of_the_configuration(given: Any) -> None:
+    named = dataclasses.replace(settings("key-7"), keys={1: "key-1", 2: "key-2"}, send_key=1)
+    with pytest.raises(ConfigError) as caught:
+        service.handed_over(given, named)
+    assert SHOWN not in str(caught.value)
+    assert service.handed_over({"1": SHOWN, "2": SHOWN}, named) == dict.fromkeys((1, 2), base64.b64decode(SHOWN))

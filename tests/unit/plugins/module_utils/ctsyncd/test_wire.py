@@ -279,6 +279,7 @@ DECODERS: dict[str, Callable[[bytes], object]] = {
     "probe": wire.decode_probe,
     "echo": wire.decode_echo,
     "part": wire.decode_part,
+    "keys": wire.decode_keys,
     "bulk begin": wire.decode_bulk_begin,
     "bulk end": wire.decode_bulk_end,
     "conditions": wire.decode_conditions,
@@ -298,6 +299,20 @@ def test_every_decoder_is_fed_garbage() -> None:
     assert {name for name in dir(wire) if name.startswith("decode_")} == {
         decode.__name__ for decode in DECODERS.values() if decode.__name__ != "<lambda>"
     }
+
+
+@given(st.dictionaries(st.integers(1, 255), st.binary(min_size=4, max_size=4), min_size=1))
+def test_keys_round_trip(keys: dict[int, bytes]) -> None:
+    ((kind, payload),) = wire.iter_tlv(wire.encode_keys(keys))
+    assert (kind, wire.decode_keys(payload)) == (wire.FRAME_KEYS, keys)
+
+
+@pytest.mark.parametrize(
+    "payload", [b"", b"\0abcd", b"\1abc", b"\1abcd\2", b"\2abcd\1abcd", b"\1abcd\1abcd", b"\1abcde"], ids=bytes.hex
+)
+def test_keys_without_order_are_refused(payload: bytes) -> None:
+    with pytest.raises(WireError, match="keys"):
+        wire.decode_keys(payload)
 
 
 @given(U32, st.integers(0, 255), st.frozensets(st.integers(0, wire.BUCKETS - 1)))
