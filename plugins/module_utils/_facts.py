@@ -297,6 +297,31 @@ def kernel_flows(limit: int) -> Tuple[List[Dict[str, Any]], int, str]:
     return [], 0, problem
 
 
+def flow_order(flow: Mapping[str, Any]) -> Tuple[Any, ...]:
+    """Where a flow stands in a list: by family, protocol, original direction (addresses as numbers) and zone.
+
+    No two flows of a table have the same place, so two lists of the same flows are in the same order.
+    """
+    side = flow.get("orig") or {}
+
+    def address(key: str) -> Tuple[int, int]:
+        try:
+            found = ipaddress.ip_address(str(side.get(key)))
+        except ValueError:
+            return (0, 0)
+        return (found.version, int(found))
+
+    numbers = (side.get(key) for key in ("sport", "dport", "type", "code", "id"))
+    return (
+        str(flow.get("family")),
+        flow.get("protonum") or 0,
+        address("src"),
+        address("dst"),
+        *(-1 if number is None else number for number in numbers),
+        str(flow.get("zone")),
+    )
+
+
 def flow_facts(run: Runner, program: str, config: str, limit: int) -> Dict[str, Any]:
     """The flows of both caches and of the kernel, how many there are of each, and what could not be read."""
     parts = {
@@ -304,7 +329,7 @@ def flow_facts(run: Runner, program: str, config: str, limit: int) -> Dict[str, 
         "external": daemon_flows(run, program, config, "-e", limit),
         "kernel": kernel_flows(limit),
     }
-    result: Dict[str, Any] = {name: flows for name, (flows, dummy, problem) in parts.items()}
+    result: Dict[str, Any] = {name: sorted(flows, key=flow_order) for name, (flows, dummy, problem) in parts.items()}
     result["counts"] = {name: total for name, (flows, total, problem) in parts.items()}
     result["truncated"] = [name for name, (flows, total, problem) in parts.items() if total > len(flows)]
     result["errors"] = {name: problem for name, (flows, total, problem) in parts.items() if problem}

@@ -107,7 +107,9 @@ ansible_facts:
       type: dict
       contains:
         flows:
-          description: Flows of the daemon's caches and of the kernel's table.
+          description:
+            - Flows of the daemon's caches and of the kernel's table.
+            - Each list is ordered by family, protocol, original source and destination with their ports, and zone.
           returned: with V(flows) in O(gather_subset)
           type: dict
           contains:
@@ -182,8 +184,40 @@ ansible_facts:
           description: The collection's chains with counters, the policies, and a fingerprint of the rules.
           returned: with V(ruleset) in O(gather_subset)
           type: dict
+          contains:
+            chains:
+              description: Rules of the IPv4 chains by table and chain, with the packets and bytes that they have seen.
+              type: dict
+              returned: success
+              sample:
+                filter:
+                  CTSYNC-FORWARD:
+                    rules: [{rule: -A CTSYNC-FORWARD -m state --state INVALID -j LOG, packets: 3, bytes: 180}]
+            error:
+              description: Why iptables could not be asked. Empty when all is well.
+              type: str
+              returned: success
+              sample: ""
+            fingerprint:
+              description: As the M(ctsync.ha_firewall.ruleset) module returns it. Empty without rules.
+              type: str
+              returned: success
+              sample: 0b0cbf6bd0c9e5f1d3f94f1a3f1d0a1d5c3ad0d8ab9a3d2a51a4bd7a6f7c0e11
+            ipv6:
+              description: The same C(chains) and C(policies) of IPv6.
+              type: dict
+              returned: success
+              sample: {chains: {}, policies: {}}
+            policies:
+              description: Policies of the chains of the IPv4 table filter, with packets and bytes that they decided on.
+              type: dict
+              returned: success
+              sample: {FORWARD: {policy: DROP, packets: 12, bytes: 720}}
         sync:
-          description: The daemon's status. Without a daemon the verdict is V(NOT READY), with the reason.
+          description:
+            - The daemon's status, all that C(ctsyncd status --json) says (C(docs/ctsyncd.md)), and whether it is
+              C(running).
+            - Without a daemon the verdict is V(NOT READY), with the reason, and the other keys are missing.
           returned: with V(sync) in O(gather_subset)
           type: dict
           sample: {verdict: READY, reasons: [], role: active, node: fw1, running: true}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import random
 
 import pytest
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils import _facts as f
@@ -171,12 +172,46 @@ def test_flows_are_counted_beyond_the_limit(tmp_path, monkeypatch):
         yield from found
 
     monkeypatch.setattr(f.netlink, "dump_flows", dump_flows)
-    answers = {"-i --json": (0, '{"n": 1}\n{"n": 2}\n{"n": 3}\n', ""), "-e --json": (2, "", "no daemon\n")}
+    one, two, three = ({"protonum": number} for number in (1, 2, 3))
+    lines = "".join(json.dumps(each) + "\n" for each in (two, one, three))
+    answers = {"-i --json": (0, lines, ""), "-e --json": (2, "", "no daemon\n")}
     found = f.flow_facts(runner(answers), program, "/c", 2)
-    assert found["internal"] == [{"n": 1}, {"n": 2}] and found["external"] == []
+    assert found["internal"] == [one, two] and found["external"] == []
     assert found["counts"] == {"internal": 3, "external": 0, "kernel": 3}
     assert found["truncated"] == ["internal", "kernel"] and found["errors"] == {"external": "no daemon"}
     assert found["kernel"][0]["orig"] == {"src": "10.0.0.1", "dst": "10.0.0.2", "sport": 1, "dport": 2}
+
+
+def test_flows_are_in_one_order_whatever_the_kernel_s_is():
+    def flow(src, sport, dst="10.0.0.9", dport=22, **more):
+        side = {"src": src, "dst": dst, "sport": sport, "dport": dport}
+        return {"family": "ipv6" if ":" in src else "ipv4", "protonum": 6, "zone": 0, "orig": side, **more}
+
+    ordered = [
+        {
+            "family": "ipv4",
+            "protonum": 1,
+            "zone": 0,
+            "orig": {"src": "10.0.0.9", "dst": "10.0.0.1", "type": 8, "id": 4},
+        },
+        {
+            "family": "ipv4",
+            "protonum": 1,
+            "zone": 0,
+            "orig": {"src": "10.0.0.9", "dst": "10.0.0.1", "type": 8, "id": 5},
+        },
+        flow("10.0.0.2", 9),
+        flow("10.0.0.2", 80),
+        flow("10.0.0.2", 80, zone=7),
+        flow("10.0.0.10", 1),
+        flow("10.0.0.10", 1, dport=443),
+        flow("10.0.0.2", 1, protonum=17),
+        flow("fd00::2", 5),
+        flow("fd00::10", 1),
+    ]
+    for seed in range(20):
+        shuffled = random.Random(seed).sample(ordered, len(ordered))
+        assert sorted(shuffled, key=f.flow_order) == ordered
 
 
 def test_processes_are_found_by_name_in_this_network_namespace():
