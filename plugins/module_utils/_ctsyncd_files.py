@@ -126,6 +126,11 @@ def render_unit(key_ids: Sequence[int], peers: Sequence[str]) -> str:
     )
 
 
+def without_credentials(unit: str) -> str:
+    """The unit less the names of its keys."""
+    return "".join(line for line in unit.splitlines(True) if not line.startswith("LoadCredential="))
+
+
 # Why some lines are as they are:
 # - Before=keepalived.service: the track file says "not ready" and the FIFO has its reader before VRRP begins; on the
 #   way down keepalived hands over first.  Nothing waits for a complete network: the daemon does that by itself.

@@ -109,6 +109,14 @@ def _different(nodes: Mapping[str, Mapping[str, Any]]) -> List[str]:
     if all(state.ids for state in keys.values()) and len(set(keys.values())) > 1:
         shown = {host: f"accepts {_numbers(state.ids)}, sends {state.send}" for host, state in keys.items()}
         reasons.append(f"a key rotation is half done ({_each(shown)}): run the playbook rotate_key")
+    for host, node in asked.items():
+        in_use = (node.get("sync") or {}).get("keys") or {}
+        held = KeyState(tuple(in_use.get("accepts") or ()), int(in_use.get("sends") or 0))
+        if held.ids and held != keys[host]:
+            reasons.append(
+                f"{host}: the daemon does not have the keys of its files yet (it accepts {_numbers(held.ids)}, sends"
+                f" {held.send}): run the playbook rotate_key"
+            )
     return reasons + sysctl_differences(
         {host: (node.get("host") or {}).get("sysctls") or {} for host, node in asked.items()}
     )

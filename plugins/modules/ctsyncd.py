@@ -17,6 +17,8 @@ description:
   - Restarts the daemon when something that it reads at its start has changed. A restart does not move the virtual IPs.
   - Options that may change while it runs (C(docs/ctsyncd.md) says which) are reloaded instead. When the daemon does not
     say that it uses the new configuration, it is restarted after all.
+  - Keys are given to the running daemon without a restart. It refuses those with which it would not understand a living
+    peer any more; then the module fails, and everything is as it was.
   - When the new version or configuration does not start, the former one is put back and runs again.
 options:
   dead_after_ms:
@@ -98,6 +100,7 @@ options:
     description:
       - The pre-shared keys that authenticate and encrypt the sync link, the same on both nodes.
       - Key files of ids that are not listed are removed. To rotate a key without a gap, list both for a while.
+        At most 8.
       - Required with O(state=present).
     type: list
     elements: dict
@@ -330,7 +333,7 @@ action:
   description: What was done to the service, or would be done in check mode.
   returned: always
   type: str
-  choices: [none, started, reloaded, restarted, stopped]
+  choices: [none, started, reloaded, rekeyed, restarted, stopped]
   sample: restarted
 changes:
   description: What was changed, or would be in check mode, in the order of the work.
@@ -391,6 +394,7 @@ if TYPE_CHECKING:
 MINIMUM_SYSTEMD = 247  # LoadCredential=
 MINIMUM_PYTHON = (3, 9)
 RESTART_PENDING = "/run/ctsyncd.restart-pending"  # files are newer than the running daemon, even after a crash of ours
+KEYS_PENDING = b"keys\n"  # in it: the running daemon lacks nothing but its keys
 RELOAD_TIMEOUT_S = 5.0
 REQUIRED = ("node", "peers", "virtual_ips", "keys")
 PROBE = """\
@@ -532,11 +536,23 @@ class Work:
         self.diff: list[dict[str, str]] = []
         self.restart = False
         self.reload = False
+        self.keys = False  # the running daemon is to be given its keys
+        self.late: set[str] = set()  # names of steps that come after systemd has read the unit
 
-    def add(self, name: str, before: str, after: str, do: Callable[[], object], restart: bool = False) -> None:
+    def add(
+        self,
+        name: str,
+        before: str,
+        after: str,
+        do: Callable[[], object],
+        *,
+        restart: bool = False,
+        keys: bool = False,
+    ) -> None:
         self.steps.append((name, do))
         self.diff.append({"before_header": name, "after_header": name, "before": before, "after": after})
         self.restart = self.restart or restart
+        self.keys = self.keys or keys
 
     @property
     def names(self) -> list[str]:
@@ -675,8 +691,8 @@ class Installation:
         self._plan_directory(layout.CONFIG_DIRECTORY, 0o755)
         self._plan_directory(layout.KEY_DIRECTORY, 0o700)
         for number, key in sorted(keys.items()):
-            self._plan_file(layout.key_file(number), f"{key}\n".encode(), 0o600, show="(hidden)\n", restart=True)
-        self._plan_file(layout.UNIT_FILE, unit.encode(), 0o644, restart=True)
+            self._plan_file(layout.key_file(number), f"{key}\n".encode(), 0o600, show="(hidden)\n", keys=True)
+        self._plan_unit(unit)
         self._plan_config(config)
         self._plan_link(program, app.digest)
         self._plan_old_keys(set(keys))
@@ -712,6 +728,7 @@ class Installation:
         group: bool = False,
         show: Optional[str] = None,
         restart: bool = False,
+        keys: bool = False,
     ) -> None:
         """``group``: readable by the daemon's group.  ``show``: what a diff shows in place of the contents."""
         found = _files.look(path)
@@ -729,20 +746,30 @@ class Installation:
         if same_content:
             gid = f"group {layout.USER}" if wanted.gid is None else f"group {wanted.gid}"
             after = f"mode {mode:04o}, owner 0, {gid}\n"
-            self.work.add(path, _attributes(found), after, do, restart)
+            self.work.add(path, _attributes(found), after, do, restart=restart, keys=keys)
             return
         before = "" if not found.exists else "(other contents, hidden)\n" if show else _text(found.content)
-        self.work.add(path, before, show or _text(content), do, restart)
+        self.work.add(path, before, show or _text(content), do, restart=restart, keys=keys)
+
+    def _plan_unit(self, unit: str) -> None:
+        """Other credentials alone need no restart: the running daemon is given its keys."""
+        found = _files.look(layout.UNIT_FILE)
+        old = _text(found.content) if found.kind == stat.S_IFREG else ""
+        same = layout.without_credentials(old) == layout.without_credentials(unit)
+        self._plan_file(layout.UNIT_FILE, unit.encode(), 0o644, restart=not same, keys=same)
 
     def _plan_config(self, config: str) -> None:
-        """A restart, unless a reload will do: every option that changes may change while the daemon runs."""
+        """A restart, unless every option that changes may change while the daemon runs."""
         found = _files.look(layout.CONFIG)
         try:
             old = daemon_config.parse(_text(found.content)) if found.kind == stat.S_IFREG else None
-            live = old is not None and all(row.live for row in old.differences(daemon_config.parse(config)))
+            changed = old.differences(daemon_config.parse(config)) if old is not None else None
         except ConfigError:
-            live = False  # of another version, or edited
-        self._plan_file(layout.CONFIG, config.encode(), 0o640, group=True, restart=not live)
+            changed = None  # of another version, or edited
+        live = changed is not None and all(row.live for row in changed)
+        handed = changed is not None and not live and all(row.live or row.handed for row in changed)
+        restart = not (live or handed)
+        self._plan_file(layout.CONFIG, config.encode(), 0o640, group=True, restart=restart, keys=handed)
         self.work.reload = live and layout.CONFIG in self.work.names
 
     def _plan_link(self, program: str, digest: str) -> None:
@@ -758,7 +785,7 @@ class Installation:
         elif found.exists:
             before = "(a file)\n"
         after = f"-> {program}\ndigest: {digest}\n"
-        self.work.add(layout.COMMAND, before, after, lambda: _files.link(layout.COMMAND, program), True)
+        self.work.add(layout.COMMAND, before, after, lambda: _files.link(layout.COMMAND, program), restart=True)
 
     def _plan_account(self) -> None:
         if self.account.uid is not None and self.account.gid is not None:
@@ -820,7 +847,8 @@ class Installation:
             number, dummy, suffix = name.partition(".")
             if suffix == "key" and number.isdigit() and int(number) not in wanted:
                 path = f"{layout.KEY_DIRECTORY}/{name}"
-                self.work.add(path, "(hidden)\n", "", functools.partial(_files.remove, path), restart=True)
+                self.work.add(path, "(hidden)\n", "", functools.partial(_files.remove, path), keys=True)
+                self.work.late.add(path)
 
     def _plan_old_programs(self, program: str) -> None:
         """Keep the newest of the other versions, which a process may still be reading, or someone wants back."""
@@ -837,8 +865,11 @@ class Installation:
             return "stopped" if state.active else "none"
         if not state.active:
             return "started"
-        if self.work.restart or os.path.exists(RESTART_PENDING):
+        pending = _files.look(RESTART_PENDING)
+        if self.work.restart or (pending.exists and pending.content != KEYS_PENDING):
             return "restarted"
+        if self.work.keys or pending.exists:
+            return "rekeyed"
         return "reloaded" if self.work.reload else "none"
 
     def _apply_present(self, state: _systemd.State, action: str, digest: str) -> str:
@@ -848,23 +879,33 @@ class Installation:
         for entry in self.params["keys"]:
             self.earlier.setdefault(layout.key_file(entry["id"]), _files.Snapshot())
         try:
-            if (self.work.restart or self.work.reload) and state.active:
-                _files.write(RESTART_PENDING, b"", 0o600)
+            if (self.work.restart or self.work.reload or self.work.keys) and state.active:
+                _files.write(RESTART_PENDING, KEYS_PENDING if action == "rekeyed" else b"", 0o600)
             for name, do in self.work.steps:
-                if name == layout.UNIT + " at boot":
+                if name == layout.UNIT + " at boot" or name in self.work.late:
                     self._reload_manager()
                 do()
             self._reload_manager()
             if action == "reloaded" and not self._reload(digest):
                 action = "restarted"
-            if action in ("started", "restarted"):
+            if action == "rekeyed":
+                self._hand_over_keys()
+            elif action in ("started", "restarted"):
                 self.service.restart()
             elif action == "stopped":
                 self.service.stop()
             _files.remove(RESTART_PENDING)
         except (OSError, _systemd.SystemdError) as error:
-            self._roll_back(state, error)
+            self._roll_back(state, error, action)
         return action
+
+    def _hand_over_keys(self) -> None:
+        """Have the running daemon use keys and configuration as the files have them now."""
+        command = [layout.COMMAND, "-C", layout.CONFIG, "keys"]
+        rc, out, err = self.module.run_command(command, environ_update={"LC_ALL": "C"})
+        if rc != 0:
+            said = err.strip() or f"exit code {rc}"
+            raise _systemd.SystemdError(said, cmd=command, rc=rc, stdout=out, stderr=err)
 
     def _reload(self, digest: str) -> bool:
         """Have the daemon read its configuration again; does it say that it uses it?"""
@@ -889,9 +930,12 @@ class Installation:
         if layout.UNIT_FILE in self.work.names or self.service.state().need_reload:
             self.service.daemon_reload()
 
-    def _roll_back(self, state: _systemd.State, error: Exception) -> NoReturn:
-        """Put the former installation back and run it, if there was one that ran."""
-        journal = self.service.journal(self.began)
+    def _roll_back(self, state: _systemd.State, error: Exception, action: str) -> NoReturn:
+        """Put the former installation back and run it, if there was one that ran.
+
+        A daemon that did not take its keys goes on as it was.
+        """
+        journal = self.service.journal(self.began) if action != "rekeyed" else []
         details: dict[str, Any] = dict(error.details) if isinstance(error, _systemd.SystemdError) else {}
         rolled_back = False
         if state.active and self.work.steps:
@@ -900,7 +944,9 @@ class Installation:
                     if _files.look(path) != snapshot:
                         _files.restore(path, snapshot, self._labeller(path))
                 self.service.daemon_reload()
-                self.service.restart()
+                former = hashlib.sha256(self.earlier[layout.CONFIG].content or b"").hexdigest()
+                if action != "rekeyed" or self._digest_in_use() != former:
+                    self.service.restart()
                 _files.remove(RESTART_PENDING)
                 rolled_back = True
             except (OSError, _systemd.SystemdError) as second:
@@ -908,6 +954,8 @@ class Installation:
         remedy = (
             "the former version and configuration run again"
             if rolled_back
+            else "correct the cause and run again; the daemon goes on as it was"
+            if action == "rekeyed"
             else "correct the cause and run again; systemd goes on trying to start it"
         )
         starts = [number for number, line in enumerate(journal) if line.startswith("systemd: Starting ")]

@@ -68,6 +68,11 @@ def status(name):
     return json.loads(said) if said else {}
 
 
+def runs(name):
+    """The daemon's process, and how many sessions it has had."""
+    return node(name).check_output("systemctl show -P MainPID ctsyncd"), status(name)["counters"]["sessions"]
+
+
 def lines():
     return node("a").file("/root/operate.log").content_string.splitlines()
 
@@ -129,6 +134,7 @@ def test_upgrade_hands_over_and_keeps_the_session(goes_on, next_version):
 
 def test_another_key_without_a_gap(goes_on, next_version):
     standby, active = sorted(FIREWALLS, key=lambda name: status(name)["role"] == "active")
+    before = {name: runs(name) for name in FIREWALLS}
     said = play("rotate_key", {"ha_firewall_key": NEW_KEY, "ha_firewall_key_id": 2}, next_version)
     assert re.findall(r"msg: (fw\d accepts .*)", said) == [
         f"{standby} accepts 1 and 2, sends with 1",
@@ -139,6 +145,8 @@ def test_another_key_without_a_gap(goes_on, next_version):
     for name in FIREWALLS:
         assert node(name).check_output("ls /etc/ctsyncd/keys") == "2.key"
         assert status(name)["verdict"] == "READY"
+        assert status(name)["keys"] == {"accepts": [2], "sends": 2}
+        assert runs(name) == before[name]  # neither the daemon nor the session with the other one began anew
 
 
 def test_uninstall_leaves_the_hosts_as_they_were_found(session):

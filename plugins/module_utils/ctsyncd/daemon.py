@@ -953,6 +953,7 @@ class Daemon:
         self._recorder.note(now, "keys", accepts=sorted(new.keys), sends=new.send_key)
         said = f"accepts {' and '.join(map(str, sorted(new.keys)))}, sends with {new.send_key}"
         LOG.info("keys: %s", said)
+        self._report(now)  # who asks next finds what is wrong with them
         return _say(said)
 
     def _command_kill(self, _request: dict[str, Any]) -> control.Response:

@@ -85,6 +85,11 @@ def test_what_would_be_an_outage_is_not_ready_and_an_obstacle(active, standby, r
             False,
         ),
         (
+            {"sync": {**node("backup")["sync"], "keys": {"accepts": [1, 3], "sends": 3}}},
+            "fw2: the daemon does not have the keys of its files yet (it accepts 1 and 3, sends 3)",
+            False,
+        ),
+        (
             {"host": {**node("backup")["host"], "sysctls": {"net.netfilter.nf_conntrack_max": "65536"}}},
             "net.netfilter.nf_conntrack_max differs (fw1: 262144, fw2: 65536)",
             False,

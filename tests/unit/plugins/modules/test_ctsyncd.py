@@ -209,8 +209,10 @@ class Host:
         self.active = self.enabled = False
         self.read_unit = ""  # what systemd has read of the unit
         self.calls: list[str] = []
+        self.held: dict[str, str] = {}  # keys that it was given while it ran
         self.running: dict[str, str] = {}  # what the daemon read when it started
         self.deaf = False  # does not react to a reload
+        self.keeps_keys = False  # refuses other keys
         self.refuse = ""  # a daemon does not start whose configuration has this word
         for folder in ("usr/lib", "usr/sbin", "etc/systemd/system", "etc/tmpfiles.d", "run"):
             (root / folder).mkdir(parents=True)
@@ -228,6 +230,19 @@ class Host:
         if not self.active:
             raise _systemd.SystemdError("systemctl restart: Job failed", rc=1)
         self.running = {"config": config, "program": os.readlink(self.path("/usr/sbin/ctsyncd"))}
+
+    def keys(self) -> None:
+        """ctsyncd keys."""
+        self.calls.append("keys")
+        if self.read_unit != self.unit():
+            raise AssertionError("systemd was not told of the new unit: a restart would not find the keys")
+        if self.keeps_keys:
+            raise _systemd.SystemdError("ctsyncd: the keys stay as they are: fw2 sends with key 1", rc=1)
+        config = Path(layout.CONFIG).read_text()
+        for number in json.loads(config)["keys"]:
+            self.held[number] = Path(layout.key_file(int(number))).read_text().strip()
+        self.held = {number: self.held[number] for number in json.loads(config)["keys"]}
+        self.running["config"] = config
 
     def unit(self) -> str:
         path = Path(self.path("/etc/systemd/system/ctsyncd.service"))
@@ -324,6 +339,7 @@ def host(tmp_path, monkeypatch):
         "_digest_in_use",
         lambda installation: hashlib.sha256(played.running["config"].encode()).hexdigest(),
     )
+    monkeypatch.setattr(module_under_test.Installation, "_hand_over_keys", lambda installation: played.keys())
     monkeypatch.setattr(_systemd, "booted", lambda: True)
     monkeypatch.setattr(_systemd, "Service", lambda module, name: PlayedService(played))
 
@@ -471,11 +487,62 @@ def test_keys_rotate_in_three_steps(host):
     both = [{"id": 1, "key": SECRET}, {"id": 2, "key": SECRET2}]
     result = predicted_and_done(host, keys=both, send_key=1)
     assert {layout.key_file(2), layout.UNIT_FILE, layout.CONFIG} <= set(result["changes"])
+    assert host.held == {"1": SECRET, "2": SECRET2}
     assert predicted_and_done(host, keys=both, send_key=2)["changes"] == [layout.CONFIG]
     result = predicted_and_done(host, keys=both[1:], send_key=2)
     assert layout.key_file(1) in result["changes"]
+    assert host.held == {"2": SECRET2}
+    assert host.calls.count("restart") == 1  # the start
+    assert host.calls[-1] == "keys"
     assert os.listdir(layout.KEY_DIRECTORY) == ["2.key"]
     assert "key-1" not in host.unit()
+
+
+@needs_root
+@pytest.mark.parametrize("keys", [[{"id": 1, "key": SECRET2}], [{"id": 2, "key": SECRET2}]])
+def test_keys_that_the_daemon_does_not_take_leave_everything_as_it_was(host, keys):
+    run()
+    good, running, restarts = host.tree(), dict(host.running), host.calls.count("restart")
+    host.keeps_keys = True
+    result = run(keys=keys)
+    assert (result["failed"], result["rolled_back"]) == (True, True)
+    assert "fw2 sends with key 1" in result["msg"]
+    assert SECRET2 not in json.dumps(result)
+    assert (host.tree(), host.running, host.calls.count("restart")) == (good, running, restarts)
+    assert run()["changed"] is False
+
+
+@needs_root
+def test_keys_and_what_needs_a_restart_are_one_restart(host):
+    run()
+    result = predicted_and_done(host, keys=[{"id": 1, "key": SECRET2}], replicate=False)
+    assert result["action"] == "restarted"
+    assert "keys" not in host.calls
+
+
+@needs_root
+def test_key_file_that_the_daemon_has_not_read_is_handed_over_by_the_next_run(host):
+    """Killed after the files were written: nothing is left to write, and a step of the rotation is not skipped."""
+    run()
+
+    class Killed(BaseException):
+        pass
+
+    def die():
+        raise Killed
+
+    both = {"keys": [{"id": 1, "key": SECRET}, {"id": 2, "key": SECRET2}], "send_key": 1}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host, "keys", die)
+        with pytest.raises(Killed):
+            run(**both)
+    assert host.held == {}
+    result = predicted_and_done(host, **both)
+    assert (result["changed"], result["action"], result["changes"]) == (True, "rekeyed", [])
+    assert host.held == {"1": SECRET, "2": SECRET2}
+    host.keeps_keys = True
+    Path(module_under_test.RESTART_PENDING).write_bytes(module_under_test.KEYS_PENDING)
+    assert "the daemon goes on as it was" in run(**both)["msg"]
 
 
 @needs_root
@@ -591,8 +658,9 @@ def test_module_killed_in_the_middle_is_completed_by_the_next_run(host, monkeypa
         with pytest.raises(Killed):
             module_under_test.main()
     assert "debug" not in host.running["config"]
-    assert run(**changes)["action"] == "restarted"
+    assert run(**changes)["action"] == "rekeyed"
     assert "debug" in host.running["config"]
+    assert host.held == {"1": SECRET2}
     assert run(**changes)["changed"] is False
 
 
