@@ -9,9 +9,9 @@ Rooms, from the ground up; a room imports only from the floors below it:
 2. codecs, bytes <-> values: ``ctnetlink`` (kernel), ``wire`` (peer), ``render`` (people); ``expectation`` (kernel and
    peer), ``expectation_render``
 3. pure logic, time is an argument: ``pending``, ``tables``, ``filters``, ``session``, ``keyring``, ``paths``,
-   ``readiness``, ``recorder``, ``digest``, ``verification``; the engine's: ``situation`` (what its rooms share),
-   ``jobs`` (requests to the kernel), ``dumps``, ``takeover``, ``replicas`` (a backup's), ``peer`` (one of them),
-   ``source`` (the active node's flows), ``expectation_source`` and ``expectation_replicas`` under ``helpers``,
+   ``readiness``, ``recorder``, ``digest``, ``announced``, ``verification``; the engine's: ``situation`` (what its rooms
+   share), ``jobs`` (requests to the kernel), ``dumps``, ``takeover``, ``replicas`` (a backup's), ``peer`` (one of
+   them), ``source`` (the active node's flows), ``expectation_source`` and ``expectation_replicas`` under ``helpers``,
    ``prover`` and ``checker`` (equal tables: the active node's part and the backup's), ``engine`` (conducts)
 4. edges: ``crypto``, ``netlink``, ``expectation_sockets``, ``helper_edge``, ``link``, ``control``, ``client``,
    ``vrrp``, ``flights``, ``service``

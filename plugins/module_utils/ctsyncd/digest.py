@@ -9,8 +9,8 @@ CRC-32 of the key and p the most significant byte of the CRC-32 of the reply tup
 are linear: two flows here and two others there may well have the same sum of k, but then not of its square.
 
 So the digest covers key, zone and translation, the parts of a flow that never change while it lives: nothing is
-computed when its state changes.  p is short because the active node has to remember it of each flow; a single
-difference in translation hides behind it with a probability of 1/256.  :class:`States` covers all, at moments.
+computed when its state changes.  A single difference in translation hides behind p with a probability of 1/256.
+:class:`States` covers all, at moments.
 """
 
 from __future__ import annotations
@@ -71,10 +71,15 @@ def prints(values: Collection[bytes], reply: int) -> Sequence[int]:
     if count <= _FEW:
         return [crc32(value[:reply]) >> 24 for value in values]
     joined = b"".join(values)
-    width = len(joined) // count
-    zeros, tables = _TABLES[reply]
+    return printed(joined, len(joined) // count, range(reply))
+
+
+def printed(joined: bytes, width: int, places: Sequence[int]) -> bytes:
+    """p of rows of ``width`` bytes.  ``places``: where in a row each byte of the reply tuple stands."""
+    zeros, tables = _TABLES[len(places)]
+    count = len(joined) // width
     found = int.from_bytes(zeros * count, "little")
-    for at, table in enumerate(tables):
+    for at, table in zip(places, tables):
         found ^= int.from_bytes(joined[at::width].translate(table), "little")
     return found.to_bytes(count, "little")
 
@@ -110,64 +115,6 @@ class Digest:
     def told(self) -> list[int]:
         """Those of all buckets, modulo 2^64."""
         return [value & SUM for value in self.sums]
-
-
-class Announced:
-    """The flows that the active node told of, and their digest.
-
-    ``table``: key to p, which is one of the 256 numbers that Python keeps anyway.  So a flow takes 10 bytes more than
-    in a set of keys.
-    """
-
-    __slots__ = ("digest", "table")
-
-    def __init__(self) -> None:
-        self.table: dict[bytes, int] = {}
-        self.digest = Digest()
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __contains__(self, key: bytes) -> bool:
-        return key in self.table
-
-    def clear(self) -> None:
-        self.table = {}
-        self.digest = Digest()
-
-    def add(self, rows: Mapping[bytes, bytes], reply: int) -> None:
-        """Flows of one shape are told of: key to value.  Nothing is looked at of those that are known."""
-        table, sums = self.table, self.digest.sums
-        fresh: Collection[bytes] = rows
-        values: Collection[bytes] = rows.values()
-        if not table.keys().isdisjoint(rows):
-            fresh = [key for key in rows if key not in table]
-            if not fresh:
-                return
-            values = [rows[key] for key in fresh]
-        lows = prints(values, reply)
-        table.update(zip(fresh, lows))
-        for number, low in zip(map(crc32, fresh), lows):
-            sums[number & _LAST] += number * (number << 8 | low)
-
-    def discard(self, keys: Iterable[bytes]) -> None:
-        """Their end is told."""
-        table, sums = self.table, self.digest.sums
-        for key in keys:
-            low = table.pop(key, None)
-            if low is not None:
-                number = crc32(key)
-                sums[number & _LAST] -= number * (number << 8 | low)
-
-    def replace(self, rows: Mapping[bytes, bytes], reply: int) -> None:
-        """Flows of one shape are told of as they really are: known ones, too, with another translation."""
-        self.discard(self.strangers(rows, reply))
-        self.add(rows, reply)
-
-    def strangers(self, rows: Mapping[bytes, bytes], reply: int) -> list[bytes]:
-        """Which of these flows were never told of, or with another translation."""
-        table = self.table
-        return [key for key, low in zip(rows, prints(rows.values(), reply)) if table.get(key) != low]
 
 
 # --- states ----------------------------------------------------------------------------------------------------------

@@ -124,7 +124,7 @@ class Engine:
         situation.filter.own = own
         if self.active:
             self.helpers.source.begin()
-            self._bulk_for_all()
+            self.resync()
             return
         self.replicas.refilter()
         if self.leader is not None and self.leader.established:
@@ -303,6 +303,7 @@ class Engine:
             if self.source.telling:
                 self.source.changed(changes, now)
         if changes.lost:
+            self.source.doubt()
             self.counters["overruns"] += 1
             self.dumps.events_lost(now)
 
@@ -317,7 +318,9 @@ class Engine:
         situation = self.situation
         if not situation.active or not situation.settings.replicate:
             return False
-        return situation.hot or not (self.replicas.takeover.running and all(peer.bulk_due for peer in self.peers))
+        if situation.hot or not self.replicas.takeover.running or self.source.announced.complete:
+            return True
+        return not all(peer.bulk_due for peer in self.peers)
 
     def take_questions(self) -> list[Question]:
         """What the kernel must be asked; the caller gives what it finds to :meth:`answer`."""
@@ -419,14 +422,15 @@ class Engine:
         if not consistent and purpose != FLUSH:
             self.counters["dumps_interrupted"] += 1
         bulking = [peer for peer in self.peers if peer.bulking]
+        if purpose == FLUSH:
+            self.source.doubt()  # this daemon hears no events of what it does itself
         if purpose == BULK and consistent:
-            self._tell_expectations({one.name: one for one in self.helpers.source.expectations(now)}, bulking, now)
+            self.source.bulk_read()
+            self._bulk_told(bulking, now)
         for peer in bulking:
             if not peer.bulking:
-                continue  # they did not fit
-            if purpose == BULK and consistent:
-                self._bulk_flows = peer.bulk_sent(now)
-            elif purpose == BULK:
+                continue  # it is told all, or that did not fit
+            if purpose == BULK:
                 peer.stop_bulk()
                 peer.bulk_due = True
             elif consistent:
@@ -441,6 +445,13 @@ class Engine:
         elif purpose == RECONCILE:
             self.dumps.want(RECONCILE)
         self.dumps.seen = set()
+
+    def _bulk_told(self, peers: Sequence[Peer], now: float) -> None:
+        """They are told all flows: expectations come last, and the end."""
+        self._tell_expectations({one.name: one for one in self.helpers.source.expectations(now)}, peers, now)
+        for peer in peers:
+            if peer.bulking or peer.telling_again:  # else they did not fit
+                self._bulk_flows = peer.bulk_sent(now)
 
     def _drop_dumps(self) -> None:
         self.dumps.drop()
@@ -466,7 +477,10 @@ class Engine:
                 if any(peer.give_due for peer in self.peers):
                     dumps.want(GIVE)
             elif not self.replicas.busy and now >= self.situation.bulks_from and self._due(now):
-                dumps.want(BULK)
+                if self.source.remembers:
+                    self._tell_again(now)
+                else:
+                    dumps.want(BULK)
         begun = dumps.begin()
         if begun is None:
             return
@@ -478,6 +492,15 @@ class Engine:
         elif begun.purpose in (BULK, GIVE):
             self._begin_bulk(begun.purpose, now)
 
+    def _tell_again(self, now: float) -> None:
+        """Tell the peers that a bulk is due for what was told before."""
+        for peer in self._due(now):
+            self.provers[self.peers.index(peer)].reset(now)
+            peer.bulk_due = False
+            peer.begin_again(self.source.announced, now)
+            self.counters["bulks_sent"] += 1
+            self.counters["bulks_from_memory"] += 1
+
     def _begin_bulk(self, purpose: str, now: float) -> None:
         for prover in self.provers:
             prover.reset(now)
@@ -488,6 +511,8 @@ class Engine:
             for peer in due:
                 peer.bulk_due = False
             self.source.begin_bulk(due, now)
+            if self.replicas.busy:
+                self.source.doubt()  # what this daemon changes in the kernel it hears nothing of
             self.counters["bulks_sent"] += 1
         else:
             due[0].begin_giving(self.cache, now)
@@ -551,7 +576,9 @@ class Engine:
         self.provers[self.peers.index(peer)].reset(now)
         if peer is self.leader:
             self.checker.reset(now)
-        if not any(other.established for other in self.peers if other is not peer):
+        if not self.source.announced.complete and not any(
+            other.established for other in self.peers if other is not peer
+        ):
             self.source.forget()
         if self.active:
             peer.bulk_due = True
@@ -687,7 +714,7 @@ class Engine:
 
     def _bulk_requested(self, peer: Peer) -> None:
         self.counters["bulks_requested"] += 1
-        if peer.bulking:
+        if peer.bulking or peer.telling_again:
             return  # it is on its way
         if self.active:
             peer.bulk_due = True
@@ -735,6 +762,7 @@ class Engine:
 
     def commit(self) -> int:
         """Put every flow of the external cache that the kernel does not hold into the kernel; returns how many."""
+        self.source.doubt()  # this daemon hears no events of what it does itself
         waiting = self.copies.lacking(self.cache.table)
         self.replicas.takeover.add(waiting)
         self.helpers.replicas.commit()
@@ -751,11 +779,13 @@ class Engine:
 
     def flush_kernel(self) -> None:
         """Remove from this node's kernel every flow that the engine would replicate."""
+        self.source.doubt()
         self.dumps.want(FLUSH)
 
     def resync(self) -> None:
         """Read the kernel's table again: the active node sends it, a backup compares it with its external cache."""
         if self.active:
+            self.source.doubt()
             self._bulk_for_all()
         elif self.situation.hot and (self.complete or self._completing):
             self.dumps.want(RECONCILE)
@@ -809,6 +839,8 @@ class Engine:
         for peer in self.peers:
             peer.session.set_status(status)
             peer.give(self.cache, now)
+            if peer.telling_again and peer.tell_again(self.source.announced, now):
+                self._bulk_told((peer,), now)
             out.append(peer.poll(now))
         return out
 
@@ -1005,7 +1037,7 @@ class Engine:
 
     def _tables(self, peer: Peer, now: float) -> tuple[str, tuple[int, int] | None]:
         if self.active:
-            sending = peer.bulk_due or peer.bulking
+            sending = peer.bulk_due or peer.bulking or peer.telling_again
             return "complete" if peer.complete else "sending" if sending and peer.alive(now) else "none", None
         if peer is not self.leader:
             return "", None

@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 from . import conditions, readiness, wire
+from .announced import Announced
 from .flow import Flow
 from .pending import Encoder, Pending
 from .rows import pack
@@ -63,6 +66,7 @@ class Peer:
         self._situation = situation
         self._counters = situation.counters
         self._giving: collections.deque[bytes] | None = None  # replicas that it asked for and has not got
+        self._again: Iterator[bytes] | None = None  # what it has to be told once more, out of memory
         self._bulk_number = 0
         self._bulk_flows = 0
         self._both_active_since: float | None = None
@@ -221,7 +225,7 @@ class Peer:
     def begin_bulk(self, now: float) -> None:
         self.bulking = True
         self.behind = False
-        self._full_since = None
+        self._full_since = self._again = None
         self._bulk_number += 1
         self._bulk_flows = 0
         self.tell_conditions(now)  # they may have waited with changes that were dropped
@@ -234,15 +238,16 @@ class Peer:
         self.mark(wire.encode_bulk_end(self._bulk_number, self._bulk_flows), now)
 
     def bulk_sent(self, now: float) -> int:
-        """The dump of this active node's table came to its end; returns how many flows were told."""
+        """All of this active node's table is told; returns how many flows were told."""
         self.bulking = False
+        self._again = None
         self.end_bulk(now)
         return self._bulk_flows
 
     def stop_bulk(self) -> None:
         """The running dump is not for it any more, and what it was given so far is worth nothing."""
         self.bulking = False
-        self._giving = None
+        self._giving = self._again = None
 
     @property
     def has_room(self) -> bool:
@@ -266,6 +271,42 @@ class Peer:
         if self._full_since is None:
             self._full_since = now
         return now - self._full_since > STALLED_S
+
+    # --- bulks to it without a dump ----------------------------------------------------------------------------------
+
+    @property
+    def telling_again(self) -> bool:
+        """A bulk out of memory is under way."""
+        return self._again is not None
+
+    def begin_again(self, announced: Announced, now: float) -> None:
+        """Tell it all that was told, and go on with :meth:`tell_again`."""
+        self.begin_bulk(now)
+        self.bulking = False
+        if self.bulk_due:  # not even the beginning fitted
+            return
+        self._again = announced.keys()
+
+    def tell_again(self, announced: Announced, now: float) -> bool:
+        """The next part, if there is room for it; True where it was the last one and :meth:`bulk_sent` is due.
+
+        Flows that changed meanwhile are told as they are now.
+        """
+        if self._again is None or not self.has_room:
+            return False
+        keys = list(itertools.islice(self._again, SORTED_PER_TURN))
+        rows, extras = announced.again(keys), announced.extras
+        if not self.fits(len(keys) + 1):
+            return False
+        for key_len, part in rows.items():
+            self.count_bulk(len(part))
+            if extras:
+                for key in extras.keys() & part.keys():
+                    self.pending.put_flow(key, part.pop(key), extras[key], now)
+            self.pending.put_rows(key_len, part, now)
+        return len(keys) < SORTED_PER_TURN
+
+    # --- tables that it lacks ----------------------------------------------------------------------------------------
 
     def begin_giving(self, cache: ExternalCache, now: float) -> None:
         self.give_due = False

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from . import wire
-from .digest import ALL, BUCKETS, Differences, States, bucket, in_buckets, prints
+from .digest import ALL, BUCKETS, Differences, States, bucket, in_buckets
 from .digest import KINDS as DIFFERENCES
 from .dumps import AUDIT, COMPARE, Dumps
 from .flow import Flow
@@ -127,6 +127,7 @@ class Prover:
             and peer.status.role == wire.ROLE_BACKUP
             and peer.complete
             and not peer.bulk_due
+            and not peer.telling_again
             and not peer.learn
             and not self._dumps.urgent
         )
@@ -234,7 +235,7 @@ class Prover:
 
     def _why_unable(self, now: float) -> str:
         peer = self._peer
-        if not self._source.telling:
+        if not (self._source.telling and peer.established):
             return f"no session with {peer.name}, or replication is off"
         if not peer.session.alive(now):
             return f"{peer.name} is silent"
@@ -347,13 +348,11 @@ class Prover:
 
     def _tell_audit(self, now: float) -> None:
         """All events of what happened before the end of the dump are in: what is untold now was missed."""
-        states, announced = self._source.states, self._source.announced.table
+        states, announced = self._source.states, self._source.announced
         if states is None:
             return
         untold = [
-            key
-            for key, value in self._strangers.items()
-            if announced.get(key) != prints((value,), SHAPES[len(key)].reply)[0]
+            key for key, value in self._strangers.items() if announced.strangers({key: value}, SHAPES[len(key)].reply)
         ]
         ghosts = [key for key in self._unseen if key in announced]
         self._tell_sums(wire.RECORD_STATES, states.number, states.totals(), now)
@@ -383,8 +382,12 @@ class Prover:
                     running.unconfirmed.difference_update(told)
                     self._source.tell_untold(key_len, told, now)
             if rows:
+                if running.repairs:
+                    self._source.announced.add(rows, SHAPES[key_len].reply)
                 self._tell_rows(running, key_len, rows, now)
             for key, value, extras in flows:
+                if running.repairs:
+                    self._source.announced.put(key, value, extras)
                 record = wire.encode_flow_record(key, value, extras)
                 self._peer.mark(wire.tlv(wire.RECORD_COMPARE_FLOW, record), now)
             if self.verification is not None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import collections
 from collections.abc import Mapping, Sequence
 
-from .digest import Announced, States
+from .announced import Announced
+from .digest import States
 from .dumps import BULK, Dumps
 from .expectation_source import ExpectationSource
 from .flow import Flow
@@ -21,7 +22,7 @@ EARLY_FLOWS = 16_384  # not replicated yet, of which extras are kept (some 200 b
 
 
 class Source:
-    """``announced``: the flows that the peer was told of.  ``told``: how many there were so far.
+    """``announced``: the flows that the peers were told of.  ``told``: how many there were so far.
 
     ``early``: extras of flows that are not announced yet (the kernel tells most of them only once), the oldest first.
     ``states``: must be told of all that the peer is told of.  ``touched``: keys of flows that events name, if wanted.
@@ -39,11 +40,26 @@ class Source:
         self._dumps = dumps
         self._peers = peers
         self._expectations = expectations
+        self._whole = False  # the dump that runs makes announced complete
+
+    @property
+    def _keeping(self) -> bool:
+        """What happens is noted, whether or not anybody is told."""
+        return self.announced.complete or self._whole
 
     @property
     def telling(self) -> bool:
-        """Is there anybody to be told?"""
-        return self._situation.settings.replicate and any(peer.established for peer in self._peers)
+        """Do changes matter?  There is somebody to be told, or there will be, and all that he must be told is known."""
+        return self._situation.settings.replicate and (self._keeping or any(peer.established for peer in self._peers))
+
+    @property
+    def remembers(self) -> bool:
+        """Can a bulk do without the kernel's table?  Only where mistakes would be found: where tables are compared."""
+        return self.announced.complete and self._situation.settings.compare
+
+    def doubt(self) -> None:
+        """What was told may not be all, or not be as it is now: the next bulk comes out of the kernel."""
+        self.announced.complete = self._whole = False
 
     def _with_room(self, changes: int) -> list[Peer]:
         """The peers that can be told so many changes."""
@@ -51,6 +67,7 @@ class Source:
 
     def forget(self) -> None:
         """Nothing was told."""
+        self._whole = False
         self.announced.clear()
         self.early.clear()
 
@@ -90,13 +107,14 @@ class Source:
 
     def _put_rows(self, key_len: int, rows: Mapping[bytes, bytes], now: float) -> None:
         told = self._with_room(len(rows))
-        if not told:
+        if not told and not self._keeping:
             return
         self._told(key_len, rows)
         early = self.early.keys() & rows.keys() if self.early else ()
         if early:
             for key in early:
                 extras = self.early.pop(key)
+                self.announced.put(key, rows[key], extras)
                 for peer in told:
                     peer.pending.put_flow(key, rows[key], extras, now)
             rows = {key: value for key, value in rows.items() if key not in early}
@@ -133,11 +151,11 @@ class Source:
         if flow.helper is not None:
             self._expectations.master(flow)
         told = self._with_room(1)
-        if told:
+        if told or self._keeping:
             key, value, extras = pack(flow)
             if self.early:
                 extras = merge_extras(self.early.pop(key, b""), extras)
-            self._told(len(key), {key: value})
+            self._told_one(key, value, extras)
             for peer in told:
                 peer.pending.put_flow(key, value, extras, now)
 
@@ -148,12 +166,18 @@ class Source:
         if self.states is not None:
             self.states.touch(rows)
 
+    def _told_one(self, key: bytes, value: bytes, extras: bytes) -> None:
+        self.told += key not in self.announced
+        self.announced.put(key, value, extras)
+        if self.states is not None:
+            self.states.touch((key,))
+
     def end(self, keys: Sequence[bytes], now: float) -> None:
         """Tell of the end of these flows."""
         if self._expectations.masters:
             self._expectations.ended(keys)
         told = self._with_room(len(keys)) if keys else ()
-        if told:
+        if told or self._keeping:
             self.announced.discard(keys)
             if self.states is not None:
                 self.states.touch(keys)
@@ -165,11 +189,11 @@ class Source:
         if not self._situation.settings.replicate:
             return
         told = [peer for peer in self._with_room(len(keys)) if not peer.bulk_due]
-        if not told:
+        if not told and not self._keeping:
             return
         if isinstance(job, Request):
             key, value, extras = pack(job.flow)
-            self._told(len(key), {key: value})
+            self._told_one(key, value, extras)
             for peer in told:
                 peer.pending.put_flow(key, value, extras, now)
         else:
@@ -186,10 +210,16 @@ class Source:
 
         If they are all there are: what the bulk does not name, and no event does, is gone.
         """
-        if all(peer in peers for peer in self._peers if peer.established):
+        self._whole = all(peer in peers for peer in self._peers if peer.established)
+        if self._whole:
             self.announced.clear()
         for peer in peers:
             peer.begin_bulk(now)
+
+    def bulk_read(self) -> None:
+        """The dump came to its end: what no event was missed of is known."""
+        self.announced.complete = self.announced.complete or self._whole
+        self._whole = False
 
     def bulk_rows(self, key_len: int, rows: Mapping[bytes, bytes], now: float) -> None:
         chosen, seen = self._situation.filter.select_rows(key_len, rows), self._dumps.seen
@@ -208,6 +238,7 @@ class Source:
         if fresh:  # to the others, too: they do not know them
             self._put_rows(key_len, fresh, now)
             chosen = {key: value for key, value in chosen.items() if key not in fresh}
+        announced.add(chosen, SHAPES[key_len].reply)
         for peer in peers:
             if peer.fits(len(chosen)):
                 peer.pending.put_rows(key_len, chosen, now)

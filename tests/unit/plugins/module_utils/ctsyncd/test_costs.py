@@ -200,6 +200,36 @@ def test_lines_of_a_flood(mode: str, most: tuple[float, ...]) -> None:
     assert all(one <= count * limit for one, limit in zip(found, most)), found
 
 
+def test_lines_of_a_bulk_out_of_memory() -> None:
+    """The kernel is not asked, and hardly any Python runs per flow: all but the digest of the backup is columns."""
+    sim = shipped(mode=EXTERNAL_CACHE)
+    count = 10_000
+    for snat in (False, True):
+        rows = flows(count // 2, snat, seed=1 + snat)
+        sim.fw1.up.kernel_changes(Changes({13: rows}, [], [], count // 2, False, False), sim.now)
+    sim.run(1.0)
+    assert len(sim.fw2.up.cache) == count
+    sim.fw2.up.flush_external()
+    sim.fw2.up.request_bulk(sim.now)
+    dumps, found = sim.fw1.up.counters["dumps"], [0, 0]
+
+    def turn(one: int) -> None:
+        node, other = ((sim.fw1, sim.fw2), (sim.fw2, sim.fw1))[one]
+        sent: list[bytes] = []
+        found[one] += lines(lambda: sent.extend(node.up.poll(sim.now)[0]))
+        for datagram in sent:
+            found[1 - one] += lines(lambda datagram=datagram: other.up.receive(0, datagram, sim.now))  # type: ignore[misc]
+
+    for dummy in range(200):
+        turn(0)
+        turn(1)
+        if sim.fw2.up.complete:
+            break
+    assert len(sim.fw2.up.cache) == count and sim.fw2.up.complete
+    assert (sim.fw1.up.counters["bulks_from_memory"], sim.fw1.up.counters["dumps"]) == (1, dumps)
+    assert found[0] <= 4.2 * count and found[1] <= 5.8 * count, found
+
+
 def test_lines_of_a_turn_and_a_verdict_of_an_idle_node() -> None:
     sim = shipped()
     sim.run(3.0)

@@ -475,6 +475,7 @@ def test_progress_of_the_table_that_comes_in_is_said() -> None:
     sim.start()
     sim.fw2.kill()
     sim.run(2.0)
+    sim.fw1.up.source.doubt()  # so it comes out of the kernel, which takes a while
     sim.fw2.start(sim.now)
     sim.run_until(lambda: sim.fw2.up.cache.bulk_running and len(sim.fw2.up.cache) > 100)
     status = sim.fw2.up.peer_status(sim.now)[0]

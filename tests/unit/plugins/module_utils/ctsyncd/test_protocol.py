@@ -17,6 +17,7 @@ from typing import Any, Callable, Iterator
 import pytest
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import digest, expectation, paths, rows, wire
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import session as sessions
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.announced import Announced
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.crypto import LibraryCrypto
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.errors import WireError
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import Flow, Tuple
@@ -118,7 +119,7 @@ def reproduced() -> dict[str, str]:
 
 def compared(key: bytes, value: bytes) -> dict[str, str]:
     """What the nodes tell each other of a table of this one flow."""
-    announced, states = digest.Announced(), digest.States(3)
+    announced, states = Announced(), digest.States(3)
     announced.add({key: value}, 12)
     states.add(13, {key: value})
     bucket = digest.bucket(key)

@@ -185,6 +185,7 @@ def test_bulk_of_a_new_session_is_for_that_peer_alone() -> None:
     keys |= opened(sim.fw1, range(2000, 2010))
     ended = {sim.fw1.kernel.open(tcp(3001)).key}
     sim.run(0.5)
+    sim.fw1.up.source.doubt()  # so it comes out of the kernel
     third(sim).start(sim.now)
     sim.run_until(lambda: sim.fw1.up.peers[1].bulking)
     for key in ended:  # told to fw2, that has it, in the middle of the bulk for fw3
@@ -193,6 +194,45 @@ def test_bulk_of_a_new_session_is_for_that_peer_alone() -> None:
     assert sim.fw2.up.counters["bulks_received"] == 1
     assert sim.fw2.up.counters["stale_removed"] == 0
     assert sim.fw2.kernel.table.keys() == third(sim).kernel.table.keys() == keys
+
+
+def test_bulk_out_of_memory_is_for_one_peer_alone_and_reads_no_table() -> None:
+    sim = trio()
+    keys = opened(sim.fw1, range(1000, 1040))
+    sim.converge(sim.fw1, sim.fw2, third(sim))
+    third(sim).crash()
+    sim.run(3.0)
+    keys |= opened(sim.fw1, range(2000, 2010))
+    gone = tcp(1001).key
+    sim.fw1.kernel.close(gone)
+    sim.run(0.5)
+    dumps = sim.fw1.up.counters["dumps"]
+    third(sim).start(sim.now)
+    sim.converge(sim.fw1, sim.fw2, third(sim))
+    assert sim.fw1.up.counters["bulks_from_memory"] == 1
+    assert sim.fw1.up.counters["dumps"] == dumps
+    assert sim.fw2.up.counters["bulks_received"] == 1
+    assert sim.fw2.kernel.table.keys() == third(sim).kernel.table.keys() == keys - {gone}
+
+
+def test_peers_that_both_went_get_what_happened_meanwhile_out_of_memory() -> None:
+    sim = trio()
+    keys = opened(sim.fw1, range(1000, 1040))
+    sim.converge(sim.fw1, sim.fw2, third(sim))
+    sim.fw2.crash()
+    third(sim).crash()
+    sim.run(10.0)
+    keys |= opened(sim.fw1, range(2000, 2010))
+    sim.fw1.kernel.change(tcp(2001).key, mark=7)
+    sim.run(1.0)
+    dumps = sim.fw1.up.counters["dumps"]
+    sim.fw2.start(sim.now)
+    sim.run(0.3)
+    third(sim).start(sim.now)
+    sim.converge(sim.fw1, sim.fw2, third(sim))
+    assert sim.fw1.up.counters["bulks_from_memory"] == 2
+    assert sim.fw1.up.counters["dumps"] == dumps
+    assert third(sim).kernel.table.keys() == keys
 
 
 # --- who is active ---------------------------------------------------------------------------------------------------
