@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 from pathlib import Path
 from typing import Callable, Iterator
@@ -163,6 +164,39 @@ def test_dead_backup_is_named_and_delays_nobody(trio: Callable[..., Trio]) -> No
     lab.verdicts(fw1="READY", fw2="READY", fw3="READY")
     lab.replicated(lab.fw1, lab.fw3)
     assert lab.fw2.status()["counters"]["bulks_received"] == 1
+
+
+def test_verify_speaks_of_every_backup(trio: Callable[..., Trio]) -> None:
+    lab = trio(compare=False)
+    lab.verdicts(fw1="READY", fw2="READY", fw3="READY")
+    fill(lab.pair.fw1, 50)
+    lab.replicated(lab.fw1, lab.fw2)
+    lab.replicated(lab.fw1, lab.fw3)
+
+    def said(daemon: Daemon) -> tuple[int, dict[str, bool | None], list[tuple[str, str]]]:
+        status, text = daemon.run("verify", "--json")
+        result = json.loads(text)
+        equal = {one["backup"]: one["equal"] for one in result["backups"]}
+        return status, equal, [(each["backup"], each["kind"]) for each in result["differences"]]
+
+    assert said(lab.fw1) == (0, {"fw2": True, "fw3": True}, [])
+    lab.fw3.space.run(
+        *("conntrack", "-I", "-p", "tcp", "-s", "10.0.0.9", "-d", "198.51.100.9", "--sport", "19001"),
+        *("--dport", "443", "--state", "ESTABLISHED", "-u", "SEEN_REPLY,ASSURED", "-t", "86400"),
+    )
+    assert said(lab.fw1) == (1, {"fw2": True, "fw3": False}, [("fw3", "kernel_left_over")])
+    assert said(lab.fw2) == (0, {"fw2": True}, [])
+    assert said(lab.fw3) == (1, {"fw3": False}, [("fw3", "kernel_left_over")])
+    lines = lab.fw1.ask("verify").splitlines()
+    assert lines[0].startswith("equal: ") and lines[0].endswith(" flows on fw1 and fw2")
+    assert lines[2] == "1 left over in the kernel of fw3: its external cache has them not"
+    assert "sport=19001" in lines[3]
+    lab.cut(lab.fw2)
+    wait_for(lambda: lab.fw1.status()["peers"][0]["state"] == "silent", "fw2 to be missed")
+    assert said(lab.fw1) == (1, {"fw2": None, "fw3": False}, [("fw3", "kernel_left_over")])
+    lab.fw3.space.conntrack("-D", "-p", "tcp", "-s", "10.0.0.9")
+    assert said(lab.fw1) == (2, {"fw2": None, "fw3": True}, [])
+    assert "cannot tell of fw2: fw2 is silent" in lab.fw1.ask("verify")
 
 
 def test_split_brain_heals_and_one_history_stays(trio: Callable[..., Trio]) -> None:

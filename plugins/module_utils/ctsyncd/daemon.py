@@ -915,18 +915,23 @@ class Daemon:
         return _say(f"in {engine.PURGE_AFTER_S:.0f} s flows that the peer does not have leave the kernel")
 
     def _command_verify(self, _request: dict[str, Any]) -> control.Response:
-        return self._verified(self._engine.verify(time.monotonic()))
+        return self._verified()
 
-    def _verified(self, asked: verification.Verification) -> Iterator[bytes]:
-        """Nothing (the server asks again) until both nodes have compared all flows, then an object of JSON."""
-        try:
-            while not asked.look(time.monotonic()):
-                yield b""
-        finally:
-            asked.give_up("nobody waits for the answer any more")
-        names = (self.config.node, (self._engine.leader or self._engine.peers[0]).name)
-        active, backup = names if self._engine.active else names[::-1]
-        yield json.dumps(_verified(asked, active, backup)).encode() + b"\n"
+    def _verified(self) -> Iterator[bytes]:
+        """Nothing (the server asks again) until all flows have been compared, with one backup after the other, then an
+        object of JSON."""
+        engine_, found = self._engine, []
+        for number in range(len(engine_.peers)) if engine_.active else (0,):
+            names = (self.config.node, (engine_.leader or engine_.peers[number]).name)
+            active, backup = names if engine_.active else names[::-1]
+            asked = engine_.verify(time.monotonic(), number)
+            try:
+                while not asked.look(time.monotonic()):
+                    yield b""
+            finally:
+                asked.give_up("nobody waits for the answer any more")
+            found.append(_verified(asked, active, backup))
+        yield json.dumps(verification.together(found)).encode() + b"\n"
 
     def _command_keys(self, request: dict[str, Any]) -> control.Response:
         """Other pre-shared keys, which the configuration names by now.  What would cut a session is refused, and what
@@ -977,16 +982,15 @@ def _kernel_count() -> int | None:
 
 
 def _verified(asked: verification.Verification, active: str, backup: str) -> dict[str, Any]:
-    """The object of ``ctsyncd verify --json`` (schema 1)."""
+    """What ``ctsyncd verify --json`` says of one backup."""
     found = asked.found
     differences = []
     if found is not None:
         for kind, count in found.counts.items():
             if count:
                 flows = [render.key_dict(ctnetlink.flow_of_key(key)) for one, key in found.keys if one == kind]
-                differences.append({"kind": kind, "count": count, "flows": flows})
+                differences.append({"kind": kind, "backup": backup, "count": count, "flows": flows})
     return {
-        "schema": 1,
         "equal": None if found is None else not differences,
         "reason": asked.reason if found is None else "",
         "active": active,

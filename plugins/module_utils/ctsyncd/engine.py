@@ -808,11 +808,13 @@ class Engine:
         else:
             self.flush_kernel()
 
-    def verify(self, now: float) -> Verification:
-        """Compare all flows of both nodes, and what the backup's kernel holds.  Nothing is repaired."""
+    def verify(self, now: float, number: int = 0) -> Verification:
+        """Compare all flows of both nodes, and what the backup's kernel holds.  Nothing is repaired.
+
+        Of an active node with the peer of this number; a backup is compared with the active node.
+        """
         if self.active:
-            able = (prover for prover in self.provers if prover.able(now))
-            return next(able, self.provers[0]).verify(now)
+            return self.provers[number].verify(now)
         self.checker.complete = self.complete
         return self.checker.verify(now)
 

@@ -210,7 +210,15 @@ _DIFFERENCES = {
 
 
 def verification_text(result: Mapping[str, Any]) -> str:
-    """The object of ``verify --json`` for a person.  Ends with a newline."""
+    """The object of ``verify --json`` for a person: each backup by itself.  Ends with a newline."""
+    backups = result.get("backups") or ()
+    if len(backups) > 1:
+        return "".join(
+            verification_text(one)
+            if one.get("equal") is not None
+            else f"cannot tell of {one['backup']}: {one['reason']}\n"
+            for one in backups
+        )
     names = {"active": result.get("active"), "backup": result.get("backup")}
     if result.get("equal") is None:
         return f"cannot tell: {result.get('reason')}\n"

@@ -5,9 +5,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from .digest import Differences
 
 PATIENCE_S = 60.0  # without any progress
+
+
+def together(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The object of ``ctsyncd verify --json`` (schema 1) out of what was found of each backup.
+
+    A difference is worse than an answer that is none, and that worse than equality.
+    """
+    answers = [one["equal"] for one in found]
+    several = len(found) > 1
+    return {
+        "schema": 1,
+        "equal": False if False in answers else None if None in answers else True,
+        "reason": "; ".join(
+            f"{one['backup']}: {one['reason']}" if several else one["reason"] for one in found if one["reason"]
+        ),
+        "active": found[0]["active"],
+        "backup": ", ".join(one["backup"] for one in found),
+        "flows": next((one["flows"] for one in found if one["flows"] is not None), None),
+        "differences": [difference for one in found for difference in one["differences"]],
+        "backups": list(found),
+    }
 
 
 class Verification:

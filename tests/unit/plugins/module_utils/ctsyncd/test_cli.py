@@ -16,7 +16,7 @@ import time
 from typing import Any, Callable, Iterator
 
 import pytest
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import cli, control, netlink
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import cli, control, netlink, verification
 
 PACKAGE = pathlib.Path(cli.__file__).parent
 
@@ -212,6 +212,7 @@ FLOW = {
     "orig": {"src": "10.9.0.1", "dst": "198.51.100.7", "sport": 1001, "dport": 443},
 }
 COMPARED = {"schema": 1, "active": "fw1", "backup": "fw2", "reason": ""}
+COMPARED_ONE = {"active": "fw1", "reason": "", "equal": True, "flows": 3, "differences": []}
 DIFFERENT = [{"kind": "missing", "count": 3, "flows": [FLOW]}, {"kind": "kernel_differs", "count": 1, "flows": []}]
 
 
@@ -237,6 +238,31 @@ DIFFERENT = [{"kind": "missing", "count": 3, "flows": [FLOW]}, {"kind": "kernel_
             {**COMPARED, "equal": None, "reason": "fw2 is silent", "flows": None, "differences": []},
             2,
             "cannot tell: fw2 is silent\n",
+        ),
+        (
+            verification.together(
+                [
+                    {**COMPARED_ONE, "backup": "fw2"},
+                    {**COMPARED_ONE, "backup": "fw3", "equal": False, "flows": 9, "differences": DIFFERENT[1:]},
+                    {**COMPARED_ONE, "backup": "fw4", "equal": None, "reason": "fw4 is silent", "flows": None},
+                ]
+            ),
+            1,
+            "equal: 3 flows on fw1 and fw2\n"
+            "different: of 9 flows of fw1\n"
+            "1 different in the kernel of fw3 from its external cache\n"
+            "  and 1 more\n"
+            "cannot tell of fw4: fw4 is silent\n",
+        ),
+        (
+            verification.together(
+                [
+                    {**COMPARED_ONE, "backup": "fw2"},
+                    {**COMPARED_ONE, "backup": "fw3", "equal": None, "reason": "no session with fw3", "flows": None},
+                ]
+            ),
+            2,
+            "equal: 3 flows on fw1 and fw2\ncannot tell of fw3: no session with fw3\n",
         ),
     ],
 )
