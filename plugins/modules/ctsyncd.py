@@ -171,9 +171,12 @@ options:
     choices: [hot-standby, external-cache]
     default: hot-standby
   netlink_buffer_bytes:
-    description: Receive buffer for the kernel's events, in bytes.
+    description:
+      - Receive buffer for the kernel's events, in bytes.
+      - V(0) makes it for this host, with room for an event of each flow that its table may hold (O(table_size)), of at
+        most a 32nd of its memory, from 8 to 256 MiB. It takes memory while events wait, and only then.
     type: int
-    default: 67108864
+    default: 0
   node:
     description: Name of this node, as the peer knows it. Required with O(state=present).
     type: str
@@ -237,6 +240,12 @@ options:
     type: str
     choices: [absent, present]
     default: present
+  table_size:
+    description:
+      - Flows that the kernel's table may hold, for O(netlink_buffer_bytes=0). V(0) is what the kernel says
+        (C(net.netfilter.nf_conntrack_max)); give it when that is yet to be set.
+    type: int
+    default: 0
   udp:
     description:
       - Which flows without a state machine (UDP, ICMP and others) are replicated, those with a reply or all.
@@ -381,8 +390,8 @@ import time
 from typing import TYPE_CHECKING, Any, Callable, NoReturn, Optional
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils import _buffers, _files, _systemd, _zipapp
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils import _ctsyncd_files as layout
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils import _files, _systemd, _zipapp
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils import ctsyncd as daemon
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import config as daemon_config
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.errors import ConfigError
@@ -474,7 +483,7 @@ def argument_spec() -> dict[str, Any]:
         "log_level": {"type": "str", "choices": ["debug", "info", "warning", "error"], "default": "info"},
         "max_expectations": {"type": "int", "default": 4096},
         "mode": {"type": "str", "choices": ["hot-standby", "external-cache"], "default": "hot-standby"},
-        "netlink_buffer_bytes": {"type": "int", "default": 67108864},
+        "netlink_buffer_bytes": {"type": "int", "default": 0},
         "node": {"type": "str"},
         "park_timeout_s": {"type": "int", "default": 86400},
         "peers": {
@@ -500,6 +509,7 @@ def argument_spec() -> dict[str, Any]:
         },
         "send_key": {"type": "int", "no_log": False},
         "state": {"type": "str", "choices": ["absent", "present"], "default": "present"},
+        "table_size": {"type": "int", "default": 0},
         "udp": {"type": "str", "choices": ["replied", "all"], "default": "replied"},
         "virtual_ips": {
             "type": "list",
@@ -578,8 +588,13 @@ class Installation:
         app = self._build()
         self._check_interpreter()
         problems = layout.check_keys(self.params["keys"])
+        if self.params["table_size"] < 0:
+            problems.append(f"table_size: {self.params['table_size']} is negative: write a number of flows, or 0")
         if problems:
             self.module.fail_json(msg="; ".join(problems), problems=problems)
+        if not self.params["netlink_buffer_bytes"]:
+            table_size = self.params["table_size"] or _buffers.read_table_size()
+            self.params["netlink_buffer_bytes"] = _buffers.event_buffer(table_size, _buffers.read_memory())
         config = layout.render_config(self.params)
         self._check_config(app, config)
 

@@ -67,6 +67,8 @@ def test_every_option_of_the_daemon_is_an_option_of_the_module_with_the_same_def
             continue
         given = spec[row.key]
         default = None if row.default is daemon_config.REQUIRED else row.default
+        if row.key == "netlink_buffer_bytes":
+            default = 0  # made for the host
         if default == daemon_config.EVERYTHING:
             default = {}
         assert given.get("default") == (list(default) if isinstance(default, tuple) else default), row.key
@@ -412,6 +414,20 @@ def test_first_run_installs_everything_and_the_second_nothing(host):
     assert shown == f"ctsyncd {result['version']}\n"
     assert _zipapp.read_build(layout.COMMAND)["digest"] == result["digest"]
     assert not [name for name in tree if "ctsync-" in os.path.basename(name)]  # no temporary file is left
+
+
+@needs_root
+def test_event_buffer_is_made_for_the_host_unless_it_is_given(host, monkeypatch):
+    found = {"table": 262_144, "memory": 8 << 30}
+    monkeypatch.setattr(module_under_test._buffers, "read_table_size", lambda: found["table"])
+    monkeypatch.setattr(module_under_test._buffers, "read_memory", lambda: found["memory"])
+    assert predicted_and_done(host)["config"]["netlink_buffer_bytes"] == 128 << 20
+    found["table"] = 65_536
+    result = predicted_and_done(host)
+    assert (result["config"]["netlink_buffer_bytes"], result["action"]) == (32 << 20, "reloaded")
+    assert predicted_and_done(host, table_size=262_144)["config"]["netlink_buffer_bytes"] == 128 << 20
+    assert predicted_and_done(host, netlink_buffer_bytes=1 << 20)["config"]["netlink_buffer_bytes"] == 1 << 20
+    assert "table_size: -1 is negative" in run(table_size=-1)["msg"]
 
 
 @needs_root
