@@ -840,7 +840,7 @@ class Engine:
         out = []
         for peer in self.peers:
             peer.session.set_status(status)
-            peer.give(self.cache, now)
+            peer.give(self.cache, self.helpers.to_give, now)
             if peer.telling_again and peer.tell_again(self.source.announced, now):
                 self._bulk_told((peer,), now)
             out.append(peer.poll(now))

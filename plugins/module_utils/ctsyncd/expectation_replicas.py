@@ -91,6 +91,7 @@ class ExpectationReplicas:
         self._wanted: dict[bytes, str] = {}  # operation by name, in order
         self._doomed: dict[bytes, Expectation] = {}
         self._late: collections.deque[Expectation] = collections.deque()
+        self._own: set[bytes] = set()  # late ones that the kernel is asked to make: they are this node's, no replicas
         self._asked = 0
         self._compare_at = 0.0
         self._retry_at = 0.0
@@ -109,12 +110,22 @@ class ExpectationReplicas:
         for one in list(self._table.values()):
             yield one.expectation, one.since
 
+    def waiting(self, now: float) -> list[Expectation]:
+        """Those whose flows may still come, with what is left of their time."""
+        found = []
+        for one in self._table.values():
+            left = one.left(now)
+            if left > 0 and not one.expectation.used:
+                found.append(one.expectation._replace(timeout=left))
+        return found
+
     def clear(self) -> None:
         self._table.clear()
         self._of.clear()
         self._wanted.clear()
         self._doomed.clear()
         self._late.clear()
+        self._own.clear()
         self.refused.clear()
         self._unnamed = None
         self._taking = self._more = False
@@ -221,10 +232,13 @@ class ExpectationReplicas:
 
     # --- the kernel --------------------------------------------------------------------------------------------------
 
-    def work(self, limit: int, held: Callable[[bytes], bool], parked_s: int, now: float) -> list[Job]:
+    def work(
+        self, limit: int, held: Callable[[bytes], bool], parked_s: int, now: float, *, settled: bool = True
+    ) -> list[Job]:
         """At most ``limit`` things to do now; each result goes to :meth:`result`.
 
-        ``held``: does the kernel hold this flow?  ``parked_s``: timer of a replica before a take-over.
+        ``held``: does the kernel hold this flow?  ``settled``: no flow waits to be put there.  ``parked_s``: timer of a
+        replica before a take-over.
         """
         self._more = False
         if not (self._wanted or self._doomed or self._late):
@@ -232,8 +246,9 @@ class ExpectationReplicas:
         jobs = []
         for name in list(self._doomed)[:limit]:
             jobs.append(Job(REMOVE, self._doomed.pop(name), 0))
-        while self._late and len(jobs) < limit:
+        while self._late and settled and len(jobs) < limit:  # its master may be one that waits
             one = self._late.popleft()
+            self._own.add(one.name)
             jobs.append(Job(MAKE, one, max(1, one.timeout)))
         for name, operation in list(self._wanted.items()):
             if len(jobs) >= limit:
@@ -269,7 +284,7 @@ class ExpectationReplicas:
                 self._wanted[name] = MAKE
         elif not error:
             self._counters["expectations_made"] += 1
-            if name not in self._table and not self._taking and self._hot:
+            if name not in self._table and not self._taking and self._hot and name not in self._own:
                 self._doomed[name] = job.expectation  # it ended meanwhile
         elif error == errno.EEXIST:
             if name in self._table and job.operation == MAKE:
@@ -279,6 +294,8 @@ class ExpectationReplicas:
             self._counters[f"expectations_refused_{reason}"] += 1
             if name in self._table:
                 self.refused[name] = reason
+        if job.operation == MAKE:
+            self._own.discard(name)
 
     def finished(self) -> bool:
         """The take-over is through: what the kernel holds now is this node's own.  True once."""

@@ -35,6 +35,7 @@ class Helpers:
         self._situation = situation
         self._flows = flows
         self.counters = situation.counters
+        self._former: list[tuple[Expectation, float]] = []  # of this node's time as the active one; when they were so
         self._walks = 0
         self._listed: list[Expectation] = []
 
@@ -42,12 +43,15 @@ class Helpers:
 
     def become_active(self, first: bool) -> None:
         self.walk = None
+        self._former = []
         self.source.begin()
         if not first and self._situation.settings.takes_over:
             self.replicas.take_over()
 
     def become_backup(self) -> None:
         self.walk = None
+        now = self._situation.now
+        self._former = [(one, now) for one in self.source.expectations(now)]
         self.source.clear()
         self.replicas.clear()
 
@@ -74,9 +78,19 @@ class Helpers:
 
     def bulk_ended(self) -> None:
         """What the bulk did not name is gone, and so is what lost its master."""
+        self._former = []
         self.replicas.end_bulk()
         cache = self._flows.cache
         self.replicas.masters_gone([key for key in self.replicas.masters() if key not in cache])
+
+    def to_give(self, now: float) -> list[Expectation]:
+        """What this backup knows, for an active node that lacks it: the peer's, or its own of before."""
+        found = {one.name: one for one in self.replicas.waiting(now)}
+        for one, at in self._former:
+            left = one.timeout - int(now - at)
+            if left > 0 and not one.used:
+                found.setdefault(one.name, one._replace(timeout=left))
+        return list(found.values())
 
     # --- the kernel --------------------------------------------------------------------------------------------------
 
@@ -121,7 +135,8 @@ class Helpers:
     def work(self, limit: int) -> list[Job]:
         """What is to be done in the kernel now; the result of each goes to :meth:`result`."""
         settings, now = self._situation.settings, self._situation.now
-        return self.replicas.work(limit, self._held, settings.park_timeout_s, now)
+        settled = not self._flows.busy
+        return self.replicas.work(limit, self._held, settings.park_timeout_s, now, settled=settled)
 
     def _held(self, key: bytes) -> bool:
         """Is there a point in asking the kernel for an expectation of this flow?"""

@@ -8,11 +8,13 @@ from __future__ import annotations
 import collections
 import itertools
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from . import conditions, readiness, wire
 from .announced import Announced
+from .expectation import Expectation
+from .expectation import pack as pack_expectation
 from .flow import Flow
 from .pending import Encoder, Pending
 from .rows import pack
@@ -332,8 +334,9 @@ class Peer:
                 flow = flow._replace(timeout=None)
             self.pending.put_flow(*pack(flow), now)
 
-    def give(self, cache: ExternalCache, now: float) -> None:
-        """Send it some of the replicas that it asked for; the bulk ends when cache and kernel are through."""
+    def give(self, cache: ExternalCache, expected: Callable[[float], list[Expectation]], now: float) -> None:
+        """Send it some of the replicas that it asked for; the bulk ends when cache and kernel are through, with what is
+        ``expected``, behind all flows."""
         if self._giving is None or not self.has_room:
             return
         rows: dict[int, dict[bytes, bytes]] = {}
@@ -351,6 +354,8 @@ class Peer:
             self.pending.put_rows(key_len, part, now)
         if not self._giving and not self.bulking:
             self._giving = None
+            for one in expected(now):
+                self.pending.put_expectation(one.name, pack_expectation(one), now)
             self.end_bulk(now)
 
     # --- bulks from it -----------------------------------------------------------------------------------------------

@@ -11,11 +11,14 @@ import pytest
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import constants as k
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import peer as peers
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import readiness, situation, wire
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.expectation import Expectation
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import SeqAdj
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.pending import Encoder, Pending
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.rows import Changes, pack
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
+from unit.plugins.module_utils.ctsyncd.test_helpers import control
+from unit.plugins.module_utils.ctsyncd.test_helpers import foreseen as expected_of
 from unit.simulation import Node, Simulation, replicable, tcp, udp
 from unit.traffic_rules import FLOWS, Events, thorough
 
@@ -317,6 +320,67 @@ def test_rebooted_node_that_gets_the_virtual_ips_learns_from_both_others() -> No
     sim.converge(sim.fw1, sim.fw2, third(sim))
     assert sim.fw1.up.counters["tables_learned"] == 2
     assert sim.fw1.kernel.table.keys() == keys
+
+
+def foreseen(sim: Simulation, node: Node) -> Expectation:
+    """A helper's: a control connection, and what it announced."""
+    master = node.kernel.open(control())
+    one = expected_of(master)
+    node.kernel.expect(one)
+    sim.run(1.0)
+    return one
+
+
+def test_every_backup_gets_every_expectation_and_its_end() -> None:
+    sim = trio()
+    one = foreseen(sim, sim.fw1)
+    backups = (sim.fw2, third(sim))
+    assert [one.name in node.kernel.expectations for node in backups] == [True, True]
+    part(sim, (sim.fw1, third(sim)))
+    two = expected_of(control(), port=4001)
+    sim.fw1.kernel.expect(two)
+    sim.fw1.kernel.unexpect(one.name)
+    sim.run(5.0)
+    assert [two.name in node.kernel.expectations for node in backups] == [True, False]
+    sim.heal()
+    sim.run(5.0)
+    assert [node.kernel.expectations.keys() == {two.name} for node in backups] == [True, True]
+    third(sim).kill()
+    third(sim).start(sim.now)
+    sim.run(5.0)  # by bulk, out of memory for it alone
+    assert [node.kernel.expectations.keys() == {two.name} for node in backups] == [True, True]
+    sim.fw1.crash()
+    third(sim).set_role(readiness.ACTIVE, sim.now)
+    sim.run(2.0)
+    assert third(sim).kernel.expectations[two.name].timeout < 300
+    assert sim.fw2.kernel.expectations.keys() == {two.name}  # fw3's by now
+
+
+@pytest.mark.parametrize("former", ["backup", "active"])
+def test_a_node_that_lacks_flows_learns_their_expectations_too(former: str) -> None:
+    """fw1 reboots with the virtual IPs; the others were its backups, or one of them was active for a while."""
+    sim = trio()
+    active = sim.fw1 if former == "backup" else sim.fw2
+    if former == "active":
+        sim.fw1.set_role(readiness.BACKUP, sim.now)
+        sim.fw2.set_role(readiness.ACTIVE, sim.now)
+        sim.run(2.0)
+    one = foreseen(sim, active)
+    sim.fw1.crash()
+    sim.run(1.0)
+    if former == "active":
+        third(sim).kill()  # fw2 alone knows
+        sim.fw2.set_role(readiness.BACKUP, sim.now)
+    sim.fw1.role = readiness.ACTIVE
+    sim.fw1.requests_per_turn = 1  # the kernel is slow: no expectation may overtake its master
+    sim.fw1.start(sim.now)
+    sim.run_until(lambda: sim.fw1.up.counters["tables_learned"] == (2 if former == "backup" else 1), 30.0)
+    sim.run(2.0)
+    assert sim.fw1.kernel.table[one.master_key].helper == "ftp"
+    assert 280 < sim.fw1.kernel.expectations[one.name].timeout < 300
+    sim.run(10.0)
+    assert sim.fw2.kernel.expectations.keys() == {one.name}
+    assert sim.fw1.up.helpers.describe()["internal"] == 1
 
 
 def test_return_of_a_rebooted_node_with_two_others_alive() -> None:
