@@ -120,7 +120,7 @@ soak: root venv ## Random faults from a seed: make soak SEED=7 MINUTES=60; PLAN=
 	PYTHONPATH=collections:tests python3 -m soak --seed $(SEED) --minutes $(MINUTES) $(if $(PLAN),--plan) $(if $(CONTROL),--control) $(ARGS)
 
 .PHONY: test-all
-test-all: test scale ## make test, and what takes longer
+test-all: test scale platforms ## make test, and what takes longer
 	$(MAKE) integration WHICH=long
 	$(MAKE) soak CONTROL=yes
 	$(MAKE) soak MINUTES=10
@@ -130,9 +130,20 @@ INPUTS ?= $(if $(SECONDS),,200000)
 fuzz: venv ## Fuzz the parsers of foreign bytes: make fuzz SECONDS=600, or INPUTS=10000000; SEED=1 (docs/fuzzing.md)
 	PYTHONPATH=collections:tests python3 -m fuzz --seed $(SEED) $(if $(SECONDS),--seconds $(SECONDS)) $(if $(INPUTS),--inputs $(INPUTS))
 
+# Where the built collection is installed; the scenarios deploy that. (By hand, 'molecule converge' deploys the checkout.)
+ARTIFACT := .cache/artifact
+.PHONY: install-artifact
+install-artifact: venv
+	@sh tools/artifact.sh install $(ARTIFACT)
+
 .PHONY: molecule
-molecule: root venv ## The molecule scenario: deploy, deploy again, verify, fail over, verify (a lab of its own)
-	molecule test
+molecule: root venv install-artifact ## The molecule scenario, with the installed artifact: deploy, deploy again, verify, fail over, verify
+	CTSYNC_COLLECTIONS=$(ARTIFACT) molecule test
+
+.PHONY: platforms
+platforms: root venv install-artifact ## The molecule scenario on Debian 11 and on Debian 13 (the default is 12)
+	CTSYNC_COLLECTIONS=$(ARTIFACT) molecule test -s debian11
+	CTSYNC_COLLECTIONS=$(ARTIFACT) molecule test -s debian13
 
 .PHONY: artifact
 artifact: venv ## Build the collection, install it elsewhere, check that its playbooks parse

@@ -3,8 +3,9 @@
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 #
-# artifact.sh [sanity] - build the collection, install the artifact in an empty folder, and check it there:
+# artifact.sh [sanity | install FOLDER] - build the collection, install it in an empty folder, and check it there:
 # its playbooks parse and all of it is documented, or, with 'sanity', it passes ansible-test's sanity tests.
+# 'install' does no more than that, in FOLDER, where it stays: the molecule scenarios deploy it from there.
 set -eu
 cd "$(dirname "$0")/.."
 PATH=$PWD/.venv/bin:$PATH
@@ -14,9 +15,17 @@ trap 'rm -rf "$work"' EXIT INT TERM
 
 # Nothing of this checkout's configuration: what is installed has to do by itself.
 : >"$work/ansible.cfg"
-export ANSIBLE_CONFIG="$work/ansible.cfg" ANSIBLE_COLLECTIONS_PATH="$work/installed"
+installed=$work/installed
+if [ "${1:-}" = install ]; then
+    mkdir -p "$2"
+    installed=$(cd "$2" && pwd)
+    rm -rf "$installed/ansible_collections"
+fi
+export ANSIBLE_CONFIG="$work/ansible.cfg" ANSIBLE_COLLECTIONS_PATH="$installed"
 ansible-galaxy collection build --output-path "$work" >/dev/null
-ansible-galaxy collection install --offline "$work"/ctsync-ha_firewall-*.tar.gz -p "$work/installed" >/dev/null
+ansible-galaxy collection install --offline "$work"/ctsync-ha_firewall-*.tar.gz -p "$installed" >/dev/null
+
+[ "${1:-}" != install ] || exit 0
 
 if [ "${1:-}" = sanity ]; then
     # pyenv's shims exist for versions that are not chosen, and then fail: offer the versions themselves.
@@ -44,7 +53,7 @@ sys.argv = ["pip", "install", "--no-deps", "--no-index", wheel]
 runpy.run_module("pip", run_name="__main__")
 PYTHON
     fi
-    cd "$work/installed/ansible_collections/ctsync/ha_firewall"
+    cd "$installed/ansible_collections/ctsync/ha_firewall"
     # Of the Python versions that the modules support, those that this machine has.
     ansible-test sanity --color no
     exit
@@ -54,5 +63,5 @@ cd "$work"
 for playbook in site failover_test status switchover upgrade rotate_key uninstall; do
     ansible-playbook -i "$root/inventories/example/hosts.yml" "ctsync.ha_firewall.$playbook" --syntax-check
 done
-python "$root/tools/check_docs.py" installed/ansible_collections/ctsync/ha_firewall
+python "$root/tools/check_docs.py" "$installed"/ansible_collections/ctsync/ha_firewall
 echo "The artifact installs, its playbooks parse, its modules, filters and roles are documented."

@@ -27,6 +27,8 @@ TRACK_FILE = "/run/ctsync/not-ready"
 NOTIFY_FIFO = "/run/ctsync/notify.fifo"
 STATE_DIRECTORY = "/var/lib/ctsyncd"  # the flight recorder's files
 CONTROL_SOCKET = "/run/ctsyncd/ctsyncd.sock"
+# The oldest systemd on which a sandboxed ExecStartPre= of a unit with LoadCredential= was seen to run
+SINCE_CREDENTIALS_BEFORE_START = 252
 KEY_BYTES = 32
 KEY_REMEDY = "make one with: openssl rand -base64 32"
 
@@ -112,8 +114,11 @@ def render_tmpfiles() -> str:
     )
 
 
-def render_unit(key_ids: Sequence[int], peers: Sequence[str]) -> str:
-    """The hardened unit.  ``peers`` are the only addresses that the service may exchange packets with."""
+def render_unit(key_ids: Sequence[int], peers: Sequence[str], systemd: int = SINCE_CREDENTIALS_BEFORE_START) -> str:
+    """The hardened unit.  ``peers`` are the only addresses that the service may exchange packets with.
+
+    ``systemd`` is its major version on the host.
+    """
     credentials = "".join(f"LoadCredential=key-{number}:{key_file(number)}\n" for number in sorted(key_ids))
     allowed = " ".join(sorted(peers))
     return _UNIT.format(
@@ -121,6 +126,9 @@ def render_unit(key_ids: Sequence[int], peers: Sequence[str]) -> str:
         command=COMMAND,
         config=CONFIG,
         credentials=credentials,
+        start=(_START if systemd >= SINCE_CREDENTIALS_BEFORE_START else _START_IN_ONE).format(
+            command=COMMAND, config=CONFIG
+        ),
         shared=SHARED_DIRECTORY,
         user=USER,
     )
@@ -134,7 +142,9 @@ def without_credentials(unit: str) -> str:
 # Why some lines are as they are:
 # - Before=keepalived.service: the track file says "not ready" and the FIFO has its reader before VRRP begins; on the
 #   way down keepalived hands over first.  Nothing waits for a complete network: the daemon does that by itself.
-# - ExecStartPre and ExecStopPost also run after a crash or kill -9: no stale "ready" outlives the daemon.
+# - ExecStartPre and ExecStopPost also run after a crash or kill -9: no stale "ready" outlives the daemon.  systemd 247
+#   fails an ExecStartPre of such a unit with 226/NAMESPACE, with "+", too (systemd issue 18116): there a shell runs
+#   both commands, and becomes the daemon.
 # - ExecStartPost: a nice value counts within a session or a control group only (sched(7), autogroup), so any busy
 #   program would delay what the daemon tells by tens of milliseconds; a real-time policy counts everywhere.  The lowest
 #   priority does, bounded by kernel.sched_rt_runtime_us.  Not CPUSchedulingPolicy=: where the kernel refuses it (a
@@ -142,6 +152,11 @@ def without_credentials(unit: str) -> str:
 # - No PrivateUsers=: capabilities would be those of a child user namespace, and ctnetlink answers EPERM.
 # - No ProcSubset=pid: the daemon reads /proc/sys/net/netfilter.
 # - LimitCORE=0: a core file would hold the session keys.
+_START = """\
+ExecStartPre={command} -C {config} gate --not-ready
+ExecStart={command} -C {config}"""
+_START_IN_ONE = """\
+ExecStart=/bin/sh -c '{command} -C {config} gate --not-ready && exec {command} -C {config}'"""
 _UNIT = """\
 # Managed by Ansible (ctsync.ha_firewall.ctsyncd)
 [Unit]
@@ -154,8 +169,7 @@ StartLimitIntervalSec=0
 [Service]
 Type=notify
 NotifyAccess=main
-ExecStartPre={command} -C {config} gate --not-ready
-ExecStart={command} -C {config}
+{start}
 ExecStartPost=-+/usr/bin/chrt --rr --pid 1 $MAINPID
 ExecReload=/bin/kill -HUP $MAINPID
 ExecStopPost={command} -C {config} gate --not-ready

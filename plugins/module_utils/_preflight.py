@@ -20,6 +20,14 @@ from . import _keepalived, _options, _ruleset, _vrrp_numbers
 
 MINIMUM_PYTHON = (3, 9)
 MINIMUM_KEY_BYTES = 32
+REBUILDS = ("RedHat", "AlmaLinux", "CentOS", "OracleLinux", "Rocky")
+# fact of the distribution -> the releases that are supported: whole versions, or major ones
+PLATFORMS: Dict[str, Tuple[str, ...]] = {
+    "Debian": ("11", "12", "13"),
+    "Ubuntu": ("22.04", "24.04"),
+    **dict.fromkeys(REBUILDS, ("9",)),
+}
+PLATFORM_NAMES = "Debian 11, 12 and 13, Ubuntu 22.04 and 24.04, and Red Hat Enterprise Linux 9 and its rebuilds"
 NODES = range(2, 9)  # how many the daemon replicates between
 CLOCK_SKEW_S = 30.0
 # set by the role kernel on both nodes, whatever they are now
@@ -97,6 +105,15 @@ def summarize_key(key: Any) -> Dict[str, Any]:
     strong = len(raw) >= MINIMUM_KEY_BYTES
     fingerprint = hashlib.sha256(b"ctsync preflight\0" + raw).hexdigest()[:32] if strong else ""
     return {"given": True, "valid": True, "bytes": len(raw), "fingerprint": fingerprint}
+
+
+def supported(facts: Mapping[str, Any]) -> bool:
+    """Whether the platform in ``ansible_facts`` (subset distribution) is supported; true where they do not tell."""
+    name = facts.get("distribution")
+    if not name:
+        return True
+    releases = {str(facts.get(key) or "") for key in ("distribution_version", "distribution_major_version")}
+    return not releases.isdisjoint(PLATFORMS.get(str(name), ()))
 
 
 def facts_key(interface: str) -> str:
@@ -624,6 +641,14 @@ class _Group:
                 "ansible_python_interpreter",
                 f"is Python {version.get('major')}.{version.get('minor')}, and the daemon needs 3.9: install a newer"
                 " one and name it here",
+            )
+        if not self.nodes[host].get("any_platform") and not supported(facts):
+            release = " ".join(str(facts.get(key) or "") for key in ("distribution", "distribution_version")).strip()
+            self.add(
+                host,
+                "platform",
+                f"is {release}; supported are {PLATFORM_NAMES}: use one of those, or say"
+                " preflight_any_platform: true and try it first on hosts that nobody needs",
             )
         probe = self.nodes[host].get("host") or {}
         if not probe.get("systemd", facts.get("service_mgr") in (None, "systemd")):

@@ -695,7 +695,7 @@ class Installation:
         params = self.params
         keys = {entry["id"]: entry["key"].strip() for entry in params["keys"]}
         peers = [address for peer in params["peers"] for address in peer["addresses"] or [peer["address"]]]
-        unit = layout.render_unit(list(keys), peers)
+        unit = layout.render_unit(list(keys), peers, self.service.version())
         program = f"{layout.LIBRARY}/{app.file_name}"
 
         self._plan_directory(layout.LIBRARY, 0o755)

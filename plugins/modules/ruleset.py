@@ -1175,7 +1175,8 @@ def read_text(path: str):
 
 def unit_text(starts: list) -> str:
     """The systemd unit: early in boot, before any network comes up, after those who might flush everything."""
-    flushers = "nftables.service netfilter-persistent.service iptables.service ip6tables.service firewalld.service"
+    flushers = "nftables.service netfilter-persistent.service iptables.service ip6tables.service"
+    flushers += " firewalld.service ufw.service"
     return "\n".join(
         [
             "# Written by Ansible (ctsync.ha_firewall.ruleset): changes are lost.",

@@ -21,6 +21,7 @@ import pytest
 import testinfra
 
 ROOT = pathlib.Path(os.environ["MOLECULE_PROJECT_DIRECTORY"])
+COLLECTIONS = ROOT / os.environ["CTSYNC_COLLECTIONS"]
 EPHEMERAL = pathlib.Path(os.environ["MOLECULE_EPHEMERAL_DIRECTORY"])
 PREFIX = os.environ["CTSYNC_LAB_PREFIX"]
 LOOK = pathlib.Path(__file__).parents[1] / "files" / "look.sh"
@@ -48,7 +49,7 @@ def play(name, variables=None, collections=None):
         env={
             **os.environ,
             "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
-            "ANSIBLE_COLLECTIONS_PATH": f"{collections or ROOT / 'collections'}:{ROOT / '.vendor'}",
+            "ANSIBLE_COLLECTIONS_PATH": f"{collections or COLLECTIONS}:{ROOT / '.vendor'}",
             "ANSIBLE_FORCE_COLOR": "0",  # molecule forces it
             "ANSIBLE_NOCOLOR": "1",
         },
@@ -111,9 +112,9 @@ def next_version(tmp_path_factory):
     path = tmp_path_factory.mktemp("next")
     target = path / "ansible_collections/ctsync/ha_firewall"
     target.mkdir(parents=True)
+    installed = COLLECTIONS / "ansible_collections/ctsync/ha_firewall"
     for name in ("playbooks", "plugins", "roles", "meta"):
-        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "galaxy.yml", target)
+        shutil.copytree(installed / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
     package = target / "plugins/module_utils/ctsyncd/__init__.py"
     text = package.read_text(encoding="utf-8")
     package.write_text(re.sub('__version__ = ".*"', f'__version__ = "{NEXT}"', text), encoding="utf-8")

@@ -200,6 +200,14 @@ def test_each_fault_is_one_sentence_with_host_and_option(change, said):
     assert hits[0].startswith(("fw1: ", "fw2: "))
 
 
+def test_platform_that_is_not_supported_is_refused_with_a_way_on():
+    old = {"distribution": "Debian", "distribution_version": "10.13", "distribution_major_version": "10"}
+    (said,) = p.group_problems(pair(), all_facts(one=old))
+    assert said.startswith("fw1: platform: is Debian 10.13; supported are Debian 11, 12 and 13, Ubuntu 22.04")
+    assert "preflight_any_platform: true" in said
+    assert p.group_problems(pair(one={"any_platform": True}), all_facts(one=old)) == []
+
+
 @pytest.mark.parametrize(
     "change", [{"host": {"conntrackd": {"pids": [77]}}}, {"host": {"conntrackd": {"enabled": True}}}]
 )

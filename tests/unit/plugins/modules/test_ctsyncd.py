@@ -166,6 +166,19 @@ def test_unit_keeps_its_promises():
     assert "network-online" not in unit
 
 
+def test_old_systemd_runs_nothing_of_the_unit_before_its_credentials_are_there():
+    """systemd 247 fails any ExecStartPre= of a sandboxed unit with LoadCredential= (226/NAMESPACE)."""
+    old = layout.render_unit([1], ["192.168.100.2"], 247).splitlines()
+    new = layout.render_unit([1], ["192.168.100.2"], 252).splitlines()
+    together = (
+        "ExecStart=/bin/sh -c '/usr/sbin/ctsyncd -C /etc/ctsyncd/ctsyncd.conf gate --not-ready"
+        " && exec /usr/sbin/ctsyncd -C /etc/ctsyncd/ctsyncd.conf'"
+    )
+    assert [line for line in old if line not in new] == [together]
+    assert [line.split("=")[0] for line in new if line not in old] == ["ExecStartPre", "ExecStart"]
+    assert new == layout.render_unit([1], ["192.168.100.2"]).splitlines()
+
+
 @pytest.mark.parametrize(
     ("key", "words"),
     [
@@ -208,6 +221,7 @@ class Host:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.account = False
+        self.systemd = 252
         self.active = self.enabled = False
         self.read_unit = ""  # what systemd has read of the unit
         self.calls: list[str] = []
@@ -293,7 +307,7 @@ class PlayedService:
         self.host = host
 
     def version(self):
-        return 252
+        return self.host.systemd
 
     def state(self):
         host = self.host
@@ -428,6 +442,17 @@ def test_event_buffer_is_made_for_the_host_unless_it_is_given(host, monkeypatch)
     assert predicted_and_done(host, table_size=262_144)["config"]["netlink_buffer_bytes"] == 128 << 20
     assert predicted_and_done(host, netlink_buffer_bytes=1 << 20)["config"]["netlink_buffer_bytes"] == 1 << 20
     assert "table_size: -1 is negative" in run(table_size=-1)["msg"]
+
+
+@needs_root
+def test_unit_suits_the_systemd_of_the_host(host):
+    host.systemd = 247
+    assert run()["changed"]
+    assert "ExecStartPre=" not in host.unit()
+    assert not run()["changed"]
+    host.systemd = 257
+    assert run()["changed"]
+    assert "ExecStartPre=" in host.unit()
 
 
 @needs_root
