@@ -863,6 +863,11 @@ class Run:
                 for args in _ruleset.jump_deletions(plan):
                     words = " ".join(_ruleset.quote(a) for a in [tool.program, "-w", "10", *args])
                     starts.append(f"ExecStartPre=-{SILENTLY} {words}")
+                # before the restore, so that nothing is forwarded if that fails: an ipset may be missing
+                for name, table in plan.items():
+                    for chain, policy in table.policies.items():
+                        if policy == "DROP":
+                            starts.append(f"ExecStartPre={tool.program} -w 10 -t {name} -P {chain} {policy}")
                 starts.append(f"ExecStart={tool.restore_program} -w 10 --noflush {path}")
         # every deletion runs before the first restore
         starts.sort(key=lambda line: not line.startswith("ExecStartPre"))
@@ -1174,7 +1179,10 @@ def read_text(path: str):
 
 
 def unit_text(starts: list) -> str:
-    """The systemd unit: early in boot, before any network comes up, after those who might flush everything."""
+    """The systemd unit: early in boot, before any network comes up, after those who might flush everything.
+
+    The daemons are named, too, because no target stands between them where nothing manages the network.
+    """
     flushers = "nftables.service netfilter-persistent.service iptables.service ip6tables.service"
     flushers += " firewalld.service ufw.service"
     return "\n".join(
@@ -1184,7 +1192,7 @@ def unit_text(starts: list) -> str:
             "Description=Firewall rules of ctsync",
             "DefaultDependencies=no",
             "Wants=network-pre.target",
-            "Before=network-pre.target shutdown.target",
+            "Before=network-pre.target ctsyncd.service keepalived.service shutdown.target",
             f"After=local-fs.target systemd-modules-load.service {flushers}",
             "Conflicts=shutdown.target",
             "",

@@ -121,6 +121,25 @@ def next_version(tmp_path_factory):
     return path
 
 
+def started(host, unit, what="ActiveEnterTimestampMonotonic"):
+    """Microseconds of the machine's clock at which systemd had the unit up, or began to start it."""
+    found = int(host.check_output("systemctl show --property=%s --value %s", what, unit))
+    assert found > 0, f"{unit} was never started"
+    return found
+
+
+def test_the_node_that_booted_had_sysctls_and_rules_before_its_network_and_daemons(session):
+    failover = json.loads((EPHEMERAL / "failover.json").read_text(encoding="utf-8"))
+    host = node(failover["was_active"])
+    assert host.sysctl("net.netfilter.nf_conntrack_events") == 1
+    assert host.sysctl("net.ipv4.ip_forward") == 1
+    assert "CTSYNC-POSTROUTING -s 192.168.0.3/32" in host.check_output("iptables-save")
+    rules = started(host, "ctsync-ruleset")
+    assert rules < started(host, "network-pre.target")
+    for daemon in ("ctsyncd", "keepalived"):
+        assert rules < started(host, daemon, "ExecMainStartTimestampMonotonic")
+
+
 def test_upgrade_hands_over_and_keeps_the_session(goes_on, next_version):
     was = {name: status(name)["version"] for name in FIREWALLS}
     assert NEXT not in was.values()
