@@ -29,6 +29,8 @@ from . import _vrrp_tracking as tracking
 
 CONFIG_PATH = "/etc/keepalived/keepalived.conf"
 DROPIN_PATH = "/etc/systemd/system/keepalived.service.d/ctsync.conf"
+PROTOCOL_NOTE = "/etc/iproute2/rt_addrprotos.d/keepalived.conf"
+PROTOCOL_NOTE_MARK = "# added by keepalived"
 NOTIFY_FIFO = "/run/ctsync/notify.fifo"
 TRACK_FILE = "/run/ctsync/not-ready"
 MARKER_START = "# Managed by Ansible: ctsync.ha_firewall.keepalived"

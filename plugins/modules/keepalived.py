@@ -256,7 +256,8 @@ options:
   state:
     description:
       - V(present) configures keepalived and starts it.
-      - V(absent) stops it and restores the configuration and the service state that this module found.
+      - V(absent) stops it and restores the configuration and the service state that this module found. Where no
+        keepalived ran before, what keepalived 2.3 wrote for C(ip) into C(/etc/iproute2/rt_addrprotos.d) goes, too.
     type: str
     choices: [absent, present]
     default: present
@@ -756,7 +757,24 @@ class Keepalived:
                 self._plan_state("enabled", "disabled", before.enabled, service.enable, service.disable)
             if before is not None and before.active and kept.exists:
                 self._plan_action("restarted", service.restart)
+            elif ours:
+                self._plan_note_removal()
         self._finish()
+
+    def _plan_note_removal(self) -> None:
+        """keepalived 2.3 tells ip(8) the name of its addresses' protocol, in a file that no package owns."""
+        path = layout.PROTOCOL_NOTE
+        note = self._look(path)
+        lines = _decode(note).splitlines()
+        # a file that somebody has written into is somebody's
+        if note.exists and all(line.endswith(layout.PROTOCOL_NOTE_MARK) for line in lines):
+            self.work.add(path, _decode(note), "", self._remove_note)
+
+    def _remove_note(self) -> None:
+        self._remove(layout.PROTOCOL_NOTE)
+        folder = os.path.dirname(layout.PROTOCOL_NOTE)
+        if _files.remove_empty_directory(folder):
+            _files.remove_empty_directory(os.path.dirname(folder))
 
     def _restore(self, kept: _files.Snapshot) -> None:
         self._remember(self.path)

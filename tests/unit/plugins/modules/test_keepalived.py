@@ -89,6 +89,7 @@ class Host:
         self.config = directory / "etc" / "keepalived" / "keepalived.conf"
         self.saved = Path(str(self.config) + ".before-ctsync")
         self.dropin = directory / "etc" / "systemd" / "keepalived.service.d" / "ctsync.conf"
+        self.note = directory / "etc" / "iproute2" / "rt_addrprotos.d" / "keepalived.conf"
         self.pending = directory / "pending"
         self.program = directory / "bin" / "keepalived"
         self.program.parent.mkdir()
@@ -96,6 +97,7 @@ class Host:
         (directory / "etc").mkdir()
         monkeypatch.setattr(layout, "CONFIG_PATH", str(self.config))
         monkeypatch.setattr(layout, "DROPIN_PATH", str(self.dropin))
+        monkeypatch.setattr(layout, "PROTOCOL_NOTE", str(self.note))
         monkeypatch.setattr(module_under_test, "PENDING", str(self.pending))
         monkeypatch.setattr(module_under_test, "SETTLE_S", 0)
         monkeypatch.setattr(_systemd, "booted", lambda: True)
@@ -251,6 +253,40 @@ def test_absent_leaves_a_host_that_had_no_keepalived_stopped(host):
     done = host.run(state="absent")
     assert done["action"] == "stopped" and host.systemd.calls == ["stop", "daemon-reload"]
     assert host.files() == {}
+
+
+def leave_note(host, text="18\tkeepalived\t# added by keepalived\n"):
+    """As keepalived 2.3 does at its start."""
+    host.note.parent.mkdir(parents=True)
+    host.note.write_text(text, encoding="utf-8")
+
+
+@needs_root
+def test_absent_removes_what_keepalived_has_told_ip(host):
+    host.run()
+    leave_note(host)
+    predicted = host.run(check=True, state="absent")
+    assert host.note.exists()
+    done = host.run(state="absent")
+    assert done["changes"] == predicted["changes"] and str(host.note) in done["changes"]
+    assert host.files() == {} and not host.note.parents[1].exists()
+
+
+@needs_root
+@pytest.mark.parametrize("whose", ["keepalived of others", "edited", "beside others"])
+def test_absent_leaves_what_others_have_told_ip(host, whose):
+    if whose == "keepalived of others":
+        host.config.parent.mkdir()
+        host.config.write_text(FOREIGN, encoding="utf-8")
+        host.systemd.active = True
+    host.run()
+    leave_note(host, *(["18\tkeepalived\t# added by keepalived\n19\tmine\n"] if whose == "edited" else []))
+    other = host.note.parent / "bird.conf"
+    if whose == "beside others":
+        other.write_text("186\tbird\n", encoding="utf-8")
+    host.run(state="absent")
+    assert host.note.exists() is (whose != "beside others")
+    assert other.exists() is (whose == "beside others")
 
 
 @needs_root
