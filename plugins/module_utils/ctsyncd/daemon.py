@@ -66,7 +66,7 @@ SPARSE_S = 0.0066  # between two events: a window would gather a few at most, so
 AVERAGED_EVENTS = 64
 CROWDED = (10_000.0, 15_000.0)  # flows per second that the peer does not know: from here to there the window shrinks
 CROWDED_WINDOW_S = 0.002  # ... to this ...
-FLOOD = 0.000_000_1  # ... or, in seconds for each flow per second, to this: from 20,000 on CPU time counts for more
+FLOOD = (25_000.0, 40_000.0)  # ... and from here to there it grows again: CPU time counts for more then
 AVERAGED_S = 0.25  # over which they are counted
 
 NANOSECONDS = 1_000_000_000
@@ -77,8 +77,9 @@ class Window:
 
     Read at once is the first one after a quiet spell, and all of them while they are few.  Where a window pays it has
     its full length.  It is shorter where many flows come up that the peer has to learn of: it gathers plenty anyway,
-    and these are what a loss of this node would lose.  Connections that end as fast as they come up shorten nothing:
-    the longer the window, the more of them are over before they are told.  Times in seconds.
+    and these are what a loss of this node would lose.  In a flood it has its full length again.  Connections that end
+    as fast as they come up shorten nothing: the longer the window, the more of them are over before they are told.
+    Times in seconds.
     """
 
     def __init__(self) -> None:
@@ -90,12 +91,11 @@ class Window:
         """There is an event: how long may it wait for others?"""
         if self._gap >= SPARSE_S or now - self._last >= QUIET_S:
             return 0.0
-        lowest, highest = CROWDED
-        if self._fresh <= lowest:
+        fresh, (lowest, highest), (above, flood) = self._fresh, CROWDED, FLOOD
+        if fresh <= lowest:
             return longest
-        share = max(0.0, (highest - self._fresh) / (highest - lowest))
-        shortest = max(CROWDED_WINDOW_S, self._fresh * FLOOD)
-        length = shortest + share * max(0.0, longest - shortest)
+        share = max(0.0, (highest - fresh) / (highest - lowest), (fresh - above) / (flood - above))
+        length = CROWDED_WINDOW_S + min(1.0, share) * max(0.0, longest - CROWDED_WINDOW_S)
         return min(longest, max(0.0, self._last + length - now))  # events wait since they were read last
 
     def read(self, events: int, fresh: int, now: float) -> None:

@@ -89,8 +89,9 @@ def test_first_event_after_a_quiet_spell_is_read_at_once() -> None:
         (1000, 0.02, 45, 50),
         (9000, 0.02, 48, 50),
         (20_000, 0.02, 480, 500),  # 2 ms
-        (50_000, 0.02, 195, 205),  # 5 ms
-        (200_000, 0.02, 48, 52),  # 20 ms: the machine has enough to do
+        (24_000, 0.02, 480, 500),
+        (50_000, 0.02, 48, 52),  # 20 ms: the machine has enough to do
+        (200_000, 0.02, 48, 52),
         (1000, 0.0, 999, 1001),  # switched off
         (1000, 0.001, 450, 1001),  # shorter than the shortest: as it is configured
         (50_000, 0.001, 900, 1001),
