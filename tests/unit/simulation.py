@@ -350,6 +350,7 @@ class Node:
         self.role = readiness.BACKUP
         self._make = make
         self._dump: tuple[int, list[Flow]] | None = None
+        self._poll_at = 0.0
         self.requests_per_turn = 256
         self.booted = False
 
@@ -389,6 +390,9 @@ class Node:
         if self.engine is None:
             return []
         self.engine.kernel_changes(self.kernel.take_events(), now)
+        if now < self._poll_at and not self.kernel.expected and self.engine.resting(now):
+            return self.engine.talk(now)
+        self._poll_at = now + 1.0
         self.kernel.followed = self.engine.follows
         self._feed_dump(self.engine, now)
         out = self.engine.poll(now)

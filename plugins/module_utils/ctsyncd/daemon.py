@@ -147,6 +147,8 @@ class Daemon:
         self._event_buffer = config.netlink_buffer_bytes
         self._follows = True
         self._window = Window()
+        self._deadline = now  # the engine's
+        self._served = True  # something else than events and datagrams came in this turn
         self._events_at: float | None = None  # events wait; the window ends then
         # Outside of a window the events and all else are waited for, in it all else: no socket is registered anew.
         self._all = select.epoll()
@@ -262,7 +264,8 @@ class Daemon:
         now = time.monotonic()
         engine_ = self._engine
         wait = self._wait(now)
-        others = True
+        others, told = True, False
+        self._served = False
         if self._events_at is None:
             ready = [fd for fd, _mask in self._all.poll(wait)]
             now = time.monotonic()
@@ -283,8 +286,16 @@ class Daemon:
             now = time.monotonic()
         if self._events_at is not None and now >= self._events_at:
             self._read_events(now)
+            told = engine_.active
+            if told:
+                self._send(engine_.talk(now), now)  # at once: all else can wait
         if now >= self._second_at:
             self._every_second(now)
+        elif self._rests(now):
+            if not told and (engine_.rests_until() <= now or not engine_.nothing_to_tell):
+                self._send(engine_.talk(now), now)
+            self._deadline = engine_.rests_until()
+            return
         if self._control.busy:
             self._control.tick(now)
         if engine_.follows != self._follows:  # before a dump begins: what it does not tell any more, events do
@@ -299,12 +310,24 @@ class Daemon:
         for link in self._links:
             self._watch_link(link)
         self._look_for_news(now)
+        self._deadline = engine_.next_deadline()
+
+    def _rests(self, now: float) -> bool:
+        """Is there nothing to be done in this turn but what sessions have to say?  So it is in most turns."""
+        return (
+            self._engine.resting(now)
+            and self._dump is None
+            and not (self._served or self._report_due or self._control.busy)
+            and all([link.watched == selectors.EVENT_READ and not link.waiting for link in self._links])
+        )
 
     def _serve(self, key: selectors.SelectorKey, mask: int, now: float) -> None:
         edge = key.data
         if isinstance(edge, Link):
             self._read_link(edge, now)
-        elif edge is self._control:
+            return
+        self._served = True
+        if edge is self._control:
             edge.handle(key, mask, now)
         elif edge is self._fifo:
             self._read_fifo(now)
@@ -319,7 +342,7 @@ class Daemon:
     def _wait(self, now: float) -> float:
         """How long the loop may sleep, in seconds."""
         engine_ = self._engine
-        deadline = min(engine_.next_deadline(), self._second_at + SLACK_S)
+        deadline = min(self._deadline, self._second_at + SLACK_S)
         if engine_.dump is not None and (self._dump is None or engine_.dump_room):
             if self._dump is None or not engine_.dump_paced:
                 return 0.0

@@ -81,6 +81,10 @@ class Engine:
         self._flapping = False
         self._split = False
         self._purge_at: float | None = None
+        self._stirred = True  # something came in that the next poll must look at
+        self._calm = False  # the last poll left nothing to be done
+        self._alive: list[bool] = []  # the peers, then
+        self._chores_at = now  # when something is due besides what sessions have to say
 
     # --- the rooms, as callers know them -----------------------------------------------------------------------------
 
@@ -114,6 +118,7 @@ class Engine:
         Where the filter is another one the active node sends its whole table again, and the peer removes what is not in
         it.  A backup removes the replicas that are excluded now (nobody else would) and asks for the whole table.
         """
+        self._stirred = True
         situation = self.situation
         old, situation.settings = situation.settings, settings
         self.replicas.takeover.parked_at_most(settings.park_timeout_s)
@@ -140,6 +145,7 @@ class Engine:
         """The kernel says who holds the virtual IPs: all of them (active), none (backup), some (transition)."""
         if role == self.role:
             return
+        self._stirred = True
         self.role = role
         self.role_since = now
         self.counters["role_changes"] += 1
@@ -275,6 +281,7 @@ class Engine:
         self.replicas.takeover.timeouts = parameters
         own = conditions.own(ruleset, parameters)
         if own != self.situation.conditions:
+            self._stirred = True
             self.situation.conditions = own
             self.situation.parameters = tuple(parameters)
             for peer in self.peers:
@@ -292,6 +299,8 @@ class Engine:
         self.counters["events"] += changes.events
         if changes.events:
             self.dumps.changed(changes.events, now)
+        if changes.flows or changes.lost or not self.active:
+            self._stirred = True
         if not self.active:
             if changes.gone:
                 self.replicas.vanished(changes.gone)
@@ -329,6 +338,7 @@ class Engine:
 
     def answer(self, question: Question, found: Flow | None, now: float) -> None:
         """The kernel's entry, None if there is none."""
+        self._stirred = True
         if question.replica:
             if not self.active:
                 self.replicas.in_the_way(question.replica, found)
@@ -408,6 +418,7 @@ class Engine:
 
     def dump_finished(self, consistent: bool, now: float) -> None:
         """The dump came to its end.  ``consistent``: the kernel's table did not move under it (NLM_F_DUMP_INTR)."""
+        self._stirred = True
         purpose = self.dumps.finished(now)
         if not purpose:
             return
@@ -549,6 +560,7 @@ class Engine:
 
     def kernel_results(self, job: Job, failures: Collection[tuple[int, int]]) -> None:
         """What a piece of work came to: index in it and errno of what failed."""
+        self._stirred = True
         late = self.replicas.results(job, failures)
         if late:
             self.source.announce_late(late, job, self.situation.now)
@@ -559,10 +571,13 @@ class Engine:
         """A datagram from the address of peer ``number``, in the order of the sessions, on a link."""
         peer = self.peers[number]
         for event in peer.session.receive(datagram, now, link):
+            if isinstance(event, StatusReceived):
+                self._stirred |= event.status[:2] != peer.status[:2]
+                self._peer_says(peer, event.status, now)
+                continue
+            self._stirred = True
             if isinstance(event, BlockReceived):
                 self._receive_records(peer, event.records, now)
-            elif isinstance(event, StatusReceived):
-                self._peer_says(peer, event.status, now)
             elif isinstance(event, SessionUp):
                 self._session_up(peer, now)
             elif isinstance(event, PeerLeft):
@@ -762,6 +777,7 @@ class Engine:
 
     def commit(self) -> int:
         """Put every flow of the external cache that the kernel does not hold into the kernel; returns how many."""
+        self._stirred = True
         self.source.doubt()  # this daemon hears no events of what it does itself
         waiting = self.copies.lacking(self.cache.table)
         self.replicas.takeover.add(waiting)
@@ -770,6 +786,7 @@ class Engine:
 
     def flush_external(self) -> int:
         """Forget the external cache (the kernel keeps its entries); returns how many entries it had."""
+        self._stirred = True
         forgotten = len(self.cache)
         self.replicas.forget_all()
         self.helpers.replicas.clear()
@@ -779,11 +796,13 @@ class Engine:
 
     def flush_kernel(self) -> None:
         """Remove from this node's kernel every flow that the engine would replicate."""
+        self._stirred = True
         self.source.doubt()
         self.dumps.want(FLUSH)
 
     def resync(self) -> None:
         """Read the kernel's table again: the active node sends it, a backup compares it with its external cache."""
+        self._stirred = True
         if self.active:
             self.source.doubt()
             self._bulk_for_all()
@@ -792,12 +811,14 @@ class Engine:
 
     def request_bulk(self, now: float) -> None:
         """Ask the active node for its whole table."""
+        self._stirred = True
         if self.leader is not None:
             self.leader.request_bulk(now)
 
     def purge_later(self, now: float) -> None:
         """In ``PURGE_AFTER_S`` remove entries from this backup's kernel that the peer does not have; in the classic
         mode all that it would replicate, for there the peer's are in the external cache."""
+        self._stirred = True
         if self._purge_at is None:
             self._purge_at = now + PURGE_AFTER_S
 
@@ -813,6 +834,7 @@ class Engine:
 
         Of an active node with the peer of this number; a backup is compared with the active node.
         """
+        self._stirred = True
         if self.active:
             return self.provers[number].verify(now)
         self.checker.complete = self.complete
@@ -844,7 +866,37 @@ class Engine:
             if peer.telling_again and peer.tell_again(self.source.announced, now):
                 self._bulk_told((peer,), now)
             out.append(peer.poll(now))
+        self._stirred = False
+        self._calm = self._nothing_to_do()
+        self._alive = [peer.alive(now) for peer in self.peers]
+        self._chores_at = self._next_chore()
         return out
+
+    def talk(self, now: float) -> list[list[bytes]]:
+        """The sessions' part of :meth:`poll`: datagrams with the changes that wait, signs of life, acknowledgements."""
+        self.situation.now = now
+        return [peer.poll(now) for peer in self.peers]
+
+    def resting(self, now: float) -> bool:
+        """Since the last :meth:`poll` nothing came in but changes of flows and signs of life, nothing is being
+        done, and nothing is due: then :meth:`talk` does all that there is to do.
+
+        What is not urgent has no deadline and waits for a poll: there must be one every second all the same.
+        """
+        return (
+            self._calm
+            and not self._stirred
+            and now < self._chores_at
+            and not self.situation.questions
+            and self._alive == [peer.alive(now) for peer in self.peers]
+            and not any([peer.bulk_due for peer in self.peers])
+        )
+
+    def _nothing_to_do(self) -> bool:
+        dumps, helpers = self.dumps, self.helpers
+        if dumps.wanted or self.replicas.busy or helpers.busy or any([prover.busy for prover in self.provers]):
+            return False
+        return not any([peer.learn or peer.giving or peer.telling_again for peer in self.peers])
 
     @property
     def nothing_to_tell(self) -> bool:
@@ -858,8 +910,18 @@ class Engine:
 
     def next_deadline(self) -> float:
         """When :meth:`poll` wants to be called next (monotonic seconds)."""
-        deadline = min([peer.next_deadline() for peer in self.peers])
-        deadline = min(deadline, self.checker.next_deadline(), *[prover.next_deadline() for prover in self.provers])
+        return min(self._next_chore(), self._next_word())
+
+    def rests_until(self) -> float:
+        """The same while it is :meth:`resting`; then it costs less."""
+        return min(self._chores_at, self._next_word())
+
+    def _next_word(self) -> float:
+        """When a session has to say something."""
+        return min([peer.next_deadline() for peer in self.peers])
+
+    def _next_chore(self) -> float:
+        deadline = min(self.checker.next_deadline(), *[prover.next_deadline() for prover in self.provers])
         for moment in (self._purge_at, self.replicas.refused_at, self.dumps.reread_at):
             if moment is not None and moment < deadline:
                 deadline = moment

@@ -172,6 +172,12 @@ class Helpers:
         self._listed = []
         self.walk = (self._walks, purpose)
 
+    @property
+    def busy(self) -> bool:
+        """There are flows with helpers on this active node, or something is to be done in the kernel."""
+        source = self.source
+        return bool(source.masters or source.asks or self.walk is not None or self.replicas.busy)
+
     def next_deadline(self) -> float:
         """When :meth:`poll` wants to be called; infinity where there is nothing to do."""
         return self.source.next_deadline() if self._situation.active else self.replicas.next_deadline()

@@ -310,6 +310,11 @@ class Peer:
 
     # --- tables that it lacks ----------------------------------------------------------------------------------------
 
+    @property
+    def giving(self) -> bool:
+        """It is being sent the replicas that it asked for."""
+        return self._giving is not None
+
     def begin_giving(self, cache: ExternalCache, now: float) -> None:
         self.give_due = False
         self.begin_bulk(now)

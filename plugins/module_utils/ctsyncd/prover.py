@@ -30,7 +30,7 @@ from .situation import DUMP_ROOM, Situation
 from .source import Source
 from .verification import Verification
 
-DIGEST_S = 1.0  # between two digests while flows come and go
+DIGEST_S = 0.9  # between two digests while flows come and go: one with each poll of a quiet second
 DIGEST_IDLE_S = 10.0
 AUDIT_S = 30.0  # between two audits, at least
 HOLD_S = 0.3  # longer than an event takes to get here: what was read of the kernel is told when they are in
@@ -139,6 +139,11 @@ class Prover:
     @property
     def _busy(self) -> bool:
         return self._running is not None or self._auditing
+
+    @property
+    def busy(self) -> bool:
+        """Something is being compared, or is to be."""
+        return self._busy or bool(self._wanted)
 
     @property
     def comparing(self) -> bool:

@@ -861,7 +861,7 @@ class Session:
             return 0.0
         if session is None:
             return self._hello_at
-        if session.lost and session.outstanding < session.window:
+        if self._status_due or (session.lost and session.outstanding < session.window):
             return 0.0
         deadline = min(self._heartbeat_at, self.paths.due)
         if not session.confirmed:

@@ -239,5 +239,8 @@ def test_lines_of_a_turn_and_a_verdict_of_an_idle_node() -> None:
     for up in (sim.fw1.up, sim.fw2.up):
         up.poll(sim.now)
         up.verdict(sim.now)
-        assert lines(lambda up=up: up.poll(sim.now)) <= 160  # type: ignore[misc]
+        assert lines(lambda up=up: up.poll(sim.now)) <= 200  # type: ignore[misc]
+        assert up.resting(sim.now)
+        assert lines(lambda up=up: (up.resting(sim.now), up.rests_until())) <= 45  # type: ignore[misc]
+        assert lines(lambda up=up: up.talk(sim.now)) <= 45  # type: ignore[misc]
         assert lines(lambda up=up: up.verdict(sim.now)) <= 165  # type: ignore[misc]

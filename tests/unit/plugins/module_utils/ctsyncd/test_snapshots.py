@@ -87,6 +87,7 @@ def go_back(made: Simulation, name: str, flows: int, peer_restarts: bool = False
     for port in range(3000, 3000 + flows):
         made.fw1.kernel.open(tcp(port))
         made.run(1.0)
+    made.run_until(lambda: made.wire.next_arrival() > made.now + 1.0)  # so it speaks before it hears
     restore(made, name, image)
 
 
