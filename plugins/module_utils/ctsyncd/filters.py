@@ -18,7 +18,6 @@ from typing import NamedTuple, Tuple
 from .config import EVERYTHING, Network
 from .config import Filter as Selection
 from .constants import (
-    AF_INET,
     IPPROTO_SCTP,
     IPPROTO_TCP,
     IPPROTO_VRRP,
@@ -40,6 +39,7 @@ COMPILED_LIMIT = 64  # values per list in a BPF program, whose conditional jumps
 HALF_OPEN = (TCP_SYN_SENT, TCP_SYN_RECV, TCP_SYN_SENT2)
 
 FEW = 4  # rows up to which judging one after the other is cheaper than by columns
+IPV4_BYTES = 4
 _MANY_NETWORKS = 16  # from here on one look-up for each prefix length is cheaper than columns for each network
 
 Rows = Mapping[bytes, bytes]
@@ -197,6 +197,7 @@ class Filter:
         self._zones = frozenset(selection.zones)
         self._states = frozenset(selection.tcp_states)
         self._marks = tuple((mark.value, mark.mask) for mark in selection.marks)
+        self._everything = not (self._only or self._protocols or self._zones or self._states or self._marks)
         self._unreplied = unreplied
         self._protocol_table = _among(number for number in self._protocols if number < 256)
         self._state_table = _among((0, *self._states))
@@ -229,7 +230,7 @@ class Filter:
     def select_rows(self, key_len: int, rows: Rows) -> Rows:
         """Those that :meth:`matches`."""
         if len(rows) <= FEW:
-            return _one_by_one(rows, self.matches)
+            return self._few_matching(key_len, rows)
         columns = _Columns(key_len, rows)
         tcp, sctp = columns.of_protocol(_IS_TCP), columns.of_protocol(_IS_SCTP)
         others = columns.all & ~(tcp | sctp)
@@ -251,12 +252,15 @@ class Filter:
     def passing_rows(self, key_len: int, rows: Rows) -> Rows:
         """Those of flows that :meth:`passes_through`."""
         if len(rows) <= FEW:
-            return _one_by_one(rows, self.passes_through)
+            size = SHAPES[key_len].address
+            return {key: value for key, value in rows.items() if self._row_passes(size, key, value)}
         columns = _Columns(key_len, rows)
         return columns.take(self._passing(columns, columns.all))
 
     def selected_rows(self, key_len: int, rows: Rows) -> Rows:
         """Those that the filter :meth:`selects`."""
+        if self._everything:
+            return rows
         if len(rows) <= FEW:
             return _one_by_one(rows, self.selects)
         columns = _Columns(key_len, rows)
@@ -265,6 +269,25 @@ class Filter:
     def concerned_rows(self, key_len: int, rows: Rows) -> Rows:
         """Those that the filter :meth:`concerns`."""
         return self.selected_rows(key_len, self.passing_rows(key_len, rows))
+
+    def _few_matching(self, key_len: int, rows: Rows) -> Rows:
+        """Without a flow for each of them: where few events come in, making one takes longer than judging it."""
+        size, chosen = SHAPES[key_len].address, {}
+        for key, value in rows.items():
+            proto = key[0]
+            if proto == IPPROTO_TCP:
+                worth = _TCP_WORTH[value[-STATE_FROM_END]]
+            elif proto == IPPROTO_SCTP:
+                worth = _SCTP_WORTH[value[-STATE_FROM_END]]
+            else:
+                worth = self._unreplied or _REPLIED[value[1 - STATUS_FROM_END]]
+            if worth and self._row_passes(size, key, value) and (self._everything or self.selects(unpack(key, value))):
+                chosen[key] = value
+        return chosen
+
+    def _row_passes(self, size: int, key: bytes, value: bytes) -> bool:
+        """:meth:`passes_through`; ``size`` is that of an address."""
+        return self._passes(key[0], key[1 : 1 + size], value[:size], key[1 + size : 1 + 2 * size])
 
     def _passing(self, columns: _Columns, mask: int) -> int:
         """Of the rows in ``mask`` those that pass through."""
@@ -341,13 +364,15 @@ class Filter:
 
     def passes_through(self, flow: Flow) -> bool:
         """By its addresses a flow through the firewall: not its own, not local, not ignored."""
-        if flow.proto == IPPROTO_VRRP:
+        return self._passes(flow.proto, flow.orig.src, flow.reply.src, flow.orig.dst)
+
+    def _passes(self, proto: int, source: bytes, server: bytes, target: bytes) -> bool:
+        if proto == IPPROTO_VRRP:
             return False
-        source, server, target = flow.orig.src, flow.reply.src, flow.orig.dst
         own = self._own
         if source in own or server in own:
             return False
-        if flow.family == AF_INET:
+        if len(source) == IPV4_BYTES:
             if source[0] == 127 or server[0] == 127 or target[0] >= 224:
                 return False
         elif target[0] == 0xFF or target[:2] == b"\xfe\x80" or source[:2] == b"\xfe\x80":
