@@ -57,6 +57,8 @@ DUMP_SLICES_PER_TURN = 8
 PACED_REST = 4.0  # a paced dump rests so many times as long as a slice of it took
 MAX_EVENT_BUFFER = 256 << 20
 STORY_PATIENCE_S = 2.0  # for the disk, when the daemon stops
+RULESET_CHECK_S = 3.0  # the fingerprint of the ruleset is read so often
+VERDICT_S = 10.0  # a verdict of a ready node that nothing seems to change is made anew so often
 PARAMETERS_CHECK_S = 10.0  # sysctls change while the daemon runs
 ADDRESS_CHECK_S = 10.0  # the virtual IPs are looked up at every change, and this often in case a change was missed
 SLACK_S = 0.3  # what is not urgent waits so long for a wake-up that is needed anyway
@@ -157,6 +159,7 @@ class Daemon:
         self._addresses_at = now
         self._parameters: dict[str, int] = {}
         self._parameters_at = now
+        self._ruleset_at = now
         self._links = [
             Link(link.interface, link.address, link.port, [peer.addresses[number] for peer in config.peers])
             for number, link in enumerate(config.links)
@@ -172,6 +175,7 @@ class Daemon:
         self._watchdog_at = now
         self._report_at = now  # no verdict before
         self._report_due = True
+        self._verdict_at = now
         self._condition: tuple[object, ...] = ()
         self._chosen = [0] * len(config.peers)  # the link that carries each session, as far as is logged
 
@@ -383,7 +387,7 @@ class Daemon:
                 self._open_link(link, now)
             link.look()
             self._tell_paths(link, now)
-        self._report(now)
+        self._report_if_changed(now)
         self._record(now)
         self._notifier.status(self._status_line())
         if self._notifier.watchdog_interval_s is not None and now >= self._watchdog_at - SLACK_S:
@@ -503,6 +507,9 @@ class Daemon:
             self._recorder.transition(now, role)
 
     def _read_conditions(self, now: float) -> None:
+        if now < min(self._ruleset_at, self._parameters_at):
+            return
+        self._ruleset_at = now + RULESET_CHECK_S
         ruleset, self._ruleset_problem = service.read_fingerprint(self.config.ruleset_fingerprint)
         if now < self._parameters_at and ruleset == self._ruleset:
             return
@@ -551,6 +558,7 @@ class Daemon:
 
     def _apply(self, new: Config, now: float) -> None:
         """Use a configuration that differs from the present one in live options only."""
+        self._verdict_at = now
         old, self.config = self.config, new
         logging.getLogger().setLevel(new.log_level.upper())
         for session in self._sessions:
@@ -668,13 +676,27 @@ class Daemon:
 
     # --- reports -----------------------------------------------------------------------------------------------------
 
-    def _report(self, now: float) -> None:
+    def _report_if_changed(self, now: float) -> None:
+        """A verdict with reasons may have numbers that grow; else it depends on the condition alone."""
+        self._find_impairments(now)
+        condition = self._engine.condition(now)
+        if condition != self._condition or self._verdict.reasons or now >= self._verdict_at:
+            self._condition = condition
+            self._report(now)
+        else:
+            self._set_gate(self._verdict.gate, now)  # the file may have been touched
+
+    def _find_impairments(self, now: float) -> None:
         self._look_at_links(now)
         problems = [self._not_reloaded, self._ruleset_problem, self._fifo.problem, self._track.problem]
         problems.append(self._flights.problem)
         for session in self._sessions:
             problems += session.key_problems()
         self._engine.impaired = (*self._broken_links(now), *filter(None, problems))
+
+    def _report(self, now: float) -> None:
+        self._verdict_at = now + VERDICT_S
+        self._find_impairments(now)
         for alarm in self._engine.take_alarms():
             LOG.warning("%s", alarm)
         verdict = self._engine.verdict(now)

@@ -998,6 +998,7 @@ class Engine:
         return (
             self.role,
             self.complete,
+            self._informed,
             self.leader,
             [peer.condition(now) for peer in self.peers],
             self.dumps.reread_at,
@@ -1008,6 +1009,7 @@ class Engine:
             self.overloaded,
             bool(self.checker.alarm(now)),
             self._flapping,
+            len(self.situation.alarms),
             self.problem,
             self.impaired,
             self.situation.conditions,
