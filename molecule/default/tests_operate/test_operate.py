@@ -1,7 +1,7 @@
 # Copyright: (c) 2026, The ctsync authors
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A live pair is upgraded, gets another key and is removed, by the playbooks for that, one after the other.
+"""A live pair is upgraded, gets another key, is removed and made from conntrackd, by the playbooks for that.
 
 The session that was open when the power was cut is still open, and must be until the removal.
 """
@@ -35,7 +35,7 @@ def node(name):
     return testinfra.get_host(f"docker://{PREFIX}{name}")
 
 
-def play(name, variables=None, collections=None):
+def play(name, variables=None, collections=None, options=()):
     """Run a playbook of the collection on the molecule lab as a user would; its output."""
     done = subprocess.run(
         [
@@ -44,6 +44,7 @@ def play(name, variables=None, collections=None):
             str(ROOT / "inventories/lab/hosts.yml"),
             "--extra-vars",
             json.dumps(variables or {}),
+            *options,
             f"ctsync.ha_firewall.{name}",
         ],
         env={
@@ -176,3 +177,35 @@ def test_uninstall_leaves_the_hosts_as_they_were_found(session):
         found = node(name).check_output("sh -c %s", LOOK.read_text(encoding="utf-8")).splitlines()
         before = (EPHEMERAL / f"bare-{name}.txt").read_text(encoding="utf-8").splitlines()
         assert sorted(set(found) ^ set(before)) == []
+
+
+CONNTRACKD = """\
+[Service]
+ExecStart=/usr/local/sbin/conntrackd infinity
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+def test_a_conntrackd_that_is_active_is_replaced_and_never_runs_beside_ctsyncd():
+    """On the machines that are bare again. What counts is a process and a unit of that name: it only sleeps."""
+    for name in FIREWALLS:
+        node(name).check_output("cp /bin/sleep /usr/local/sbin/conntrackd")
+        node(name).check_output("printf %s > /etc/systemd/system/conntrackd.service", CONNTRACKD)
+        node(name).check_output("systemctl daemon-reload && systemctl enable --now conntrackd")
+
+    play("site", {"migrate": True}, options=["--check", "--diff"])
+    for name in FIREWALLS:
+        assert node(name).check_output("systemctl is-active conntrackd") == "active"
+        assert not node(name).file("/usr/sbin/ctsyncd").exists
+
+    play("site", {"migrate": True})
+    for name in FIREWALLS:
+        assert node(name).run("systemctl is-active conntrackd").stdout.strip() == "inactive"
+        assert node(name).run("systemctl is-enabled conntrackd").stdout.strip() == "disabled"
+        assert node(name).run("pidof conntrackd").rc != 0
+        ended = started(node(name), "conntrackd", "InactiveEnterTimestampMonotonic")
+        assert ended < started(node(name), "ctsyncd", "ExecMainStartTimestampMonotonic")
+        assert status(name)["verdict"] == "READY"
+    again = play("site")  # there is nothing left to be refused or done
+    assert len(re.findall(r"(?m)^fw\d .* changed=0 ", again)) == len(FIREWALLS), again[-2000:]
