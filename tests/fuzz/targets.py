@@ -1126,7 +1126,7 @@ def control_runner() -> Runner:
         peer.data(wire.encode_block(0, _flow_record(FLOWS[0])))
         one._engine, one._sessions = peer.engine, [peer.engine.peers[0].session]
         sock = _ClientSocket(data)
-        client = control._Client(sock, 5.0)  # type: ignore[arg-type]
+        client = control._Client(sock, 0, 5.0)  # type: ignore[arg-type]
         server._clients = {9: client}
         requests = server.counters["requests"]
         server._receive(client, 0.0)

@@ -29,9 +29,7 @@ LEFT_OUT = {
         "path": "where keepalived of the distributions looks",
     },
     "kernel": {
-        "modules_file": "where systemd looks",
         "state_file": "what is remembered is in one place, which uninstall looks into",
-        "sysctl_file": "where systemd looks",
     },
 }
 MODULES = {
@@ -43,7 +41,7 @@ MODULES = {
 COMPUTED = {
     "ruleset": {"vrrp_peers", "sync", "virtual_ips", "services"},
     "keepalived": {"instances", "node", "priority", "group"},
-    "kernel": {"modules", "sysctls"},
+    "kernel": {"modules", "modules_file", "sysctl_file", "sysctls"},
 }
 
 
