@@ -244,3 +244,48 @@ def test_lines_of_a_turn_and_a_verdict_of_an_idle_node() -> None:
         assert lines(lambda up=up: (up.resting(sim.now), up.rests_until())) <= 45  # type: ignore[misc]
         assert lines(lambda up=up: up.talk(sim.now)) <= 45  # type: ignore[misc]
         assert lines(lambda up=up: up.verdict(sim.now)) <= 165  # type: ignore[misc]
+
+
+def test_what_an_engine_rests_from() -> None:
+    """Changes of flows and signs of life leave it at rest; whatever else comes in, or is due, does not."""
+    sim = shipped()
+    sim.run(3.0)
+    one, two = sim.fw1.up, sim.fw2.up
+
+    def rested() -> bool:
+        one.poll(sim.now)
+        return one.resting(sim.now)
+
+    def comes(changes: Changes) -> bool:
+        one.kernel_changes(changes, sim.now)
+        return one.resting(sim.now)
+
+    rows = flows(3, False)
+    assert rested()
+    assert comes(Changes({13: rows}, [], [], 3, False, False))
+    sent = one.talk(sim.now)[0]
+    assert len(sent) == 1  # they are told
+    assert one.nothing_to_tell
+    assert one.resting(sim.now)
+    two.receive(0, sent[0], sim.now)
+    assert not two.resting(sim.now)  # it has something to do
+    for answer in two.poll(sim.now)[0]:
+        one.receive(0, answer, sim.now)
+    assert comes(Changes({}, [], list(rows), 3, False, False))
+    assert not comes(Changes({}, [], [], 0, True, False))  # events were lost
+    assert one.dump is None
+    one.poll(sim.now)
+    assert not one.resting(sim.now)  # the table is read again
+    sim.run(10.0)
+    assert rested()
+    assert not one.resting(sim.now + 60.0)  # the peer was not heard of
+    assert rested()
+    one.set_conditions("ab" * 16, {"tcp_loose": 0}, sim.now)
+    assert not one.resting(sim.now)
+    assert rested()
+    sim.fw2.set_role("transition", sim.now)
+    for heard in two.poll(sim.now)[0]:
+        one.receive(0, heard, sim.now)
+    assert not one.resting(sim.now)  # the peer's role is another one
+    one.resync()
+    assert not rested()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import errno
+import selectors
 
 import pytest
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import constants as k
@@ -258,3 +259,23 @@ def test_empty_table_that_nobody_waits_for_is_not_walked_through(
     one._feed_dump(5.0)
     assert len(opened) == read
     assert finished == ([] if read else [True])
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value"),
+    [("_served", True), ("_report_due", True), ("_dump", object()), ("link", "waiting"), ("link", "held back")],
+)
+def test_a_turn_ends_early_only_where_nothing_else_is_to_be_done(attribute: str, value: object) -> None:
+    one = object.__new__(daemon.Daemon)
+    one._engine = type("Resting", (), {"resting": lambda _self, _now: True})()
+    one._control = type("Quiet", (), {"busy": False})()
+    link = type("Open", (), {"watched": selectors.EVENT_READ, "waiting": False})()
+    one._dump, one._served, one._report_due, one._links = None, False, False, [link]
+    assert one._rests(100.0)
+    if value == "waiting":
+        link.waiting = True
+    elif value == "held back":
+        link.watched = 0
+    else:
+        setattr(one, attribute, value)
+    assert not one._rests(100.0)
