@@ -1050,6 +1050,8 @@ def control_grammar() -> Grammar:
     requests: list[dict[str, Any]] = [{"command": name} for name in commands]
     requests += [{"command": "external", "format": name} for name in ("text", "json", "xml", "yaml")]
     requests += [{"command": "stats", "section": "network"}, {"command": "flush", "which": "external"}]
+    texts = {str(key_id): base64.b64encode(bytes([key_id]) * 32).decode() for key_id in (1, 2)}
+    requests += [{"command": "keys", "keys": texts}, {"command": "keys", "keys": {"1": texts["1"]}}]
     seeds = [json.dumps(request).encode() + b"\n" for request in requests]
     words = (
         b"\n",
@@ -1102,11 +1104,19 @@ class _Commands(daemon.Daemon):
             raise AttributeError(name)
         return ""
 
+    def _apply(self, new: config.Config, now: float) -> None:
+        self.config = new
+
+    def _report(self, now: float) -> None:
+        pass
+
 
 def control_runner() -> Runner:
     """The control server with the daemon's own commands."""
     one = _Commands.__new__(_Commands)
     one.config = config.parse(CONFIG)
+    descriptor, one._path = _memory_file()
+    os.write(descriptor, CONFIG.encode())
     one.started = 0.0
     one._virtual_ips = [(vip.interface, vip.address, vip.packed) for vip in one.config.virtual_ips]
     one._held = set()
@@ -1114,7 +1124,9 @@ def control_runner() -> Runner:
     one._recorder.note(0.0, "start")
     one._event_buffer = 1
     one._events = one._fifo = SimpleNamespace(malformed=0, garbage=0)  # type: ignore[assignment]
-    one._recorder = SimpleNamespace(lines=lambda *_args, **_options: iter(("line",)))  # type: ignore[assignment]
+    one._recorder = SimpleNamespace(  # type: ignore[assignment]
+        lines=lambda *_args, **_options: iter(("line",)), note=lambda *_args, **_options: None
+    )
     one._links = [SimpleNamespace(counters={}, is_open=True, interface="eth2", refused="")]  # type: ignore[list-item]
     one._helpers = SimpleNamespace(counters={}, statistics=dict)  # type: ignore[assignment]
     one._internal = lambda line: iter((b"", None, line(FLOWS[0], 1).encode() + b"\n"))  # type: ignore[method-assign]
