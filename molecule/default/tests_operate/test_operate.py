@@ -35,7 +35,7 @@ def node(name):
     return testinfra.get_host(f"docker://{PREFIX}{name}")
 
 
-def play(name, variables=None, collections=None, options=()):
+def play(name, variables=None, collections=None, options=(), succeeds=True):
     """Run a playbook of the collection on the molecule lab as a user would; its output."""
     done = subprocess.run(
         [
@@ -60,7 +60,7 @@ def play(name, variables=None, collections=None, options=()):
         timeout=900,
         check=False,
     )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert (done.returncode == 0) == succeeds, done.stdout[-6000:] + done.stderr[-2000:]
     assert NEW_KEY not in done.stdout + done.stderr, "the key was printed"
     return done.stdout
 
@@ -141,6 +141,56 @@ def test_the_node_that_booted_had_sysctls_and_rules_before_its_network_and_daemo
         assert rules < started(host, daemon, "ExecMainStartTimestampMonotonic")
 
 
+def sides():
+    """The standby and the active node."""
+    return sorted(FIREWALLS, key=lambda name: status(name)["role"] == "active")
+
+
+def wait_for_verdict(name, ready):
+    """Until the daemon of the node says READY, or something else."""
+    deadline = time.monotonic() + DEADLINE
+    while (status(name).get("verdict") == "READY") != ready:
+        assert time.monotonic() < deadline, status(name)
+        time.sleep(0.5)
+
+
+def test_nothing_touches_the_active_node_while_the_other_cannot_take_over(goes_on):
+    standby, active = sides()
+    key = "net.ipv4.conf.all.send_redirects"
+    before = {name: node(name).sysctl(key) for name in FIREWALLS}
+    changed = {"kernel_extra_sysctls": [{"name": key, "value": str(1 - before[active])}]}
+    node(standby).check_output("ip link set eth2 down")
+    try:
+        wait_for_verdict(standby, ready=False)
+        # only the sysctls: with all of it the standby's own gate would stop it first
+        said = play("site", changed, options=["--tags", "kernel"], succeeds=False)
+        assert f"{standby} cannot take over (DEGRADED: {active} is silent for " in " ".join(said.split())
+        assert f"so the active node {active} is left as it is" in " ".join(said.split())
+        assert node(active).sysctl(key) == before[active]
+        assert node(standby).sysctl(key) == 1 - before[standby], "the standby goes first"
+        said = play("switchover", succeeds=False)
+        assert "Nothing was done, because the pair is not fit for a hand-over" in " ".join(said.split())
+        assert status(active)["role"] == "active"
+    finally:
+        node(standby).check_output("ip link set eth2 up")
+    for name in FIREWALLS:
+        wait_for_verdict(name, ready=True)
+    play("site", changed, options=["--tags", "kernel"])
+    assert node(active).sysctl(key) == 1 - before[active], "with a standby that is READY it is changed"
+    play("site", options=["--tags", "kernel"])
+    assert {name: node(name).sysctl(key) for name in FIREWALLS} == before, "left out, it is as it was"
+
+
+def test_a_planned_hand_over_keeps_the_session_and_is_not_repeated(goes_on):
+    standby, active = sides()
+    said = play("switchover", {"switchover_to": standby})
+    assert re.search(r"- ([1-9]\d*) of \1 established TCP sessions kept", said)
+    assert sides() == [active, standby]
+    said = play("switchover", {"switchover_to": standby})
+    assert f"{standby} is active already - nothing was done" in said
+    assert sides() == [active, standby]
+
+
 def test_upgrade_hands_over_and_keeps_the_session(goes_on, next_version):
     was = {name: status(name)["version"] for name in FIREWALLS}
     assert NEXT not in was.values()
@@ -180,6 +230,8 @@ def test_uninstall_leaves_the_hosts_as_they_were_found(session):
 
 
 CONNTRACKD = """\
+[Unit]
+Description=conntrackd, asleep
 [Service]
 ExecStart=/usr/local/sbin/conntrackd infinity
 [Install]
@@ -204,8 +256,12 @@ def test_a_conntrackd_that_is_active_is_replaced_and_never_runs_beside_ctsyncd()
         assert node(name).run("systemctl is-active conntrackd").stdout.strip() == "inactive"
         assert node(name).run("systemctl is-enabled conntrackd").stdout.strip() == "disabled"
         assert node(name).run("pidof conntrackd").rc != 0
-        ended = started(node(name), "conntrackd", "InactiveEnterTimestampMonotonic")
-        assert ended < started(node(name), "ctsyncd", "ExecMainStartTimestampMonotonic")
+        told = node(name).check_output("journalctl --no-pager --boot --unit=conntrackd --unit=ctsyncd --output=cat")
+        told = told.splitlines()
+        stopped = [number for number, line in enumerate(told) if line.startswith("Stopped ") and "asleep" in line]
+        starting = [number for number, line in enumerate(told) if re.match("Starting .*state replication", line)]
+        assert stopped and starting, told
+        assert stopped[-1] < starting[-1], told
         assert status(name)["verdict"] == "READY"
     again = play("site")  # there is nothing left to be refused or done
     assert len(re.findall(r"(?m)^fw\d .* changed=0 ", again)) == len(FIREWALLS), again[-2000:]
