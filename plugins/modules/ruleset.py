@@ -1075,9 +1075,9 @@ class Run:
             wanted = {family: self.normalise(family, plan) for family, plan in plans.items()}
         except _ruleset.RulesetError as exc:
             module.fail_json(msg=f"{exc} Nothing was changed.")
+        self.decide(plans, wanted)
         if params["validate_only"]:
             return self.result(False, [], wanted)
-        self.decide(plans, wanted)
         files = self.wanted_files(plans)
         stale = {path: read_text(path) for path, (text, _mode) in files.items() if read_text(path) != text}
         enable = files[UNIT_PATH][0] is not None and not self.unit_enabled()

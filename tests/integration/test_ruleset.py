@@ -323,8 +323,8 @@ def test_foreign_forwarding_is_not_cut_unless_told_to(machine, backend):
     machine.run(f"iptables-{backend}", "-N", "DOCKER-USER")
     machine.run(f"iptables-{backend}", "-A", "FORWARD", "-j", "DOCKER-USER")
     before = saved(machine, backend)
-    for check in (True, False):
-        refused = machine.module("ruleset", backend=backend, check=check, rules=PAGE)
+    for check, options in ((True, {}), (False, {}), (False, {"validate_only": True})):
+        refused = machine.module("ruleset", backend=backend, check=check, rules=PAGE, **options)
         assert refused["failed"]
         assert "take_over_forward_policy: true" in refused["msg"]
         assert "-A FORWARD -j DOCKER-USER" in refused["msg"]
