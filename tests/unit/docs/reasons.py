@@ -109,7 +109,7 @@ def verdicts() -> list[str]:
 
 def gathered() -> set[str]:
     """Names that hold problems, where the daemon makes its report of them."""
-    report = next(node for node in functions(DAEMON / "daemon.py") if node.name == "_report")
+    report = next(node for node in functions(DAEMON / "daemon.py") if node.name == "_find_impairments")
     names = {ast.unparse(node) for node in ast.walk(report) if isinstance(node, ast.Attribute)}
     return {name for name in names if re.search(r"(problems?|broken_links|not_reloaded)\Z", name)}
 
