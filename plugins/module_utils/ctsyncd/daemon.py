@@ -322,7 +322,7 @@ class Daemon:
             self._engine.resting(now)
             and self._dump is None
             and not (self._served or self._report_due or self._control.busy)
-            and all([link.watched == selectors.EVENT_READ and not link.waiting for link in self._links])
+            and all(link.watched == selectors.EVENT_READ and not link.waiting for link in self._links)
         )
 
     def _serve(self, key: selectors.SelectorKey, mask: int, now: float) -> None:

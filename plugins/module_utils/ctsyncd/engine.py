@@ -889,14 +889,14 @@ class Engine:
             and now < self._chores_at
             and not self.situation.questions
             and self._alive == [peer.alive(now) for peer in self.peers]
-            and not any([peer.bulk_due for peer in self.peers])
+            and not any(peer.bulk_due for peer in self.peers)
         )
 
     def _nothing_to_do(self) -> bool:
         dumps, helpers = self.dumps, self.helpers
-        if dumps.wanted or self.replicas.busy or helpers.busy or any([prover.busy for prover in self.provers]):
+        if dumps.wanted or self.replicas.busy or helpers.busy or any(prover.busy for prover in self.provers):
             return False
-        return not any([peer.learn or peer.giving or peer.telling_again for peer in self.peers])
+        return not any(peer.learn or peer.giving or peer.telling_again for peer in self.peers)
 
     @property
     def nothing_to_tell(self) -> bool:
