@@ -88,9 +88,9 @@ def session():
         assert time.monotonic() < deadline, [status(name) for name in FIREWALLS]
         time.sleep(0.5)
     node("a").check_output(
-        "systemd-run --collect --unit=operate --property=StandardOutput=truncate:/root/operate.log"
-        " ssh -oServerAliveInterval=1 -oServerAliveCountMax=10 b"
-        " 'n=0; while sleep 0.1; do echo $n; n=$((n + 1)); done'"
+        "systemd-run --collect --unit=operate /bin/sh -c %s",
+        "exec ssh -oServerAliveInterval=1 -oServerAliveCountMax=10 b"
+        " 'n=0; while sleep 0.1; do echo $n; n=$((n + 1)); done' >/root/operate.log",
     )
     yield
     node("a").run("systemctl stop operate")
