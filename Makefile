@@ -69,6 +69,7 @@ lab-down: root venv ## Remove every trace: nodes, wires, images, caches, keys, a
 
 .PHONY: test
 test: lint ## All that a change has to pass (about 20 minutes)
+	@echo "== molecule beside unit tests, sanity and artifact: each is printed when it is done (about 10 minutes)"
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line static molecule
 	@$(MAKE) --no-print-directory integration
 
@@ -120,7 +121,7 @@ soak: root venv ## Random faults from a seed: make soak SEED=7 MINUTES=60; PLAN=
 	PYTHONPATH=collections:tests python3 -m soak --seed $(SEED) --minutes $(MINUTES) $(if $(PLAN),--plan) $(if $(CONTROL),--control) $(ARGS)
 
 .PHONY: test-all
-test-all: test scale platforms ## make test, and what takes longer
+test-all: test scale platforms three ## make test, and what takes longer
 	$(MAKE) integration WHICH=long
 	$(MAKE) soak CONTROL=yes
 	$(MAKE) soak MINUTES=10
@@ -144,6 +145,10 @@ molecule: root venv install-artifact ## The molecule scenario, with the installe
 platforms: root venv install-artifact ## The molecule scenario on Debian 11 and on Debian 13 (the default is 12)
 	CTSYNC_COLLECTIONS=$(ARTIFACT) molecule test -s debian11
 	CTSYNC_COLLECTIONS=$(ARTIFACT) molecule test -s debian13
+
+.PHONY: three
+three: root venv ## Three firewalls by the playbooks: hand-over from one to the next, another key, with a session open
+	molecule test -s three
 
 .PHONY: artifact
 artifact: venv ## Build the collection, install it elsewhere, check that its playbooks parse
