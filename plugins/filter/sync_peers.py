@@ -29,7 +29,8 @@ author:
 EXAMPLES = r"""
 - name: Show the peers of this node
   ansible.builtin.debug:
-    msg: "{{ groups['firewalls'] | difference([inventory_hostname]) | ctsync.ha_firewall.sync_peers(hostvars) }}"
+    msg: >-
+      {{ groups['firewalls'] | reject('equalto', inventory_hostname) | list | ctsync.ha_firewall.sync_peers(hostvars) }}
 """
 
 RETURN = r"""

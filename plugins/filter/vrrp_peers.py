@@ -33,7 +33,7 @@ EXAMPLES = r"""
   ansible.builtin.debug:
     msg: "{{ ha_firewall_virtual_ips | ctsync.ha_firewall.vrrp_peers(facts) }}"
   vars:
-    peers: "{{ groups.firewalls | difference([inventory_hostname]) }}"
+    peers: "{{ groups.firewalls | reject('equalto', inventory_hostname) | list }}"
     facts: "{{ dict(peers | zip(peers | map('extract', hostvars, 'ansible_facts'))) }}"
 """
 
