@@ -206,6 +206,7 @@ def test_upgrade_hands_over_and_keeps_the_session(goes_on, next_version):
 def test_another_key_without_a_gap(goes_on, next_version):
     standby, active = sorted(FIREWALLS, key=lambda name: status(name)["role"] == "active")
     before = {name: runs(name) for name in FIREWALLS}
+    old_key = node(active).check_output("cat /etc/ctsyncd/keys/1.key").strip()
     said = play("rotate_key", {"ha_firewall_key": NEW_KEY, "ha_firewall_key_id": 2}, next_version)
     assert re.findall(r"msg: (fw\d accepts .*)", said) == [
         f"{standby} accepts 1 and 2, sends with 1",
@@ -218,6 +219,9 @@ def test_another_key_without_a_gap(goes_on, next_version):
         assert status(name)["verdict"] == "READY"
         assert status(name)["keys"] == {"accepts": [2], "sends": 2}
         assert runs(name) == before[name]  # neither the daemon nor the session with the other one began anew
+        journal = node(name).check_output("journalctl --no-pager")
+        assert "ctsyncd Invoked with" in journal  # Ansible logs there what each module is called with
+        assert [key for key in (old_key, NEW_KEY) if key in journal] == [], f"a key is in the journal of {name}"
 
 
 def test_uninstall_leaves_the_hosts_as_they_were_found(session):

@@ -147,3 +147,4 @@ def test_another_key_for_three_without_a_gap():
         assert [peer["keys"]["sends"] for peer in found["peers"]] == [2, 2]
         assert runs(name) == before[name]  # neither a daemon nor a session between two of them began anew
         assert node(name).check_output("ls /etc/ctsyncd/keys") == "2.key"
+        assert NEW_KEY not in node(name).check_output("journalctl --no-pager")
