@@ -116,8 +116,10 @@ def test_one_is_active_and_all_are_ready():
     assert {one["backup"]: one["equal"] for one in result["backups"]} == dict.fromkeys(set(FIREWALLS) - {active}, True)
 
 
-@pytest.mark.parametrize("heir", ["fw2", "fw3", "fw1"])
-def test_the_session_is_handed_over_to_each(heir):
+@pytest.mark.parametrize("turn", [1, 2, 3])
+def test_the_session_is_handed_over_to_the_next(turn):
+    active = next(name for name, role in roles().items() if role == "active")
+    heir = FIREWALLS[(FIREWALLS.index(active) + 1) % len(FIREWALLS)]
     said = play("switchover", {"switchover_to": heir})
     all_ready()
     assert roles() == {name: "active" if name == heir else "backup" for name in FIREWALLS}
