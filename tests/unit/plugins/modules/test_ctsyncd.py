@@ -479,7 +479,7 @@ LIVE = {"window_ms": 9, "filter": {"protocols": ["tcp"]}, "log_level": "debug"}
 
 
 @needs_root
-def test_options_that_may_change_while_it_runs_are_reloaded(host):
+def test_options_that_may_change_while_it_runs_are_reloaded(host, tmp_path):
     run()
     host.calls.clear()
     result = predicted_and_done(host, **LIVE)
@@ -488,7 +488,10 @@ def test_options_that_may_change_while_it_runs_are_reloaded(host):
     assert '"window_ms": 9' in host.running["config"]
     assert daemon_config.parse(host.running["config"]).filter.protocols == (6,)
     assert predicted_and_done(host, **LIVE, mode="external-cache")["action"] == "restarted"
-    assert predicted_and_done(host, **{**LIVE, "interpreter": "/usr/bin/python3"})["action"] == "restarted"
+    other = tmp_path / "python"
+    other.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n', encoding="utf-8")
+    other.chmod(0o755)
+    assert predicted_and_done(host, **{**LIVE, "interpreter": str(other)})["action"] == "restarted"
     assert predicted_and_done(host, **LIVE, running=False)["action"] == "stopped"
     assert not os.path.exists(module_under_test.RESTART_PENDING)
 
