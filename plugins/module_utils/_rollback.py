@@ -31,7 +31,8 @@ import sys
 import syslog
 import time
 import zipfile
-from typing import Any, Dict, List, Optional
+from types import ModuleType
+from typing import Any, Dict, List, Optional, Sequence
 
 from . import _ruleset
 
@@ -267,14 +268,14 @@ def in_first_namespaces() -> bool:
         return False
 
 
-def archive() -> bytes:
-    """The guard as a program of its own, made of the sources that run now."""
+def archive(main: str, package: str, modules: Sequence[ModuleType]) -> bytes:
+    """A program of its own, made of the sources that run now: `modules` in a package, and the text of its start."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as pyz:
-        files = {"__main__.py": _MAIN, "guard/__init__.py": ""}
-        for module in (_ruleset, sys.modules[__name__]):
+        files = {"__main__.py": main, f"{package}/__init__.py": ""}
+        for module in modules:
             source = module.__spec__.loader.get_source(module.__name__)  # type: ignore[union-attr]
-            files[f"guard/{module.__name__.rpartition('.')[2]}.py"] = source
+            files[f"{package}/{module.__name__.rpartition('.')[2]}.py"] = source
         for name, text in files.items():
             pyz.writestr(zipfile.ZipInfo(name, _DATE), text)
     return stream.getvalue()
@@ -319,7 +320,7 @@ def arm(ident: str, job: Dict[str, Any]) -> None:
         write_file(os.path.join(folder, "job.json"), json.dumps(job))
         program = os.path.join(folder, "guard.pyz")
         with open(program, "wb") as stream:
-            stream.write(archive())
+            stream.write(archive(_MAIN, "guard", (_ruleset, sys.modules[__name__])))
     except OSError as exc:
         raise GuardError(f"{exc.filename}: {exc.strerror}") from exc
     command = [sys.executable or "/usr/bin/python3", "-I", "-B", program, folder]

@@ -942,8 +942,9 @@ def own_rules(tables: Tables) -> Dict[str, Dict[str, List[str]]]:
 def fingerprint_text(states: Dict[str, Tables]) -> str:
     """What the fingerprint is taken of: our chains of all tables, the jumps to them, and the policy of FORWARD.
 
-    No counters, and no addresses in rules that differ from node to node by their nature (:data:`NODE_COMMENT`), so that
-    the nodes of a pair have the same text. A family in which there is nothing of ours is left out.
+    No counters, quotas among them, and no addresses in rules that differ from node to node by their nature
+    (:data:`NODE_COMMENT`), so that the nodes of a pair have the same text. A family in which there is nothing of ours
+    is left out.
     """
     lines: List[str] = []
     for family in sorted(states):
@@ -952,7 +953,7 @@ def fingerprint_text(states: Dict[str, Tables]) -> str:
             continue
         for table, chains in tables.items():
             for chain, rules in chains.items():
-                lines += [f"{family} {table} {chain}", *(_without_node(rule) for rule in rules)]
+                lines += [f"{family} {table} {chain}", *(_lasting(rule) for rule in rules)]
         policies = states[family].get("filter", Table()).policies
         lines.append(f"{family} filter FORWARD policy {policies.get('FORWARD', ('ACCEPT', 0, 0))[0]}")
     return "\n".join(["ctsync ruleset 1", *lines, ""]) if lines else ""
@@ -964,7 +965,9 @@ def fingerprint(states: Dict[str, Tables]) -> str:
     return hashlib.sha256(text.encode()).hexdigest() if text else ""
 
 
-def _without_node(rule: str) -> str:
+def _lasting(rule: str) -> str:
+    """A rule without what differs from node to node by its nature, and what counts down (the rest of a quota)."""
+    rule = re.sub(r"(?<= )--quota \d+", "--quota *", rule)
     if f'--comment "{NODE_COMMENT}' not in rule:
         return rule
     return re.sub(r"(?<= )(-[sd]) \S+", r"\1 *", rule)

@@ -211,8 +211,8 @@ options:
     default: true
   ruleset_fingerprint:
     description:
-      - File with the fingerprint of the applied ruleset, which the M(ctsync.ha_firewall.ruleset) module writes. The
-        nodes compare theirs, see O(same_conditions).
+      - File with the fingerprint of the ruleset, which the M(ctsync.ha_firewall.ruleset) module and its watch write.
+        The nodes compare theirs, see O(same_conditions).
     type: path
     default: /run/ctsync/ruleset.fingerprint
   running:

@@ -21,6 +21,7 @@ description:
     kernel. The wanted rules are loaded into an empty network namespace that exists only for this moment, and what
     iptables-save prints there is compared with what it prints for the machine.
   - A rule that iptables does not accept is reported before anything is changed.
+  - Every minute the node itself compares the rules that run with those that were applied (O(watch)).
   - New rules are on probation. A process on the node puts the old ones back, unless the controller confirms the new
     ones over a new connection within O(rollback_timeout) seconds. The playbook needs nothing for this, and no C(async).
 extends_documentation_fragment:
@@ -33,7 +34,9 @@ attributes:
     support: none
     details: The module waits for nothing but its own confirmation, at most O(rollback_timeout) seconds.
   platform:
-    details: Needs iptables 1.6.2 or newer (nf_tables or legacy), unshare of util-linux, and systemd for O(persist).
+    details: >-
+      Needs iptables 1.6.2 or newer (nf_tables or legacy), unshare of util-linux, and systemd for O(persist) and
+      O(watch).
 options:
   address_sets:
     description:
@@ -370,6 +373,14 @@ options:
         type: list
         elements: str
         required: true
+  watch:
+    description:
+      - Compare the rules that run with those that were applied every minute, by the systemd timer
+        C(ctsync-ruleset-watch.timer), and keep C(/run/ctsync/ruleset.fingerprint) up to date, so that the daemon's
+        verdict shows a rule that somebody has added to or removed from the module's chains by hand.
+      - If V(false), what an earlier run has installed for that is removed.
+    type: bool
+    default: true
 seealso:
   - module: ansible.builtin.iptables
   - module: community.general.iptables_state
@@ -486,10 +497,13 @@ would_cut:
     unknown: 0
 """
 
+import contextlib
+import hashlib
 import json
 import os
 import secrets
 import shlex
+import sys
 import tempfile
 
 from ansible.module_utils.basic import AnsibleModule
@@ -497,6 +511,7 @@ from ansible_collections.ctsync.ha_firewall.plugins.module_utils import (
     _flow_trial,
     _rollback,
     _ruleset,
+    _ruleset_watch,
     _typed_rules,
 )
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils._iptables import (
@@ -510,9 +525,17 @@ UNIT = "ctsync-ruleset.service"
 UNIT_PATH = "/etc/systemd/system/" + UNIT
 FORWARDING = {"ipv4": "/proc/sys/net/ipv4/ip_forward", "ipv6": "/proc/sys/net/ipv6/conf/all/forwarding"}
 SILENTLY = """/bin/sh -c 'exec "$$0" "$$@" 2>/dev/null'"""  # in a unit: a jump that is not there is no news
-FINGERPRINT_PATH = "/run/ctsync/ruleset.fingerprint"
+FINGERPRINT_PATH = _ruleset_watch.FINGERPRINT_PATH
+WATCH_FILES = (_ruleset_watch.PROGRAM_PATH, _ruleset_watch.SERVICE_PATH, _ruleset_watch.TIMER_PATH)
+UNITS = {
+    UNIT_PATH: UNIT,
+    _ruleset_watch.SERVICE_PATH: _ruleset_watch.SERVICE,
+    _ruleset_watch.TIMER_PATH: _ruleset_watch.TIMER,
+}
 FILES = {"ipv4": "ruleset.v4", "ipv6": "ruleset.v6"}
 LONGEST_WAIT = 120  # seconds, for the probation of an earlier run to end
+LOCK_PATIENCE = 20  # seconds for the watch, or another run, to end what it does now
+PYTHON = "/usr/bin/python3"  # that of the platform, for what stays on the node
 SHORTEST_ROLLBACK = 5  # seconds; a new connection takes one or two
 LONGEST_ROLLBACK = 3600  # seconds
 HEADER = "Firewall rules of ctsync, restored at boot by ctsync-ruleset.service. Written by Ansible: changes are lost."
@@ -560,6 +583,7 @@ ARGUMENT_SPEC = {
     "validate_only": {"type": "bool", "default": False},
     "virtual_ips": {"type": "list", "elements": "str", "default": []},
     "vrrp_peers": {"type": "list", "elements": "dict", "default": [], "options": VRRP_SPEC},
+    "watch": {"type": "bool", "default": True},
 }
 
 
@@ -721,6 +745,34 @@ class Run:
         self.validated_by = "kernel"
         self.rollback: dict = {}
         self.would_cut: dict = {}
+        self.lock = _ruleset_watch.Lock()
+
+    def be_alone(self) -> None:
+        """Wait until nobody else changes the rules or compares them, and keep it so; fail when it takes too long."""
+        deadline = _rollback.now() + LONGEST_WAIT
+        while True:
+            armed = _rollback.settle(max(0.0, deadline - _rollback.now()))
+            if armed:
+                self.module.fail_json(
+                    msg=f"The rules of another run are still on probation ({', '.join(armed)}). Run again when they are"
+                    " confirmed or rolled back. Nothing was changed."
+                )
+            try:
+                taken = self.lock.take(LOCK_PATIENCE)
+            except OSError as exc:
+                self.module.fail_json(
+                    msg=f"The lock of the rules cannot be had: {exc.filename}: {exc.strerror}. The module needs to"
+                    " write below /run. Nothing was changed."
+                )
+            if not taken:
+                self.module.fail_json(
+                    msg=f"Another run of this module, or the watch ({_ruleset_watch.SERVICE}), has held the lock of"
+                    f" the rules for {LOCK_PATIENCE} s (flock of {_rollback.FOLDER}). Run again when it has ended."
+                    " Nothing was changed."
+                )
+            if not _rollback.armed_now():
+                return
+            self.lock.give_back()  # somebody was faster, and needs it for the confirmation
 
     # -- look
 
@@ -874,14 +926,30 @@ class Run:
         fingerprint = _ruleset.fingerprint(self.after)
         files[FINGERPRINT_PATH] = (fingerprint + "\n" if self.present and fingerprint else None, 0o644)
         stored = os.path.join(self.params["config_directory"], "ruleset.fingerprint")
-        files[stored] = (files[FINGERPRINT_PATH][0] if starts else None, 0o644)
+        watch = self.present and self.params["watch"] and bool(fingerprint)
+        files[stored] = (files[FINGERPRINT_PATH][0] if starts or watch else None, 0o644)
         if starts:
             starts.append(f"ExecStartPost=/bin/mkdir -p -m 0755 {os.path.dirname(FINGERPRINT_PATH)}")
             starts.append(f"ExecStartPost=/bin/cp {stored} {FINGERPRINT_PATH}")
         files[UNIT_PATH] = (unit_text(starts) if starts else None, 0o644)
+        files.update(self.watch_files(stored, plans) if watch else dict.fromkeys(WATCH_FILES, (None, 0o644)))
         text = {"version": 1, "policies": self.remembered}
         files[self.state_file] = (json.dumps(text, indent=1, sort_keys=True) + "\n" if self.remembered else None, 0o600)
         return files
+
+    def watch_files(self, stored: str, plans: dict) -> dict:
+        """The watch: its program and its units. A family without rules of ours may be missing."""
+        programs = [
+            f"{family}{'' if plans.get(family) else '?'}={tool.save_program}"
+            for family, tool in self.tools.items()
+            if tool.available
+        ]
+        interpreter = PYTHON if os.access(PYTHON, os.X_OK) else sys.executable
+        return {
+            _ruleset_watch.PROGRAM_PATH: (_ruleset_watch.archive(), 0o644),
+            _ruleset_watch.SERVICE_PATH: (_ruleset_watch.service_text(interpreter, stored, programs), 0o644),
+            _ruleset_watch.TIMER_PATH: (_ruleset_watch.timer_text(), 0o644),
+        }
 
     # -- change
 
@@ -896,7 +964,7 @@ class Run:
             return
         os.makedirs(os.path.dirname(path), 0o755, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix="ctsync-", dir=self.module.tmpdir)
-        with os.fdopen(handle, "w") as stream:
+        with os.fdopen(handle, "wb" if isinstance(text, bytes) else "w") as stream:
             stream.write(text)
         os.chmod(temporary, mode)
         self.module.atomic_move(temporary, path)
@@ -1011,36 +1079,55 @@ class Run:
 
     # -- boot
 
-    def unit_enabled(self) -> bool:
+    def is_so(self, question: str, unit: str) -> bool:
+        """What systemctl answers: is-enabled or is-active."""
         systemctl = _ruleset.find_program("systemctl")
-        if not systemctl:
-            return False
-        rc, _out, _err = self.module.run_command([systemctl, "is-enabled", UNIT])
-        return rc == 0
+        return bool(systemctl) and self.module.run_command([systemctl, question, unit])[0] == 0
+
+    def idle_units(self, files: dict) -> list:
+        """Units that are wanted, but not enabled; the timer has to run, too, where systemd does."""
+        idle = []
+        if files[UNIT_PATH][0] is not None and not self.is_so("is-enabled", UNIT):
+            idle.append(UNIT)
+        if files[_ruleset_watch.TIMER_PATH][0] is not None:
+            timer = _ruleset_watch.TIMER
+            if not self.is_so("is-enabled", timer) or (booted() and not self.is_so("is-active", timer)):
+                idle.append(timer)
+        return idle
 
     def systemctl(self, *args: str) -> None:
         command = [_ruleset.find_program("systemctl"), *args]
         rc, out, err = self.module.run_command(command, environ_update={"LC_ALL": "C"})
         if rc != 0:
             self.module.fail_json(
-                msg=f"The rules are in place, but the unit that restores them at boot is not: {err.strip()}.",
+                msg=f"The rules are in place, but their unit {args[-1]} is not: {err.strip()}.",
                 cmd=command,
                 rc=rc,
                 stdout=out,
                 stderr=err,
             )
 
-    def change_files(self, files: dict, stale: dict, enable: bool) -> None:
-        if UNIT_PATH in stale and files[UNIT_PATH][0] is None and _ruleset.find_program("systemctl"):
-            self.systemctl("disable", *(["--now"] if os.path.isdir("/run/systemd/system") else []), UNIT)
+    def change_files(self, files: dict, stale: dict, idle: list) -> None:
+        units = {path: unit for path, unit in UNITS.items() if path in stale}
+        now = ["--now"] if booted() else []
+        for path, unit in units.items():
+            if files[path][0] is None and _ruleset.find_program("systemctl") and unit != _ruleset_watch.SERVICE:
+                self.systemctl("disable", *now, unit)
+        if _ruleset_watch.SERVICE_PATH in units and booted() and self.is_so("is-active", _ruleset_watch.SERVICE):
+            self.systemctl("stop", _ruleset_watch.SERVICE)
         for path in stale:
             self.write(path, *files[path])
-        if UNIT_PATH in stale and os.path.isdir("/run/systemd/system"):
+        if units and booted():
             self.systemctl("daemon-reload")
-        if enable:
-            self.systemctl("enable", UNIT)
-        for folder in (self.params["config_directory"], self.params["state_directory"]):
-            if not self.present and os.path.isdir(folder) and not os.listdir(folder):
+        for unit in idle:
+            self.systemctl("enable", *(now if unit == _ruleset_watch.TIMER else []), unit)
+        if _ruleset_watch.TIMER_PATH in units and files[_ruleset_watch.TIMER_PATH][0] is not None and booted():
+            self.systemctl("restart", _ruleset_watch.TIMER)
+        folders = [os.path.dirname(_ruleset_watch.PROGRAM_PATH)]
+        if not self.present:
+            folders += [self.params["config_directory"], self.params["state_directory"]]
+        for folder in folders:
+            if os.path.isdir(folder) and not os.listdir(folder):
                 os.rmdir(folder)
 
     # -- the whole
@@ -1049,6 +1136,8 @@ class Run:
         params, module = self.params, self.module
         plans: dict = {}
         if params["rollback_step"] != "apply":
+            with contextlib.suppress(OSError):  # or go on without it: a confirmation must not come too late
+                self.lock.take(LOCK_PATIENCE)
             self.conclude(params["rollback_step"])
         if self.present:
             try:
@@ -1061,12 +1150,7 @@ class Run:
         elif probation_problems(params):
             module.fail_json(msg=" ".join([*probation_problems(params), "Nothing was changed."]))
         if not module.check_mode and not params["validate_only"] and not self.rollback:
-            armed = _rollback.settle(LONGEST_WAIT)
-            if armed:
-                module.fail_json(
-                    msg=f"The rules of another run are still on probation ({', '.join(armed)}). Run again when they are"
-                    " confirmed or rolled back. Nothing was changed."
-                )
+            self.be_alone()
         missing = [family for family in plans if plans[family] and not self.tools[family].available]
         if missing:
             return self.without_iptables(plans, missing)
@@ -1079,16 +1163,14 @@ class Run:
         if params["validate_only"]:
             return self.result(False, [], wanted)
         files = self.wanted_files(plans)
-        stale = {path: read_text(path) for path, (text, _mode) in files.items() if read_text(path) != text}
-        enable = files[UNIT_PATH][0] is not None and not self.unit_enabled()
-        if files[UNIT_PATH][0] is not None and not _ruleset.find_program("systemctl"):
-            module.fail_json(
-                msg="persist: true needs systemd, and there is no systemctl on this machine. Set 'persist: false' and"
-                " restore the rules at boot in your own way. Nothing was changed."
-            )
+        found = {path: read_bytes(path) if path in WATCH_FILES[:1] else read_text(path) for path in files}
+        stale = {path: found[path] for path, (content, _mode) in files.items() if found[path] != content}
+        idle = self.idle_units(files)
+        if not _ruleset.find_program("systemctl"):
+            self.refuse_units(files)
         diffs = self.diffs(files, stale)
         rules_differ = any(_ruleset.render_change(live, self.after[family]) for family, live in self.live.items())
-        changed = bool(rules_differ or stale or enable)
+        changed = bool(rules_differ or stale or idle)
         if rules_differ and not self.rollback and params["check_flows"]:
             self.check_flows()
         if module.check_mode or not (changed or self.rollback):
@@ -1105,8 +1187,20 @@ class Run:
             if self.rollback:
                 self.rollback["outcome"] = _rollback.ask(self.rollback["id"], "start")["outcome"]
                 return self.result(changed, diffs, self.after)
-        self.change_files(files, stale, enable)
+        self.change_files(files, stale, idle)
         return self.result(changed, diffs, self.after)
+
+    def refuse_units(self, files: dict) -> None:
+        """Fail when units are wanted where there is no systemd."""
+        words = {
+            UNIT_PATH: "persist: true needs systemd, and there is no systemctl on this machine. Set 'persist: false'"
+            " and restore the rules at boot in your own way.",
+            _ruleset_watch.TIMER_PATH: "watch: true needs systemd, and there is no systemctl on this machine. Set"
+            " 'watch: false' and compare the rules with ha_facts.",
+        }
+        problems = [text for path, text in words.items() if files[path][0] is not None]
+        if problems:
+            self.module.fail_json(msg=" ".join([*problems, "Nothing was changed."]))
 
     def without_iptables(self, plans: dict, missing: list) -> dict:
         """iptables is not installed: fine while only asked for a prediction."""
@@ -1140,8 +1234,8 @@ class Run:
         for path, present in stale.items():
             found.append(
                 {
-                    "before": present or "",
-                    "after": files[path][0] or "",
+                    "before": shown_content(present),
+                    "after": shown_content(files[path][0]),
                     "before_header": path,
                     "after_header": path,
                 }
@@ -1176,6 +1270,27 @@ def read_text(path: str):
             return stream.read()
     except FileNotFoundError:
         return None
+
+
+def read_bytes(path: str):
+    """Content of a file; None if it does not exist."""
+    try:
+        with open(path, "rb") as stream:
+            return stream.read()
+    except FileNotFoundError:
+        return None
+
+
+def shown_content(content) -> str:
+    """A file's content in a diff; of a program only what tells two of them apart."""
+    if isinstance(content, bytes):
+        return f"{len(content)} bytes, SHA-256 {hashlib.sha256(content).hexdigest()}\n"
+    return content or ""
+
+
+def booted() -> bool:
+    """Whether systemd is the running init; sd_booted(3)."""
+    return os.path.isdir("/run/systemd/system")
 
 
 def unit_text(starts: list) -> str:

@@ -1,7 +1,10 @@
 # Copyright: (c) 2026, The ctsync authors
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A sealed machine for module tests: own network namespace, own /etc, /var/lib and /run, nothing reaches the host."""
+"""A sealed machine for module tests: own network namespace, own /etc, /usr/lib, /var/lib and /run.
+
+Nothing reaches the host.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 _SETUP = """
 mount -t tmpfs tmpfs /mnt
 mount -t tmpfs tmpfs /run
-for folder in etc var/lib; do
+for folder in etc var/lib usr/lib; do
     mkdir -p /mnt/$folder/up /mnt/$folder/work
     mount -t overlay overlay -o lowerdir=/$folder,upperdir=/mnt/$folder/up,workdir=/mnt/$folder/work /$folder
 done

@@ -84,3 +84,36 @@ def test_limits_and_timeouts_are_compared_and_need_not_be(cluster: Callable[...,
         daemon.configure(ruleset_fingerprint=missing, same_conditions=["ruleset", "limits"])
         daemon.reload()
     lab.ready(lab.fw1, lab.fw2)
+
+
+def test_rules_that_are_not_those_that_were_applied_show_until_they_are_put_back(
+    cluster: Callable[..., Cluster], tmp_path: Path
+) -> None:
+    """What the watch of the rules writes; also where both nodes were changed alike, so that they do not differ."""
+    files = [tmp_path / "rules1", tmp_path / "rules2"]
+    lab = cluster()
+    for daemon, path in zip((lab.fw1, lab.fw2), files):
+        write(path, RULES)
+        daemon.configure(ruleset_fingerprint=str(path))
+    lab.up()
+
+    drift = "the rules that run here are not those that were applied (cdcdcdcdcdcd runs, abababababab was applied)"
+    write(files[0], f"{OTHER}\napplied {RULES}")
+    there = "ruleset differs (cdcdcdcdcdcd here, abababababab on fw2)"
+    wait_for(lambda: lab.fw1.status()["reasons"] == [there, drift], "both reasons on the node that was changed")
+    here = "ruleset differs (abababababab here, cdcdcdcdcdcd on fw1)"
+    wait_for(lambda: says(lab.fw2, "NOT READY", [here]), "the backup to be NOT READY")
+
+    write(files[1], f"{OTHER}\napplied {RULES}")
+    for daemon in (lab.fw1, lab.fw2):
+        wait_for(
+            lambda daemon=daemon: [daemon.status()[name] for name in ("verdict", "reasons")] == ["DEGRADED", [drift]],
+            "the drift alone",
+        )
+    write(files[1], f"{OTHER}\napplied {RULES}\nunread iptables-save: gone")
+    unread = "the rules that run here cannot be read: iptables-save: gone"
+    wait_for(lambda: lab.fw2.status()["reasons"] == [unread], "the other reason")
+
+    for path in files:
+        write(path, RULES)
+    lab.ready(lab.fw1, lab.fw2)

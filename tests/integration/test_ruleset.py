@@ -40,6 +40,10 @@ FILES = [
     "/etc/systemd/system/ctsync-ruleset.service",
     "/etc/systemd/system/multi-user.target.wants/ctsync-ruleset.service",
     "/var/lib/ctsync/ruleset.json",
+    "/usr/lib/ctsync/ruleset-watch.pyz",
+    "/etc/systemd/system/ctsync-ruleset-watch.service",
+    "/etc/systemd/system/ctsync-ruleset-watch.timer",
+    "/etc/systemd/system/timers.target.wants/ctsync-ruleset-watch.timer",
     "/run/ctsync/ruleset.fingerprint",
 ]
 UNIT = FILES[3]

@@ -308,9 +308,19 @@ def test_the_policy_and_what_is_remembered_of_it_come_back(machine):
 
 
 def test_nothing_is_changed_when_the_guard_cannot_be_started(machine):
-    machine.run("mount", "-o", "remount,ro", "/run")
+    folder = "/run/ctsync-ruleset"
+    machine.run("sh", "-ec", f"mkdir {folder}; mount --bind {folder} {folder}; mount -o remount,bind,ro {folder}")
     refused = machine.module("ruleset", rollback_timeout=30, **PROBATION)
     assert refused["failed"]
     assert "The process that would put the old rules back cannot be started: " in refused["msg"]
+    assert refused["msg"].endswith("Nothing was changed.")
+    assert "CTSYNC" not in machine.run("iptables-save")
+
+
+def test_nothing_is_changed_without_the_lock(machine):
+    machine.run("mount", "-o", "remount,ro", "/run")
+    refused = machine.module("ruleset", rollback_timeout=30, **PROBATION)
+    assert refused["failed"]
+    assert refused["msg"].startswith("The lock of the rules cannot be had: /run/ctsync-ruleset: Read-only file system.")
     assert refused["msg"].endswith("Nothing was changed.")
     assert "CTSYNC" not in machine.run("iptables-save")

@@ -148,7 +148,7 @@ OPTIONS: tuple[Option, ...] = (
         "ruleset_fingerprint",
         "path",
         "/run/ctsync/ruleset.fingerprint",
-        "File with the fingerprint of the applied ruleset, written by who applies it.",
+        "File with the fingerprint of the ruleset, written by who applies or watches it.",
         live=True,
     ),
     Option(

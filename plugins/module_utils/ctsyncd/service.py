@@ -31,7 +31,8 @@ KEY_FILE_BYTES = 4096
 KEY_REMEDY = "make one with: openssl rand -base64 32"
 
 
-FINGERPRINT_BYTES = 256  # read of the file with the fingerprint of the ruleset
+NO_RULES = "none"  # in the place of a fingerprint
+FINGERPRINT_BYTES = 512  # read of the file with the fingerprint of the ruleset
 
 
 class Notifier:
@@ -200,23 +201,34 @@ _PRIORITIES = (  # sd-daemon(3)
 
 
 def read_fingerprint(path: str) -> tuple[str, str]:
-    """The fingerprint of the applied ruleset (hexadecimal digits), and why it is not known.
+    """The fingerprint of the ruleset that runs (hexadecimal digits), and what is wrong with it.
 
-    No file is no problem: then nobody who writes one has applied rules here.
+    The first line of the file is the fingerprint, or ``none``.  Who watches the rules adds ``applied FINGERPRINT`` when
+    that is not what was applied, or ``unread WHY`` when nobody can tell.  No file is no problem: then nobody who writes
+    one has applied rules here.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            text = os.read(descriptor, FINGERPRINT_BYTES).decode("ascii", "replace").strip().lower()
+            text = os.read(descriptor, FINGERPRINT_BYTES).decode("ascii", "replace").strip()
         finally:
             os.close(descriptor)
     except FileNotFoundError:
         return "", ""
     except OSError as error:
         return "", f"ruleset fingerprint: cannot read {path}: {error.strerror}"
-    if not conditions.FINGERPRINT.match(text):
+    first, *rest = text.splitlines() or [""]
+    running, notes = first.strip().lower(), dict(line.split(" ", 1) for line in rest if " " in line)
+    if running == NO_RULES:
+        running = ""
+    elif not conditions.FINGERPRINT.match(running):
         return "", f"ruleset fingerprint: {path} does not hold 16 to 64 hexadecimal digits: apply the ruleset again"
-    return text, ""
+    if "unread" in notes:
+        return running, f"the rules that run here cannot be read: {notes['unread']}"
+    if "applied" in notes:
+        runs, applied = running[:12] or "nothing", notes["applied"][:12]
+        return running, f"the rules that run here are not those that were applied ({runs} runs, {applied} was applied)"
+    return running, ""
 
 
 class JournalFormatter(logging.Formatter):
