@@ -43,6 +43,10 @@ from .verification import Verification
 PURGE_AFTER_S = 60.0
 FLAPPING_S = 60.0  # within which too many changes of the side are flapping
 FLAPS = 4
+TABLE_ROOM = (
+    2  # the external cache has room for so many times what this kernel's table may hold: the peer's may be larger
+)
+TABLE_LIMIT_MAX = 1 << 26
 FLAPS_COUNTED = 16
 FLAP_HOLD_S = 2.0  # bulks wait so long; doubles with each further change
 FLAP_HOLD_MAX_S = 30.0
@@ -279,6 +283,11 @@ class Engine:
     def set_conditions(self, ruleset: str, parameters: Mapping[str, int], now: float) -> None:
         """This node's ruleset fingerprint, and its sysctls net.netfilter.nf_conntrack_NAME by NAME."""
         self.replicas.takeover.timeouts = parameters
+        limit = self.settings.table_limit
+        limit = max(limit, min(TABLE_ROOM * parameters.get("max", 0), TABLE_LIMIT_MAX))
+        self.cache.limit = limit
+        for peer in self.peers:
+            peer.pending.limit = limit
         own = conditions.own(ruleset, parameters)
         if own != self.situation.conditions:
             self._stirred = True
@@ -1006,6 +1015,7 @@ class Engine:
             len(self.cache) > 0,
             self.replicas.excluded > 0,
             len(self.copies.refused),
+            self.cache.full(now),
             self.overloaded,
             bool(self.checker.alarm(now)),
             self._flapping,
@@ -1030,6 +1040,7 @@ class Engine:
                 reread_s=None if reread_at is None else max(0.0, reread_at - now),
                 waiting=self.replicas.jobs.waiting if self.overloaded else 0,
                 refused=collections.Counter(self.copies.refused.values()),
+                full=self.cache.limit if self.cache.full(now) else 0,
                 lag_limit_s=self.settings.lag_limit_s,
                 flapping=self._flapping,
                 problem=self.problem,

@@ -52,6 +52,7 @@ class Facts(NamedTuple):
     progress: tuple[int, int] | None = None  # flows of the table that comes in so far; about how many there will be
     differences: tuple[str, ...] = ()  # of this node's rules, limits and timers from its peer's
     reread_s: float | None = None  # events were lost: until the kernel's table is read again
+    full: int = 0  # flows for which this node has room, where the peer has more
     flapping: bool = False  # the virtual IPs come and go
 
 
@@ -161,6 +162,8 @@ def _judge_standby(facts: Facts) -> Verdict:
         found.append(f"{facts.waiting} flows wait for the kernel")
     if facts.refused:
         found.append(_why_refused(facts.refused))
+    if facts.full:
+        found.append(f"the external cache is full ({facts.full} flows): others of {leader.name} are not here")
     found.extend(_both_active(facts))
     found.extend(_general(facts))
     if facts.differences:

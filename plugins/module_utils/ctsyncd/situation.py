@@ -23,7 +23,8 @@ class Settings(NamedTuple):
     """What the configuration decides about the engine.
 
     ``park_timeout_s``: timer of a replica in the kernel.  ``lag_limit_s``: older changes without acknowledgement show
-    in the verdict.  ``filter``, ``ignore`` and ``unreplied``: see :class:`filters.Filter`.
+    in the verdict.  ``filter``, ``ignore`` and ``unreplied``: see :class:`filters.Filter`.  ``table_limit``: flows
+    for which the external cache has room at least, and changes that may wait for a peer; with a larger kernel more.
     """
 
     mode: str = HOT_STANDBY

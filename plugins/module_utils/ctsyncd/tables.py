@@ -21,6 +21,9 @@ from .rows import TAIL_BYTES
 _SINCE = struct.Struct("!I")
 SINCE_BYTES = 4
 
+FULL_S = 60.0
+"""After a flow found no room the table counts as full for so long: comparisons ask for what is missing more often."""
+
 WALK_WHOLE = 4096  # replicas up to which a walk takes all keys at once, in the order in which they came
 WALK_PARTS = 16  # of a larger table ...
 WALK_KEYS = 24_576  # ... or more, so that about so many keys are in each ...
@@ -40,11 +43,13 @@ class ExternalCache:
     """The flows of the peer, by key, with what the running bulk has not named yet.
 
     In ``table`` stands the value and, behind it, in 4 bytes the seconds from ``started`` to the first replication.
-    ``digest`` is that of the table.
+    ``digest`` is that of the table.  ``limit``: flows for which there is room; ``full_at``: when there was none for
+    another one last (monotonic seconds).
     """
 
     def __init__(self, limit: int, started: float = 0.0) -> None:
         self.limit = limit
+        self.full_at: float | None = None
         self.table: dict[bytes, bytes] = {}
         self.extras: dict[bytes, bytes] = {}
         self.digest = Digest()
@@ -53,6 +58,14 @@ class ExternalCache:
 
     def __len__(self) -> int:
         return len(self.table)
+
+    def full(self, now: float) -> bool:
+        """Are flows of the peer missing here for want of room?
+
+        What was missed comes again with the next comparison, so there is room for all of them when none was turned away
+        for a while.
+        """
+        return self.full_at is not None and now - self.full_at < FULL_S
 
     def __contains__(self, key: bytes) -> bool:
         return key in self.table
@@ -95,6 +108,7 @@ class ExternalCache:
         """Store flows of one shape that are not here yet; returns those for which there was room."""
         room = self.limit - len(self.table)
         if len(rows) > room:
+            self.full_at = now
             rows = dict(itertools.islice(rows.items(), max(0, room)))
         if rows:
             self.table.update(zip(rows, map(operator.add, rows.values(), itertools.repeat(self._since(now)))))
@@ -116,6 +130,7 @@ class ExternalCache:
         """Store the newest state of a flow; False where the table is full."""
         stored = self.table.get(key)
         if stored is None and len(self.table) >= self.limit:
+            self.full_at = now
             return False
         if stored is None:
             self.digest.add((key,), (value,), len(value) - TAIL_BYTES)
@@ -156,6 +171,7 @@ class ExternalCache:
         self.table = {}
         self.extras = {}
         self.digest = Digest()
+        self.full_at = None
         self._unnamed = None
 
     def _since(self, now: float) -> bytes:

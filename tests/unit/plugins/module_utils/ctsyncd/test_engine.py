@@ -405,6 +405,29 @@ def test_full_external_cache_is_counted_and_bounded() -> None:
     sim.run(3.0)
     assert len(sim.fw2.up.cache) == len(sim.fw2.kernel.table) == 10
     assert sim.fw2.up.counters["external_cache_full"] >= 30  # and again when what is missing was told again
+    judged = sim.fw2.up.verdict(sim.now)
+    full = "the external cache is full (10 flows): others of fw1 are not here"
+    assert judged.verdict == readiness.DEGRADED
+    assert full in judged.reasons
+    for key in list(sim.fw1.kernel.table)[5:]:
+        sim.fw1.kernel.close(key)
+    sim.run(120.0)
+    assert full not in sim.fw2.up.verdict(sim.now).reasons
+    sim.converge(sim.fw1, sim.fw2)
+    assert sim.fw2.up.verdict(sim.now).verdict == readiness.READY
+
+
+def test_external_cache_has_room_for_twice_what_this_kernel_may_hold() -> None:
+    sim = Simulation(settings=Settings(table_limit=10)).start()
+    for limit, room in ((0, 10), (4, 10), (30, 60), (1 << 31, 1 << 26)):
+        sim.fw2.up.set_conditions("", {"max": limit}, sim.now)
+        assert sim.fw2.up.cache.limit == sim.fw2.up.peers[0].pending.limit == room
+    sim.fw1.up.set_conditions("", {"max": 1000}, sim.now)
+    sim.fw2.up.set_conditions("", {"max": 15}, sim.now)
+    busy(sim)
+    sim.run(3.0)
+    assert len(sim.fw2.up.cache) == 30
+    assert sim.fw2.up.counters["external_cache_full"] >= 10
 
 
 def test_interrupted_dumps_are_begun_again() -> None:
