@@ -787,7 +787,8 @@ def group_problems(
     for host in absent:
         group.say(
             host,
-            "takes no part in this run, and half a pair is not deployed: run it for the whole group, without --limit",
+            "takes no part in this run, and half a pair is not deployed: run it for the whole group, without --limit"
+            " (where it is dead, and the other node has to be changed alone: -e preflight_without_standby=true)",
         )
     return group.check()
 
@@ -864,6 +865,68 @@ def vrrp_peers(
             listed = found.setdefault(interface, [])
             listed += [str(address) for address in own if str(address) not in listed]
     return [{"interface": interface, "addresses": addresses} for interface, addresses in found.items()]
+
+
+def facts_from_rules(
+    ruleset: Mapping[str, Any], virtual_ips: Sequence[Mapping[str, Any]], facts: Mapping[str, Mapping[str, Any]]
+) -> Dict[str, Dict[str, Any]]:
+    """What :func:`vrrp_peers` and :func:`vrrp_instances` need of nodes that cannot be asked: their addresses.
+
+    ``ruleset`` is what ha_facts has read on a node that lives: its rules accept VRRP from each address of each peer, in
+    the order of the group.  ``facts``: ``ansible_facts`` of all other nodes, in the order of the group, empty for those
+    that cannot be asked.  Of several such nodes an address is told only where each has exactly one of its kind.
+    """
+    absent = [host for host, known in facts.items() if not known.get("interfaces")]
+    present = {str(own.ip) for known in facts.values() for rows in interface_addresses(known).values() for own in rows}
+    networks = [
+        (str(entry["interface"]), ipaddress.ip_interface(str(entry["address"])).network) for entry in virtual_ips
+    ]
+    kinds: Dict[Tuple[str, Any], List[Any]] = {}
+    for name, address in _vrrp_sources(ruleset):
+        if str(address) in present:
+            continue
+        here = [network for interface, network in networks if interface == name and address in network]
+        network = (
+            here[0]
+            if here
+            else ipaddress.ip_network(f"{address}/{64 if address.is_link_local else address.max_prefixlen}", False)
+        )
+        kinds.setdefault((name, network), []).append(address)
+    found: Dict[str, Dict[str, Any]] = {}
+    for (name, network), addresses in kinds.items():
+        if len(absent) > 1 and len(addresses) != len(absent):
+            continue
+        for number, address in enumerate(addresses):
+            host = absent[number if len(absent) > 1 else 0] if absent else ""
+            if not host:
+                continue
+            known = found.setdefault(host, {"interfaces": []})
+            if name not in known["interfaces"]:
+                known["interfaces"].append(name)
+            entry = known.setdefault(facts_key(name), {"ipv4": {}, "ipv4_secondaries": [], "ipv6": []})
+            row = {"address": str(address), "prefix": str(network.prefixlen)}
+            if address.version == 6:
+                entry["ipv6"].append(row)
+            elif entry["ipv4"]:
+                entry["ipv4_secondaries"].append(row)
+            else:
+                entry["ipv4"] = row
+    return found
+
+
+_VRRP_SOURCE = re.compile(rf'-s (\S+?)/\d+ -i (\S+) .*--comment "{_ruleset.NODE_COMMENT}, VRRP of a peer" -j ACCEPT')
+
+
+def _vrrp_sources(ruleset: Mapping[str, Any]) -> List[Tuple[str, Any]]:
+    """Interface and address of each rule of :mod:`_ruleset` that accepts VRRP, as ha_facts has read them."""
+    found = []
+    for part in (ruleset, ruleset.get("ipv6") or {}):
+        chain = ((part.get("chains") or {}).get("filter") or {}).get(_ruleset.own_chain("INPUT")) or {}
+        for entry in chain.get("rules") or ():
+            rule = _VRRP_SOURCE.search(str(entry.get("rule")))
+            if rule:
+                found.append((rule[2], ipaddress.ip_address(rule[1])))
+    return found
 
 
 def _interface_for(interfaces: Mapping[str, Sequence[Interface]], name: str, vip: Interface, virtual: Any) -> str:
