@@ -1121,7 +1121,8 @@ class Run:
             self.systemctl("daemon-reload")
         for unit in idle:
             self.systemctl("enable", *(now if unit == _ruleset_watch.TIMER else []), unit)
-        if _ruleset_watch.TIMER_PATH in units and files[_ruleset_watch.TIMER_PATH][0] is not None and booted():
+        again = _ruleset_watch.TIMER_PATH in units and _ruleset_watch.TIMER not in idle
+        if again and files[_ruleset_watch.TIMER_PATH][0] is not None and booted():
             self.systemctl("restart", _ruleset_watch.TIMER)
         folders = [os.path.dirname(_ruleset_watch.PROGRAM_PATH)]
         if not self.present:
