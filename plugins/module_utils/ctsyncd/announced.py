@@ -65,13 +65,10 @@ def _replies(keys: Collection[bytes], form: _Form) -> bytes:
     return bytes(out)
 
 
-def _translations(rows: Mapping[bytes, bytes], form: _Form) -> bytes:
-    """A byte for each of these flows, of one shape: 0 where it is not translated."""
-    count = len(rows)
-    if count <= FEW:
-        return bytes(not value.startswith(_reply(key)) for key, value in rows.items())
-    keys, values = b"".join(rows), b"".join(rows.values())
+def _translations(keys: bytes, values: bytes, form: _Form) -> bytes:
+    """A byte for each of these flows, of one shape, their keys and values joined: 0 where it is not translated."""
     width, size, marks = form.reply + TAIL_BYTES, form.key, 0
+    count = len(keys) // size
     for at, place in enumerate(form.turned):
         here, there = values[at::width], keys[place::size]
         if here != there:
@@ -130,20 +127,43 @@ class Announced:
         kept = self.table.get(key)
         return _reply(key) + kept if kept is not None and len(kept) == TAIL_BYTES else kept
 
-    def _kept(self, rows: Mapping[bytes, bytes], marks: bytes, form: _Form) -> list[bytes]:
-        """What stands for these values in the table.  ``marks``: see :func:`_translations`."""
-        tails, values = self._tails, list(rows.values())
+    def _kept(self, rows: Mapping[bytes, bytes], joined: bytes, marks: bytes, form: _Form) -> list[bytes]:
+        """What stands for these values, joined as well, in the table.  ``marks``: see :func:`_translations`."""
         plain = marks.count(0)
-        if plain == len(values) > FEW:
-            found = list(itertools.chain.from_iterable(form.tails(b"".join(values))))
-            return list(map(tails.setdefault, found, found))
+        if plain == len(rows):
+            return self._shared(joined, plain, form)
+        values = list(rows.values())
         if plain:
-            reply = form.reply
+            tails, reply = self._tails, form.reply
             for at, mark in enumerate(marks):
                 if not mark:
                     tail = values[at][reply:]
                     values[at] = tails.setdefault(tail, tail)
         return values
+
+    def _shared(self, joined: bytes, count: int, form: _Form) -> list[bytes]:
+        """The tails of so many values, equal ones as one object.
+
+        Those of a flood often differ in a single byte, that of a timer, or in none at all: a look at their columns
+        spares looking each of them up.
+        """
+        tails, reply, width = self._tails, form.reply, form.reply + TAIL_BYTES
+        column, other = b"", -1  # the one that differs, and its place in a tail
+        for at in range(reply, width):
+            one = joined[at::width]
+            if one.count(one[:1]) != count:
+                if column:
+                    found = list(itertools.chain.from_iterable(form.tails(joined)))
+                    return list(map(tails.setdefault, found, found))
+                column, other = one, at - reply
+        first = joined[reply:width]
+        if not column:
+            return [tails.setdefault(first, first)] * count
+        known = {}
+        for byte in set(column):
+            tail = first[:other] + bytes((byte,)) + first[other + 1 :]
+            known[byte] = tails.setdefault(tail, tail)
+        return list(map(known.__getitem__, column))
 
     def _moved(self, rows: Mapping[bytes, bytes], marks: bytes, reply: int) -> list[bytes]:
         """Which of these flows are known with another translation."""
@@ -170,16 +190,18 @@ class Announced:
         table = self.table
         fresh: Mapping[bytes, bytes] = rows
         form = _FORMS[len(next(iter(rows)))]
-        marks = _translations(rows, form)
-        kept = self._kept(rows, marks, form)
+        keys, values = b"".join(rows), b"".join(rows.values())
+        marks = _translations(keys, values, form)
+        kept = self._kept(rows, values, marks, form)
         if not table.keys().isdisjoint(rows):
             moved = self._moved(rows, marks, reply)
             if moved:
                 self.discard(moved)
             fresh = {key: value for key, value in rows.items() if key not in table}
+            values = b"".join(fresh.values())
         if fresh:
             sums = self.digest.sums
-            for number, low in zip(map(crc32, fresh), prints(fresh.values(), reply)):
+            for number, low in zip(map(crc32, fresh), printed(values, reply + TAIL_BYTES, range(reply))):
                 sums[number & _BUCKET] += number * (number << 8 | low)
         table.update(zip(rows, kept))
 
@@ -244,7 +266,8 @@ class Announced:
             return []
         table = self.table
         unknown = [key for key in rows if key not in table]
-        return unknown + self._moved(rows, _translations(rows, _FORMS[len(next(iter(rows)))]), reply)
+        form = _FORMS[len(next(iter(rows)))]
+        return unknown + self._moved(rows, _translations(b"".join(rows), b"".join(rows.values()), form), reply)
 
     # --- all again ---------------------------------------------------------------------------------------------------
 

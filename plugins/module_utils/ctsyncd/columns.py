@@ -226,6 +226,15 @@ def _place(found: _Places, kind: int) -> int:
     return found[kind][0] if kind in found else 0
 
 
+class _Comparison(NamedTuple):
+    """Of so many messages, one every ``stride`` bytes: where the columns of fixed bytes are, and what these are."""
+
+    messages: int
+    stride: int
+    columns: list[slice]
+    wanted: bytes
+
+
 class Layout:
     """Messages that have exactly these attributes: what is compared, and where the parts of a row are.
 
@@ -276,28 +285,36 @@ class Layout:
             mask[place : place + size] = b"\xff" * size
         self._mask = int.from_bytes(mask * _COMPARED, "little")
         self._want = int.from_bytes(message * _COMPARED, "little") & self._mask
-        fixed_places = [place for place in range(self.length) if mask[place]]
-        self._fixed = [slice(place, None, self.length) for place in fixed_places]
-        self._fixed_bytes = bytes(message[place] for place in fixed_places)
-        self._wanted = (0, b"")  # for how many messages, the columns of all fixed bytes
+        self._fixed = [place for place in range(self.length) if mask[place]]
+        self._fixed_bytes = bytes(message[place] for place in self._fixed)
+        self._comparisons = [_Comparison(0, 0, [], b"")]  # that of the most messages, and the latest
         self._mask_one = int.from_bytes(mask, "little")
         self._want_one = int.from_bytes(message, "little") & self._mask_one
 
-    def fits(self, block: bytes, count: int) -> bool:
-        """Do all ``count`` joined messages have this layout?"""
+    def _comparison(self, count: int, stride: int) -> _Comparison:
+        for known in self._comparisons:
+            if known.messages == count and known.stride == stride:
+                return known
+        columns = [slice(place, count * stride, stride) for place in self._fixed]
+        made = _Comparison(count, stride, columns, b"".join([bytes((byte,)) * count for byte in self._fixed_bytes]))
+        # a flood comes in full batches, and each time one with the rest
+        self._comparisons = [max(*self._comparisons, made, key=operator.attrgetter("messages")), made]
+        return made
+
+    def fits(self, data: bytes | bytearray, count: int, stride: int = 0) -> bool:
+        """Do all ``count`` messages, joined or one every ``stride`` bytes, have this layout?  Few must be joined."""
         if count >= _COMPARED_BY_COLUMNS:
-            if self._wanted[0] != count:
-                self._wanted = (count, b"".join([bytes((byte,)) * count for byte in self._fixed_bytes]))
-            return b"".join(map(block.__getitem__, self._fixed)) == self._wanted[1]
+            comparison = self._comparison(count, stride or self.length)
+            return b"".join(map(data.__getitem__, comparison.columns)) == comparison.wanted
         step = self.length * _COMPARED
-        for at in range(0, len(block) - step + 1, step):
-            if int.from_bytes(block[at : at + step], "little") & self._mask != self._want:
+        for at in range(0, len(data) - step + 1, step):
+            if int.from_bytes(data[at : at + step], "little") & self._mask != self._want:
                 return False
         rest = count % _COMPARED
         if not rest:
             return True
         beyond = 8 * self.length * (_COMPARED - rest)
-        number = int.from_bytes(block[-self.length * rest :], "little")
+        number = int.from_bytes(data[-self.length * rest :], "little")
         return number & (self._mask >> beyond) == self._want >> beyond
 
     # many messages
@@ -319,31 +336,34 @@ class Layout:
         self._row = bytes(row)
         self._pairs = struct.Struct(f"{self.key_len}s{len(row) - self.key_len}s")
 
-    def pairs(self, block: bytes, count: int) -> Iterator[tuple[bytes, bytes]] | None:
-        """Key and value (b"" if ended) of ``count`` joined messages that have this layout.
+    def pairs(self, block: bytes | bytearray, count: int, stride: int = 0) -> Iterator[tuple[bytes, bytes]] | None:
+        """Key and value (b"" if ended) of ``count`` messages that have this layout, joined or every ``stride`` bytes.
 
         None if one has a value that a column cannot carry.
         """
-        length, size = self.length, len(self._row)
+        length, size = stride or self.length, len(self._row)
+        end = count * length
         out = bytearray(self._row * count)
         for to, place in self._moves:
-            out[to::size] = block[place::length]
+            out[to::size] = block[place:end:length]
         if not self.ended:
             if out[size - TIMEOUT_FROM_END :: size].count(0xFF):
                 return None  # perhaps rows.NO_TIMEOUT
             if self._flags:
                 original, reply = self._flags
                 out[size - FLAGS_FROM_END :: size] = _joined(
-                    block[original::length].translate(_FLAGS_HIGH), block[reply::length].translate(_FLAGS_LOW)
+                    block[original:end:length].translate(_FLAGS_HIGH), block[reply:end:length].translate(_FLAGS_LOW)
                 )
                 scales = bytes(count)
                 if self._scales:
                     original, reply = self._scales
                     scales = _joined(
-                        block[original::length].translate(_SCALE_HIGH), block[reply::length].translate(_SCALE_LOW)
+                        block[original:end:length].translate(_SCALE_HIGH), block[reply:end:length].translate(_SCALE_LOW)
                     )
                 out[size - SCALE_FROM_END :: size] = scales
-        if self._zone_at and _joined(block[self._zone_at :: length], block[self._zone_at + 1 :: length]).count(0):
+        if self._zone_at and _joined(
+            block[self._zone_at : end : length], block[self._zone_at + 1 : end : length]
+        ).count(0):
             return None  # zone 0 has no bytes in a key
         return self._pairs.iter_unpack(out)
 
@@ -394,7 +414,7 @@ class Layout:
 _UNKNOWN = bytes((NO_SCALE, 0))
 
 
-def _joined(one: bytes, other: bytes) -> bytes:
+def _joined(one: bytes | bytearray, other: bytes | bytearray) -> bytes:
     """Two columns, each byte the bits of both."""
     return (int.from_bytes(one, "little") | int.from_bytes(other, "little")).to_bytes(len(one), "little")
 
@@ -446,10 +466,15 @@ class Reader:
         longest = max(lengths)
         latest = self._latest
         if latest is not None and count >= _COLUMNS_FROM and lengths.count(latest.length) == count:
-            with memoryview(data)[: count * stride] as view:
-                same = _slots(f"{longest}s{stride - longest}x").iter_unpack(view)
-                if self._alike(latest, b"".join(itertools.chain.from_iterable(same)), count, into):
-                    return count, False
+            if count >= _COMPARED_BY_COLUMNS:
+                alike = self._alike(latest, data, count, stride, into)
+            else:
+                with memoryview(data)[: count * stride] as view:
+                    same = _slots(f"{longest}s{stride - longest}x").iter_unpack(view)
+                    block = b"".join(itertools.chain.from_iterable(same))
+                alike = self._alike(latest, block, count, longest, into)
+            if alike:
+                return count, False
         with memoryview(data)[: count * stride] as view:
             heads = list(_slots(f"{_EVENT_HEAD}{stride - HEAD_BYTES}x").iter_unpack(view))
             whole = _slots(f"{longest}s{stride - longest}x").iter_unpack(view)
@@ -464,11 +489,11 @@ class Reader:
         events, others = self._read(raw, heads, odd, into)
         return events, lost or others
 
-    def _alike(self, layout: Layout, block: bytes, count: int, into: Gathering) -> bool:
-        """Take joined events that all have the layout of those before; False, with nothing done, if they have not."""
-        if into.flows or not layout.fits(block, count):
+    def _alike(self, layout: Layout, data: bytes | bytearray, count: int, stride: int, into: Gathering) -> bool:
+        """Take events that all have the layout of those before; False, with nothing done, if they have not."""
+        if into.flows or not layout.fits(data, count, stride):
             return False
-        pairs = layout.pairs(block, count)
+        pairs = layout.pairs(data, count, stride)
         if pairs is None:
             return False
         if layout.ended:

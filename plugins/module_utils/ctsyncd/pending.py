@@ -22,6 +22,7 @@ from . import wire
 FIXED_BYTES = 60  # about what a record of columns costs besides what grows with its rows
 FIRST_GUESS_BYTES = 12.0  # a row, before one was seen
 REMEMBERED = 64  # records that several peers may be told, with what they were made of: some 10 KB each
+AHEAD_ROWS = 1024  # whose columns are looked at together, besides those of the next record
 SLACK_BYTES = 200  # less room than this, or than an eighth of a block, is not worth another record of columns
 
 
@@ -54,21 +55,28 @@ class Encoder:
         self.guesses: dict[tuple[int, int], float] = {}
         self._known: dict[tuple[int, bytes], bytes] | None = {} if peers > 1 else None
 
-    def encode(self, kind: int, key_len: int, joined: bytes) -> bytes:
-        """A record of rows (RECORD_ROWS) or keys (RECORD_GONE), all of one shape and joined."""
+    def encode(
+        self, kind: int, key_len: int, joined: bytes, many: wire.RowColumns | None = None, start: int = 0
+    ) -> bytes:
+        """A record of rows (RECORD_ROWS) or keys (RECORD_GONE), all of one shape and joined.
+
+        Of rows that stand in ``many``, from ``start`` on, it is made faster.
+        """
         known = self._known
         if known is None:
-            return self._make(kind, key_len, joined)
+            return self._make(kind, key_len, joined, many, start)
         source = (kind << 8 | key_len, joined)
         record = known.get(source)
         if record is None:
             if len(known) >= REMEMBERED:
                 known.pop(next(iter(known)))
-            record = known[source] = self._make(kind, key_len, joined)
+            record = known[source] = self._make(kind, key_len, joined, many, start)
         return record
 
     @staticmethod
-    def _make(kind: int, key_len: int, joined: bytes) -> bytes:
+    def _make(kind: int, key_len: int, joined: bytes, many: wire.RowColumns | None, start: int) -> bytes:
+        if many is not None:
+            return wire.tlv(kind, many.encode(start, start + len(joined) // many.width))
         encode = wire.encode_rows if kind == wire.RECORD_ROWS else wire.encode_gone
         return wire.tlv(kind, encode(key_len, joined))
 
@@ -76,13 +84,15 @@ class Encoder:
 class _Columns:
     """Keys or rows of one shape on their way out."""
 
-    __slots__ = ("_encoder", "_kind", "_parts", "_source", "_width", "left", "rest", "shape")
+    __slots__ = ("_at", "_encoder", "_kind", "_many", "_parts", "_source", "_width", "left", "rest", "shape")
 
     def __init__(self, encoder: Encoder, kind: int, key_len: int, source: Iterator[bytes], left: int) -> None:
         self._encoder = encoder
         self.shape = (kind, key_len)
         self.left = left  # changes
-        self.rest = b""  # joined rows that were taken from the source and not sent
+        self.rest = b""  # joined rows that were taken from the source ...
+        self._at = 0  # ... of which so many are sent
+        self._many: wire.RowColumns | None = None  # the same as columns, where they are more than one record takes
         rows = kind == wire.RECORD_ROWS
         self._kind = kind
         self._width = shapes.SHAPES[key_len].row if rows else key_len
@@ -104,22 +114,32 @@ class _Columns:
             count = max(1, min(count - 1, int(count * 0.97 * (room - FIXED_BYTES) / (len(record) - FIXED_BYTES))))
         if count < self.left and 2 * len(record) > min(room, 50 * guess):
             guesses[self.shape] = max(1.0, (len(record) - FIXED_BYTES) / count * 1.02)
-        self.rest = self.rest[count * self._width :]
+        self._at += count
         self.left -= count
         return record, count
 
     def skip(self) -> None:
         """Forget the first row."""
-        self.rest = self.rest[self._width :]
+        self._at += 1
         self.left -= 1
 
     def _read(self, count: int) -> None:
-        missing = count - len(self.rest) // self._width
-        if missing > 0:
-            self.rest += b"".join(itertools.islice(self._source, missing * self._parts))
+        """Have so many rows; of rows that more than one record takes some more, to look at their columns once."""
+        missing = count - len(self.rest) // self._width + self._at
+        if missing <= 0:
+            return
+        ahead = self._kind == wire.RECORD_ROWS and count < self.left
+        if ahead:
+            missing += AHEAD_ROWS
+        taken = b"".join(itertools.islice(self._source, missing * self._parts))
+        self.rest = self.rest[self._at * self._width :] + taken
+        self._at = 0
+        self._many = wire.RowColumns(self.shape[1], self.rest) if ahead else None
 
     def _encode(self, count: int) -> bytes:
-        return self._encoder.encode(self._kind, self.shape[1], self.rest[: count * self._width])
+        start = self._at
+        joined = self.rest[start * self._width : (start + count) * self._width]
+        return self._encoder.encode(self._kind, self.shape[1], joined, self._many, start)
 
 
 class _Singles:

@@ -534,6 +534,70 @@ def encode_rows(key_len: int, rows: bytes) -> bytes:
     return head + _encode_columns(columns, count)
 
 
+class RowColumns:
+    """Joined rows that are encoded part by part: what a column is in all of them is looked at once.
+
+    In a flood most columns have one byte in all rows, or are mirrored in all of them, and in most of the others no byte
+    is frequent: no part has to look at any of these.
+    """
+
+    def __init__(self, key_len: int, rows: bytes) -> None:
+        self._key_len = key_len
+        self._layout = layout = _ROWS[key_len]
+        self.width = width = layout.width  # of a row
+        self._columns = columns = [rows[at::width] for at in range(width)]
+        count = len(rows) // width
+        firsts = bytearray(rows[:width])
+        often = list(map(bytes.count, columns, firsts))
+        first = 1 << len(layout.mirror) - 1
+        self._mirrored = 0
+        self._unclear: list[tuple[int, int, int]] = []  # bit, column and the one that it may mirror in a part
+        for place, original in enumerate(layout.mirror):
+            at = layout.reply + place
+            if columns[at] == columns[original]:
+                firsts[at], often[at] = 0, count
+                self._mirrored |= first >> place
+            elif often[at] != count or often[original] != count:
+                self._unclear.append((first >> place, at, original))
+        self._firsts = bytes(firsts)
+        # the columns with several bytes, and whether these may be few in a part
+        self._several = {
+            at: max(times, *map(columns[at].count, (columns[at][count >> 1], columns[at][-1]))) * _FEW_SHARE > count
+            for at, times in enumerate(often)
+            if times != count
+        }
+
+    def encode(self, start: int, end: int) -> bytes:
+        """Payload of ROWS: those from ``start`` to ``end``."""
+        layout, columns, count = self._layout, self._columns, end - start
+        mirrored, firsts = self._mirrored, bytearray(self._firsts)
+        parts = {}
+        for bit, at, original in self._unclear:
+            column, other = columns[at][start:end], columns[original][start:end]
+            if column == other:
+                parts[at] = bytes(count)
+                mirrored |= bit
+            elif column.count(column[0]) != count and other.count(other[0]) != count:
+                difference = _xor(column, other)
+                if difference.count(difference[0]) == count:
+                    parts[at] = difference
+                    mirrored |= bit
+        several = []
+        for at in sorted({**self._several, **parts}) if parts else self._several:
+            column = parts.get(at) or columns[at][start:end]
+            perhaps = at in parts or self._several[at]
+            if perhaps:
+                firsts[at] = column[0]
+                times = column.count(column[0])
+                if times == count:
+                    continue
+                perhaps = _may_be_few(column, times)
+            several.append((at, column, perhaps))
+        mirrored <<= -len(layout.mirror) % 8
+        head = _COLUMNS.pack(self._key_len, count) + mirrored.to_bytes(layout.mirror_mask, "big")
+        return head + _encode_several(firsts, several, count)
+
+
 def _encode_row(key_len: int, layout: _Layout, row: bytes) -> bytes:
     """The same of one row: no column has two different bytes."""
     at = layout.reply
@@ -601,25 +665,41 @@ def _xor(one: bytes | bytearray, two: bytes | bytearray) -> bytes:
 def _encode_columns(columns: list[bytes], count: int) -> bytes:
     """Masks and columns."""
     firsts = bytearray([column[0] for column in columns])
-    often = list(map(bytes.count, columns, firsts))
-    low, high = firsts.translate(_NOT_ZERO), bytearray(b"0" * len(columns))
-    few, full = [], []
-    for place, times in enumerate(often):
-        if times == count:
-            continue
-        column = columns[place]
+    several = [
+        (place, columns[place], _may_be_few(columns[place], times))
+        for place, times in enumerate(map(bytes.count, columns, firsts))
+        if times != count
+    ]
+    return _encode_several(firsts, several, count)
+
+
+def _may_be_few(column: bytes, times: int) -> bool:
+    """Is it worth a closer look whether it has few different bytes?  ``times``: how often its first one is in it."""
+    count = len(column)
+    return count >= _FEW_ROWS and max(times, column.count(column[count >> 1])) * _FEW_SHARE > count
+
+
+def _encode_several(firsts: bytearray, several: list[tuple[int, bytes, bool]], count: int) -> bytes:
+    """The same where each column has its byte of ``firsts`` in all rows, but for ``several`` (in order): the place of a
+    column, the column, and whether it may have few different bytes."""
+    high = bytearray(b"0" * len(firsts))
+    full: list[bytes] = []
+    few: list[bytes] = []
+    for place, column, perhaps in several:
         high[place] = _ONE
-        firsts[place] = 0
-        if count >= _FEW_ROWS and max(times, column.count(column[count >> 1])) * _FEW_SHARE > count:
-            values = bytes(sorted(set(column)))
+        firsts[place] = 1  # as in FULL
+        if perhaps:
+            values = set(column)
             if len(values) <= _FEW and 1 + len(values) + (count + 1) // 2 < count:
-                few.append(_encode_few(column, values))
-                low[place] = _ZERO
+                few.append(_encode_few(column, bytes(sorted(values))))
+                firsts[place] = 0
                 continue
-        low[place] = _ONE
         full.append(column)
-    pad = -len(columns) % 8
-    size = (len(columns) + pad) // 8
+    low = firsts.translate(_NOT_ZERO)
+    for place, _column, _perhaps in several:
+        firsts[place] = 0
+    pad = -len(firsts) % 8
+    size = (len(firsts) + pad) // 8
     masks = (int(high, 2) << pad).to_bytes(size, "big") + (int(low, 2) << pad).to_bytes(size, "big")
     return b"".join((masks, firsts.translate(None, b"\0"), *few, *full))
 

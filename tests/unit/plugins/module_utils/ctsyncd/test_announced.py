@@ -42,7 +42,9 @@ def flows(draw: st.DrawFn) -> Rows:
     """Of one shape; some of them are translated, and many have the same tail."""
     shape = SHAPES[draw(st.sampled_from(sorted(SHAPES)))]
     keys = draw(st.sets(st.binary(min_size=shape.key, max_size=shape.key), max_size=40))
-    tail = st.sampled_from((bytes(TAIL_BYTES), bytes(range(TAIL_BYTES))))
+    first = bytes(TAIL_BYTES)
+    others = ((), (first[:4] + b"\1" + first[5:], first[:4] + b"\2" + first[5:]), (bytes(range(TAIL_BYTES)),))
+    tail = st.sampled_from((first, *draw(st.sampled_from(others))))
     reply = st.none() | st.binary(min_size=shape.reply, max_size=shape.reply)
     return {key: (draw(reply) or turned(key)) + draw(tail) for key in sorted(keys)}
 
@@ -99,6 +101,19 @@ def test_what_a_flow_does_not_say_stays_and_another_flow_says_all() -> None:
     assert not made.extras
     made.discard([key])
     assert not made.digest.total and not len(made) and made.value(key) is None
+
+
+@pytest.mark.parametrize("differing", [(), (3,), (3, 4), tuple(range(TAIL_BYTES))])
+def test_equal_tails_are_one_object(differing: tuple[int, ...]) -> None:
+    """However many of their bytes differ, and whether they come together or not."""
+    made = Announced()
+    for first in (1000, 2000):
+        keys = [tcp(port).key for port in range(first, first + 100)]
+        tails = [bytes(number % 5 if at in differing else 7 for at in range(TAIL_BYTES)) for number in range(100)]
+        rows = {key: turned(key) + tail for key, tail in zip(keys, tails)}
+        made.add(rows, SHAPES[13].reply)
+        assert {key: made.value(key) for key in keys} == rows
+    assert len({id(kept) for kept in made.table.values()}) == (5 if differing else 1)
 
 
 def test_tails_of_many_kinds_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,6 +116,26 @@ def test_batches_that_are_all_alike() -> None:
     assert alike >= len(some)
 
 
+@pytest.mark.parametrize("ended", [False, True])
+def test_many_that_are_all_alike_are_compared_where_they_are(ended: bool) -> None:
+    """Whatever byte of one of them differs: that is found, or it is part of what the message says."""
+    alike = [event(ssh(number), ended) for number in range(70)]
+    reader, general = Reader(), Reader(columns=False)
+    read_events(reader, alike[:8])
+    fast = reader.fast
+    for part in (alike, alike[:66], alike):  # full batches, and one with the rest
+        assert read_events(reader, part) == read_events(general, part)
+    assert reader.fast - fast == 70 + 66 + 70
+    for place in range(len(alike[0])):
+        other = bytearray(alike[33])
+        other[place] ^= 0x41
+        part = [*alike[:33], bytes(other), *alike[34:]]
+        reader.malformed = general.malformed = 0
+        assert read_events(reader, part) == read_events(general, part)
+        assert reader.malformed == general.malformed
+        read_events(reader, alike)  # what was last is tried first
+
+
 @pytest.mark.parametrize("size", [1, 40, len(DUMPED)])
 def test_recorded_dumps(size: int) -> None:
     reader = Reader()

@@ -96,6 +96,17 @@ def test_rows_round_trip(case: tuple[int, bytes]) -> None:
     assert list(wire.iter_rows(key_len, joined)) == pairs
 
 
+@given(columns(), st.data())
+def test_parts_of_rows_are_these_rows(case: tuple[int, bytes], data: st.DataObject) -> None:
+    key_len, joined = case
+    width = rows.SHAPES[key_len].row
+    many = wire.RowColumns(key_len, joined)
+    for dummy in range(3):
+        end = data.draw(st.integers(1, len(joined) // width))
+        start = data.draw(st.integers(0, end - 1))
+        assert wire.decode_rows(many.encode(start, end)) == (key_len, joined[start * width : end * width])
+
+
 @given(columns(of_keys=True))
 def test_gone_round_trip(case: tuple[int, bytes]) -> None:
     key_len, joined = case
@@ -127,6 +138,15 @@ def test_bytes_of_a_row(snat: bytes) -> None:
     assert len(wire.encode_rows(13, public(1, snat))) <= 42
     keys = b"".join(key for key, _value in wire.iter_rows(13, public(110)))
     assert len(wire.encode_gone(13, keys)) <= 11.5 * 110
+
+
+@pytest.mark.parametrize("snat", [b"", bytes((192, 168, 1, 100))])
+def test_parts_of_many_rows_are_no_longer_than_each_by_itself(snat: bytes) -> None:
+    joined = public(1100, snat)
+    many, part = wire.RowColumns(13, joined), 100 * 38
+    together = [many.encode(start, start + 100) for start in range(0, 1100, 100)]
+    alone = [wire.encode_rows(13, joined[at : at + part]) for at in range(0, len(joined), part)]
+    assert sum(map(len, together)) <= 1.001 * sum(map(len, alone))
 
 
 def with_mode(column: int, mode: tuple[int, int], width: int) -> bytes:
