@@ -463,18 +463,18 @@ class Reader:
         count = len(lengths)
         if not count:
             return 0, False
-        longest = max(lengths)
         latest = self._latest
         if latest is not None and count >= _COLUMNS_FROM and lengths.count(latest.length) == count:
             if count >= _COMPARED_BY_COLUMNS:
                 alike = self._alike(latest, data, count, stride, into)
             else:
                 with memoryview(data)[: count * stride] as view:
-                    same = _slots(f"{longest}s{stride - longest}x").iter_unpack(view)
+                    same = _slots(f"{latest.length}s{stride - latest.length}x").iter_unpack(view)
                     block = b"".join(itertools.chain.from_iterable(same))
-                alike = self._alike(latest, block, count, longest, into)
+                alike = self._alike(latest, block, count, latest.length, into)
             if alike:
                 return count, False
+        longest = max(lengths)
         with memoryview(data)[: count * stride] as view:
             heads = list(_slots(f"{_EVENT_HEAD}{stride - HEAD_BYTES}x").iter_unpack(view))
             whole = _slots(f"{longest}s{stride - longest}x").iter_unpack(view)

@@ -344,7 +344,7 @@ class Receiver:
             raise OSError(number, os.strerror(number))
         lengths: list[int] = self._lengths[:count].tolist()
         ports = self._ports[:count].tolist()
-        if any(ports):
+        if ports.count(0) != count:
             lengths = [0 if port else length for port, length in zip(ports, lengths)]
         return lengths
 
