@@ -18,7 +18,7 @@ from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Seq
 
 from ansible.module_utils.common.validation import check_type_bool, check_type_dict, check_type_float, check_type_int
 
-from . import _ctsyncd_files, _keepalived
+from . import _conntrack_settings, _ctsyncd_files, _keepalived
 from .ctsyncd import config as daemon_config
 
 Spec = Mapping[str, Any]
@@ -242,7 +242,8 @@ def judge(
             wrong.append(name)
             values.pop(name, None)
         problems += found
-    return Judgement(problems + _daemon_problems(values) + _keepalived_problems(values), wrong, values)
+    problems += _kernel_problems(values) + _daemon_problems(values) + _keepalived_problems(values)
+    return Judgement(problems, wrong, values)
 
 
 def _first_line(error: Exception) -> str:
@@ -251,6 +252,11 @@ def _first_line(error: Exception) -> str:
 
 
 # --- ranges, as the programs themselves judge them ---
+
+
+def _kernel_problems(values: Mapping[str, Any]) -> List[str]:
+    given = (values.get(f"kernel_conntrack_{name}") for name in ("max", "buckets", "timeouts"))
+    return [f"kernel_{problem}" for problem in _conntrack_settings.settings(*given).problems]
 
 
 def _daemon_problems(values: Mapping[str, Any]) -> List[str]:

@@ -16,7 +16,7 @@ import ipaddress
 import re
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
-from . import _keepalived, _options, _ruleset, _vrrp_numbers
+from . import _conntrack_settings, _keepalived, _options, _ruleset, _vrrp_numbers
 
 MINIMUM_PYTHON = (3, 9)
 MINIMUM_KEY_BYTES = 32
@@ -617,7 +617,7 @@ class _Group:
             self._rules_error(host, str(words), str(node.get("services_variable") or "ruleset_services"))
         for words in node.get("kernel_errors") or ():
             words = _without_outcome(re.sub(r"^sysctls\[\d+\]\.(name|value): ", "", words))
-            option = "kernel_modules" if words.startswith("The kernel has no module") else "kernel_extra_sysctls"
+            option = "kernel_modules" if words.startswith("The kernel has no module") else _option_of(words)
             self.say(host, f"{option}: {words}")
 
     def _rules_error(self, host: str, words: str, services: str) -> None:
@@ -749,6 +749,12 @@ class _Group:
         return all(name.startswith(("docker", "br-", "virbr", "podman", "cni", "lxcbr", "lxdbr")) for name in names)
 
 
+def _option_of(words: str) -> str:
+    """The variable that a message of the module kernel_settings is about, by the key that it names."""
+    key = re.search(r"\bnet[./]netfilter[./]\w+", words)
+    return _conntrack_settings.option_of(key[0] if key else "")
+
+
 def _without_outcome(words: str) -> str:
     """A module's message without what it says of its own run."""
     return words.replace(" Nothing was changed.", "").strip()
@@ -762,7 +768,8 @@ def sysctl_differences(values: Mapping[str, Mapping[str, Any]]) -> List[str]:
         if None in found.values() or len(set(found.values())) < 2:
             continue
         each = ", ".join(f"{host}: {value}" for host, value in found.items())
-        reasons.append(f"{name} differs ({each}): set it once for the group in kernel_extra_sysctls")
+        option = _conntrack_settings.option_of(name)
+        reasons.append(f"{name} differs ({each}): set it once for the group in {option}")
     return reasons
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import pytest
+from ansible_collections.ctsync.ha_firewall.plugins.filter.conntrack_sysctls import conntrack_sysctls
 from integration.sealed import Machine
 
 pytestmark = pytest.mark.netns
@@ -108,3 +109,23 @@ def test_a_file_that_wins_at_boot_is_warned_of(machine):
     machine.run("sh", "-c", "echo 'net.ipv4.ip_forward = 0' > /etc/sysctl.d/99-other.conf")
     done = machine.module("kernel_settings", sysctls=SYSCTLS)
     assert "99-other.conf sets net.ipv4.ip_forward" in str(done["warnings"])
+
+
+def test_typed_timeouts_are_set_and_a_size_that_is_the_hosts_is_refused_before_any_change(machine):
+    name = "net.netfilter.nf_conntrack_udp_timeout_stream"
+    path = "/proc/sys/" + name.replace(".", "/")
+    former = machine.run("cat", path).strip()
+    timeouts = {"timeouts": {"udp_timeout_stream": int(former) + 7}}
+    refused = machine.module("kernel_settings", sysctls=conntrack_sysctls({**timeouts, "max": 4096}))
+    assert refused["failed"]
+    assert "net.netfilter.nf_conntrack_max cannot be set to '4096'" in refused["msg"]
+    assert machine.run("cat", path).strip() == former
+    done = machine.module("kernel_settings", sysctls=conntrack_sysctls(timeouts))
+    assert done["sysctls"] == {name: {"before": former, "after": str(int(former) + 7)}}
+    assert machine.run("cat", path).strip() == str(int(former) + 7)
+    assert f"{name} = {int(former) + 7}" in machine.run("cat", FILES[1]).splitlines()
+    assert not machine.module("kernel_settings", sysctls=conntrack_sysctls(timeouts))["changed"]
+    machine.module("kernel_settings", state="absent")
+    assert machine.run("cat", path).strip() == former
+    unknown = machine.module("kernel_settings", sysctls=conntrack_sysctls({"timeouts": {"udp_timeout_steam": 9}}))
+    assert "The kernel has no key net.netfilter.nf_conntrack_udp_timeout_steam." in unknown["msg"]

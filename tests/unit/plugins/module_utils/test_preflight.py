@@ -159,6 +159,14 @@ def vips(**change):
             "kernel_extra_sysctls: The kernel has",
         ),
         ({"kernel_errors": ["sysctls[5].name: a.b is given more than once."]}, "kernel_extra_sysctls: a.b is given"),
+        (
+            {
+                "kernel_errors": [
+                    "net.netfilter.nf_conntrack_max cannot be set to '5': the kernel holds '9', and so on."
+                ]
+            },
+            "kernel_conntrack_max: net.netfilter.nf_conntrack_max cannot be set to '5'",
+        ),
         ({"kernel_errors": ["The kernel has no module x."]}, "kernel_modules: The kernel has no module x."),
         ({"track_interfaces": [{"interface": "eth9"}]}, "keepalived_track_interfaces: interface eth9 does not exist"),
         (
@@ -246,14 +254,21 @@ def test_limits_and_timeouts_of_the_kernels_are_the_same_or_will_be():
     assert p.group_problems(pair(one=ours, two=other), all_facts()) == []
 
 
-@pytest.mark.parametrize("name", ["net.core.rmem_max", "net.netfilter.nf_conntrack_buckets"])
-def test_a_sysctl_that_no_probe_knows_is_none_to_compare(name):
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("net.core.rmem_max", "kernel_extra_sysctls"),
+        ("net.netfilter.nf_conntrack_buckets", "kernel_conntrack_buckets"),
+        ("net.netfilter.nf_conntrack_udp_timeout", "kernel_conntrack_timeouts"),
+    ],
+)
+def test_a_sysctl_that_no_probe_knows_is_none_to_compare(name, option):
     setting = {"sysctls": [{"name": name, "value": 268435456}, {"name": "without a value"}, "no dictionary"]}
     nodes = pair(both={"host": {"sysctls": {"net.netfilter.nf_conntrack_events": "1"}}, **setting})
     assert p.group_problems(nodes, all_facts()) == []
     nodes["fw2"]["sysctls"] = [{"name": name, "value": 5}]
     assert p.group_problems(nodes, all_facts()) == [
-        f"{name} differs (fw1: 268435456, fw2: 5): set it once for the group in kernel_extra_sysctls"
+        f"{name} differs (fw1: 268435456, fw2: 5): set it once for the group in {option}"
     ]
 
 
