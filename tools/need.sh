@@ -32,7 +32,10 @@ apt-get -qq update
 # shellcheck disable=SC2086 # a list of words
 apt-get -qq -y --no-install-recommends install $missing >/dev/null
 if [ -d /run/systemd/system ]; then
-    for package in $missing; do systemctl --quiet disable "$package" 2>/dev/null || true; done
+    for package in $missing; do
+        units=$(dpkg -L "$package" | sed -n 's#.*/systemd/system/\([^/@]*\.\(service\|socket\)\)$#\1#p')
+        for unit in "$package" $units; do systemctl --quiet disable "$unit" 2>/dev/null || true; done
+    done
 fi
 # make lab-down names them (plugins/module_utils/_lab.py): what was installed here stays.
 record=/var/lib/ctsync-lab
