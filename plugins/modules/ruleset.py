@@ -381,6 +381,15 @@ options:
       - If V(false), what an earlier run has installed for that is removed.
     type: bool
     default: true
+  will_forward:
+    description:
+      - Address families (C(ipv4), C(ipv6)) for which forwarding will be turned on after this, as the role C(kernel)
+        does. For a preflight, with O(validate_only=true). What others have in C(FORWARD) of a machine that does not
+        forward has no effect yet. The module judges it as it will be, and warns of it.
+    type: list
+    elements: str
+    choices: [ipv4, ipv6]
+    default: []
 seealso:
   - module: ansible.builtin.iptables
   - module: community.general.iptables_state
@@ -524,6 +533,7 @@ from ansible_collections.ctsync.ha_firewall.plugins.module_utils._iptables impor
 UNIT = "ctsync-ruleset.service"
 UNIT_PATH = "/etc/systemd/system/" + UNIT
 FORWARDING = {"ipv4": "/proc/sys/net/ipv4/ip_forward", "ipv6": "/proc/sys/net/ipv6/conf/all/forwarding"}
+KERNEL_VARIABLES = {"ipv4": "kernel_forward_ipv4", "ipv6": "kernel_forward_ipv6"}  # of the role kernel
 SILENTLY = """/bin/sh -c 'exec "$$0" "$$@" 2>/dev/null'"""  # in a unit: a jump that is not there is no news
 FINGERPRINT_PATH = _ruleset_watch.FINGERPRINT_PATH
 WATCH_FILES = (_ruleset_watch.PROGRAM_PATH, _ruleset_watch.SERVICE_PATH, _ruleset_watch.TIMER_PATH)
@@ -584,6 +594,7 @@ ARGUMENT_SPEC = {
     "virtual_ips": {"type": "list", "elements": "str", "default": []},
     "vrrp_peers": {"type": "list", "elements": "dict", "default": [], "options": VRRP_SPEC},
     "watch": {"type": "bool", "default": True},
+    "will_forward": {"type": "list", "elements": "str", "choices": ["ipv4", "ipv6"], "default": []},
 }
 
 
@@ -888,8 +899,17 @@ class Run:
         if policy != "DROP" or now == "DROP" or self.params["take_over_forward_policy"]:
             return
         foreign = _ruleset.foreign_rules(self.live[family], table, chain)
-        forwarding = (read_text(FORWARDING[family]) or "0").strip() not in ("", "0")
-        if foreign and forwarding:
+        if foreign and not forwards(family) and family in self.params["will_forward"]:
+            self.module.fail_json(
+                msg=f"'-P {chain} DROP' would be in force with {len(foreign)} other rule(s) in {chain} of the {family}"
+                f" table {table}, the first is '{foreign[0]}'. They have no effect so far, because the machine does not"
+                f" forward; the deployment turns that on ({KERNEL_VARIABLES[family]}), and from then on they act beside"
+                " yours, and the policy drops what neither accepts. Remove them if they are leftovers; if all of that"
+                " is meant, set 'take_over_forward_policy: true' (role variable ruleset_take_over_forward_policy)."
+                " Nothing was changed.",
+                foreign_rules=foreign,
+            )
+        if foreign and forwards(family):
             self.module.fail_json(
                 msg=f"'-P {chain} DROP' would cut forwarding that is not this module's: {chain} of the {family} table"
                 f" {table} has {len(foreign)} other rule(s), the first is '{foreign[0]}', and the machine forwards."
@@ -898,6 +918,19 @@ class Run:
                 " '-A FORWARD ... -j DROP' for your own interfaces. Nothing was changed.",
                 foreign_rules=foreign,
             )
+
+    def warn_of_forwarding(self) -> None:
+        """Say what turning forwarding on will bring into effect."""
+        for family in [f for f in self.params["will_forward"] if f in self.live and not forwards(f)]:
+            foreign = _ruleset.foreign_rules(self.live[family], "filter", "FORWARD")
+            if foreign:
+                policy = self.after[family].get("filter", _ruleset.Table()).policies.get("FORWARD", ("ACCEPT", 0, 0))[0]
+                rest = "dropped" if policy == "DROP" else "forwarded"
+                self.module.warn(
+                    f"The machine does not forward {family} yet, and the deployment turns it on"
+                    f" ({KERNEL_VARIABLES[family]}). From then on {len(foreign)} rule(s) of others in FORWARD act, too,"
+                    f" which have no effect so far; the first is '{foreign[0]}'. What no rule decides will be {rest}."
+                )
 
     def wanted_files(self, plans: dict) -> dict:
         """Path to (text or None for 'must not exist', mode) of each file the module owns."""
@@ -1161,6 +1194,7 @@ class Run:
         except _ruleset.RulesetError as exc:
             module.fail_json(msg=f"{exc} Nothing was changed.")
         self.decide(plans, wanted)
+        self.warn_of_forwarding()
         if params["validate_only"]:
             return self.result(False, [], wanted)
         files = self.wanted_files(plans)
@@ -1287,6 +1321,11 @@ def shown_content(content) -> str:
     if isinstance(content, bytes):
         return f"{len(content)} bytes, SHA-256 {hashlib.sha256(content).hexdigest()}\n"
     return content or ""
+
+
+def forwards(family: str) -> bool:
+    """Whether the machine forwards now."""
+    return (read_text(FORWARDING[family]) or "0").strip() not in ("", "0")
 
 
 def booted() -> bool:

@@ -342,6 +342,41 @@ def test_foreign_forwarding_is_not_cut_unless_told_to(machine, backend):
     assert ":FORWARD ACCEPT [0:0]" in saved(machine, backend)
 
 
+def test_rules_of_others_that_do_nothing_yet_are_judged_as_they_will_be(machine, backend):
+    """Forwarding is off, and the deployment turns it on: the preflight says what that means."""
+    machine.run("sh", "-c", "echo 0 > /proc/sys/net/ipv4/ip_forward")
+    machine.run(f"iptables-{backend}", "-A", "FORWARD", "-i", "leftover", "-j", "ACCEPT")
+    preflight = {"backend": backend, "validate_only": True, "will_forward": ["ipv4", "ipv6"]}
+    refused = machine.module("ruleset", rules=PAGE, **preflight)
+    assert refused["failed"]
+    assert "with 1 other rule(s) in FORWARD of the ipv4 table filter, the first is" in refused["msg"]
+    assert "'-A FORWARD -i leftover -j ACCEPT'" in refused["msg"]
+    assert "kernel_forward_ipv4" in refused["msg"]
+    assert "take_over_forward_policy: true" in refused["msg"]
+
+    def warnings(**options):
+        done = machine.module("ruleset", **{**preflight, **options})
+        assert not done.get("failed"), done
+        said = [entry if isinstance(entry, str) else entry["event"]["msg"] for entry in done.get("warnings", [])]
+        return [text for text in said if "does not forward" in text]
+
+    (said,) = warnings(rules=PAGE[1:])
+    assert said.startswith(
+        "The machine does not forward ipv4 yet, and the deployment turns it on (kernel_forward_ipv4)."
+    )
+    assert said.endswith("What no rule decides will be forwarded.")
+    (said,) = warnings(rules=PAGE, take_over_forward_policy=True)
+    assert said.endswith("What no rule decides will be dropped.")
+    assert warnings(rules=PAGE[1:], will_forward=["ipv6"]) == []
+    assert warnings(rules=PAGE, will_forward=[]) == []  # nobody will turn it on: as before
+    machine.run(f"iptables-{backend}", "-F", "FORWARD")
+    assert warnings(rules=PAGE) == []
+    # what the preflight keeps from happening: refused only when the kernel has been changed already
+    machine.run(f"iptables-{backend}", "-A", "FORWARD", "-i", "leftover", "-j", "ACCEPT")
+    machine.run("sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
+    assert "would cut forwarding" in machine.module("ruleset", backend=backend, rules=PAGE)["msg"]
+
+
 @pytest.mark.parametrize(
     ("rule", "words"),
     [

@@ -21,6 +21,7 @@ LEFT_OUT = {
         "rollback_step": "the action plugin's",
         "state_directory": "what is remembered is in one place, which uninstall looks into",
         "validate_only": "tasks_from: validate",
+        "will_forward": "for the preflight; when the role runs, forwarding is what it shall be",
     },
     "keepalived": {
         "manage_service": "a node without systemd has no ctsyncd either",
