@@ -181,6 +181,51 @@ def test_nothing_touches_the_active_node_while_the_other_cannot_take_over(goes_o
     assert {name: node(name).sysctl(key) for name in FIREWALLS} == before, "left out, it is as it was"
 
 
+def test_the_active_node_alone_is_changed_when_that_is_said(goes_on):
+    """The other is not to be had: what is needed of its addresses is in the rules of the one that lives."""
+    standby, active = sides()
+    key = "net.ipv4.conf.all.send_redirects"
+    before = node(active).sysctl(key)
+    changed = {"kernel_extra_sysctls": [{"name": key, "value": str(1 - before)}]}
+    alone = {"preflight_without_standby": True}
+    node(standby).check_output("systemctl stop ctsyncd")
+    try:
+        wait_for_verdict(active, ready=False)
+        half = {**changed, "preflight_whole_group": False}
+        said = " ".join(play("site", half, options=["--limit", active], succeeds=False).split())
+        assert f"--limit {active} -e preflight_without_standby=true; a mistake is an outage then" in said
+        assert node(active).sysctl(key) == before
+        said = play("site", {**changed, **alone}, options=["--limit", active])  # all roles
+        assert f"The active node {active} is changed nevertheless" in " ".join(said.split())
+        assert re.search(rf"{active} +: ok=\d+ +changed=1 ", said), "the sysctl, and nothing else"
+        assert node(active).sysctl(key) == 1 - before
+        play("site", alone, options=["--limit", active, "--tags", "kernel"])
+        assert node(active).sysctl(key) == before
+    finally:
+        node(standby).check_output("systemctl start ctsyncd")
+    for name in FIREWALLS:
+        wait_for_verdict(name, ready=True)
+
+
+def test_a_rule_that_is_removed_by_hand_shows_until_it_is_put_back(goes_on):
+    standby, _active = sides()
+    host = node(standby)
+    rule = host.check_output("iptables -S CTSYNC-FORWARD 1")
+    host.check_output("iptables -D CTSYNC-FORWARD 1")
+    deadline = time.monotonic() + 3 * DEADLINE  # the node looks every minute
+    while "are not those that were applied" not in " ".join(status(standby).get("reasons", [])):
+        assert time.monotonic() < deadline, status(standby)
+        time.sleep(0.5)
+    assert status(standby)["verdict"] == "NOT READY"
+    said = play("site", options=["--check", "--diff", "--tags", "ruleset"])
+    assert f"+{rule}\n" in said, "the diff shows what is missing"
+    assert rule not in host.check_output("iptables -S CTSYNC-FORWARD")
+    host.check_output(rule.replace("-A CTSYNC-FORWARD", "iptables -I CTSYNC-FORWARD 1"))
+    host.check_output("systemctl start ctsync-ruleset-watch.service")
+    for name in FIREWALLS:
+        wait_for_verdict(name, ready=True)
+
+
 def test_a_planned_hand_over_keeps_the_session_and_is_not_repeated(goes_on):
     standby, active = sides()
     said = play("switchover", {"switchover_to": standby})
