@@ -177,11 +177,12 @@ def _udp(net: Pair, port: int, target: str = OUTSIDE, *, answered: bool = True) 
 
 
 def _raw(space: Namespace, proto: int, target: str, payload: bytes) -> None:
-    with space.inside(), socket.socket(socket.AF_INET, socket.SOCK_RAW, proto) as raw:
+    family = socket.AF_INET6 if ":" in target else socket.AF_INET
+    with space.inside(), socket.socket(family, socket.SOCK_RAW, proto) as raw:
         raw.sendto(payload, (target, 0))
 
 
-def _sctp(net: Pair) -> None:
+def _sctp(net: Pair, outside: str, vip: str) -> None:
     """INIT, INIT ACK, COOKIE ECHO, COOKIE ACK (RFC 9260) by hand; the checksums are not looked at."""
 
     def packet(sport: int, dport: int, tag: int, kind: int, value: bytes) -> bytes:
@@ -189,10 +190,10 @@ def _sctp(net: Pair) -> None:
 
     init = struct.pack("!IIHHI", 0xCAFE0001, 65536, 1, 1, 1)
     init_ack = struct.pack("!IIHHI", 0xCAFE0002, 65536, 1, 1, 1)
-    _raw(net.a, 132, OUTSIDE, packet(9899, 2905, 0, 1, init))
-    _raw(net.b, 132, VIP, packet(2905, 9899, 0xCAFE0001, 2, init_ack))
-    _raw(net.a, 132, OUTSIDE, packet(9899, 2905, 0xCAFE0002, 10, b"cookie!!"))
-    _raw(net.b, 132, VIP, packet(2905, 9899, 0xCAFE0001, 11, b""))
+    _raw(net.a, 132, outside, packet(9899, 2905, 0, 1, init))
+    _raw(net.b, 132, vip, packet(2905, 9899, 0xCAFE0001, 2, init_ack))
+    _raw(net.a, 132, outside, packet(9899, 2905, 0xCAFE0002, 10, b"cookie!!"))
+    _raw(net.b, 132, vip, packet(2905, 9899, 0xCAFE0001, 11, b""))
 
 
 def _ftp(client: Namespace, server: Namespace, here: str, there: str, seen: str) -> None:
@@ -251,12 +252,13 @@ def record() -> list[dict[str, Any]]:
             _udp(net, 5360)
             _udp(net, 5361)
             _udp(net, 5363, answered=False)
-        with recorder.part("icmp, icmpv6, sctp, gre, esp"):
+        with recorder.part("icmp, icmpv6; sctp, gre, esp over both families"):
             net.a.ping(OUTSIDE, 77)
             net.a.ping(OUTSIDE6, 78)
-            _sctp(net)
-            _raw(net.a, 47, OUTSIDE, b"\x20\0\x08\0\x12\x34\x56\x78" + bytes(20))
-            _raw(net.a, 50, OUTSIDE, bytes(40))
+            for outside, vip in ((OUTSIDE, VIP), (OUTSIDE6, VIP6)):
+                _sctp(net, outside, vip)
+                _raw(net.a, 47, outside, b"\x20\0\x08\0\x12\x34\x56\x78" + bytes(20))
+                _raw(net.a, 50, outside, bytes(40))
         with recorder.part("ftp with helper: snat, adjusted sequence, master; then from outside"):
             _ftp(net.a, net.b, INSIDE, OUTSIDE, VIP)
             _ftp(net.b, net.a, OUTSIDE, INSIDE, OUTSIDE)

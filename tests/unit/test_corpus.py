@@ -181,9 +181,15 @@ def test_the_corpus_has_every_kind() -> None:
     for kind in (Kind.NEW, Kind.UPDATE, Kind.DESTROY, Kind.DUMP):
         assert {(kind, k.AF_INET, k.IPPROTO_TCP), (kind, k.AF_INET, k.IPPROTO_UDP)} <= kinds, kind
     protocols = {(flow.family, flow.proto) for _message, flow in read_all}
-    assert {(k.AF_INET, one) for one in (1, 6, 17, 47, 50, 132)} | {
-        (k.AF_INET6, one) for one in (6, 17, 58)
-    } <= protocols
+    both_families = {(family, one) for family in (k.AF_INET, k.AF_INET6) for one in (6, 17, 47, 50, 132)}
+    assert both_families | {(k.AF_INET, 1), (k.AF_INET6, 58)} <= protocols
+    for family in (k.AF_INET, k.AF_INET6):
+        assert (Kind.DUMP, family, k.IPPROTO_SCTP) in kinds
+        assert any(
+            flow.sctp_vtags and flow.state == k.SCTP_STATE_NAMES.index("ESTABLISHED")
+            for _message, flow in read_all
+            if flow.family == family
+        )
     nat = {(flow.family, flow.snat, flow.dnat) for _message, flow in read_all}
     both = {(k.AF_INET, True, True), (k.AF_INET, False, False)}
     assert both | {(family, *way) for family in (2, 10) for way in ((True, False), (False, True))} <= nat
