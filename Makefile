@@ -98,7 +98,7 @@ WHICH ?= not long
 .PHONY: integration
 integration: root venv ## Integration tests in network namespaces (root); WHICH=long those that test-all adds
 	sh tools/need.sh ip:iproute2 iptables-restore:iptables conntrack:conntrack keepalived:keepalived systemctl:systemd \
-		vsftpd:vsftpd in.tftpd:tftpd-hpa sshd:openssh-server ssh:openssh-client
+		vsftpd:vsftpd in.tftpd:tftpd-hpa sshd:openssh-server ssh:openssh-client conntrackd:conntrackd
 	pytest -q -m "$(WHICH)" tests/integration
 
 .PHONY: scale
