@@ -240,6 +240,26 @@ class Cluster:
                 f"{error}\n{active.status()}\n{backup.status()}\n{active.log()}\n{backup.log()}"
             ) from None
 
+    def verified(self, *daemons: Daemon) -> None:
+        """Wait until ``ctsyncd verify`` says of each (by default all that there are) that its pair is equal."""
+        for daemon in daemons or self.daemons:
+            said: list[tuple[int, str]] = []
+
+            def equal(daemon: Daemon = daemon, said: list[tuple[int, str]] = said) -> bool:
+                said[:] = [daemon.run("verify")]
+                return said[0][0] == 0
+
+            try:
+                wait_for(equal, f"verify on {daemon.space.label} to say equal")
+            except AssertionError as error:
+                raise AssertionError(f"{error}: {said}") from None
+
+    def back_and_equal(self, victim: Daemon, heir: Daemon) -> None:
+        """After :meth:`power_cut`: the victim comes back as backup, and both say that the tables are equal."""
+        self.power_on(victim)
+        self.ready(heir, victim)
+        self.verified()
+
     def session(self) -> Session:
         client = self.pair.a.connect("192.168.1.3", 5001)
         return self._accepted(client, self.listener)

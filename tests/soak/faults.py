@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import json
 import random
 import secrets
+import shutil
 import signal
 import time
 from typing import Any, Callable, Iterator
@@ -22,7 +24,7 @@ from typing import Any, Callable, Iterator
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.client import ControlError
 from integration.cluster import Daemon, install
 
-from .stand import Stand, Trouble, wait
+from .stand import DISK_INODES, Stand, Trouble, wait
 
 Act = Callable[["Scene"], "list[str] | None"]
 ACTS: dict[str, Act] = {}
@@ -311,6 +313,37 @@ def _key_rotated(scene: Scene) -> None:
         stand.ready()
 
 
+@act("key rotated in service")
+def _key_rotated_in_service(scene: Scene) -> list[str]:
+    """As the module does it: key files and configuration, then the command; the session goes on."""
+    stand = scene.stand
+
+    def lives() -> list[tuple[int, int]]:
+        return [
+            (daemon.process.pid if daemon.process else 0, stand.status(daemon)["counters"]["sessions"])
+            for daemon in stand.daemons
+        ]
+
+    before = lives()
+    config = json.loads((scene.active.home / "conf").read_text(encoding="utf-8"))
+    (old_id,) = config["keys"]
+    new_id = str(int(old_id) % 255 + 1)
+    old, new = config["keys"][old_id], _new_key(stand)
+    both = {old_id: old, new_id: new}
+    for daemon, keys, send in (
+        (scene.backup, both, old_id),
+        (scene.active, both, new_id),
+        (scene.backup, {new_id: new}, new_id),
+        (scene.active, {new_id: new}, new_id),
+    ):
+        stand.configure(daemon, keys=keys, send_key=int(send))
+        # refused while the other's datagrams with the new key have not arrived yet
+        wait(lambda daemon=daemon: daemon.run("keys")[0] == 0, f"{daemon.space.label} to use its keys", timeout=30)
+        stand.ready()
+    after = lives()
+    return [] if after == before else [f"daemons and sessions did not live through it: {before}, then {after}"]
+
+
 @act("wrong key")
 def _wrong_key(scene: Scene) -> None:
     stand, daemon = scene.stand, scene.backup
@@ -390,6 +423,46 @@ def _disk_full(scene: Scene) -> list[str]:
     return lost
 
 
+@act("no inodes")
+def _no_inodes(scene: Scene) -> list[str]:
+    """No file can be made; those that are there can be written."""
+    stand = scene.stand
+    ballast = stand.home / "ballast"
+    ballast.mkdir()
+    try:
+        for number in range(2 * DISK_INODES):
+            try:
+                (ballast / str(number)).touch()
+            except OSError as error:
+                if error.errno == errno.ENOSPC:
+                    break
+                raise
+        else:
+            raise Trouble("the disk has more inodes than it was given")
+        stand.port(scene.active, "eth0", False)
+        try:
+            lost = scene.moved()
+            scene.pause("for_s")
+        finally:
+            stand.port(scene.active, "eth0", True)
+    finally:
+        shutil.rmtree(ballast)
+    return lost
+
+
+@act("other rules")
+def _other_rules(scene: Scene) -> list[str]:
+    """The active node goes on, the backup may not take over."""
+    stand = scene.stand
+    stand.rules(scene.backup, "cd" * 32)
+    stand.says(scene.backup, "backup, NOT READY", "ruleset differs")
+    stand.says(scene.active, "active, DEGRADED", "ruleset differs")
+    wrong = [] if scene.backup.gate == "1" else [f"the gate of a backup with other rules is {scene.backup.gate}"]
+    scene.pause("for_s")
+    stand.rules(scene.backup)
+    return wrong
+
+
 # --- the sync link ---------------------------------------------------------------------------------------------------
 
 
@@ -420,6 +493,16 @@ def _one_way(scene: Scene) -> None:
     if scene.values["for_s"] > SILENCE_S:
         scene.stand.says(deaf, "DEGRADED", "silent")
     scene.stand.weather()
+
+
+@act("half of the sync link lost")
+def _half_lost(scene: Scene) -> None:
+    """Signs of life get lost in rows now and then: what the daemons make of that is theirs, what they have is not."""
+    stand = scene.stand
+    stand.weather(loss=scene.values["loss"])
+    stand.inject(scene.active.space, scene.chance, 500, 20)
+    scene.pause("for_s")
+    stand.weather()
 
 
 @act("sync link flaps")

@@ -78,7 +78,8 @@ LINKS = (
     Link("corruption", 2, lambda c: {"corrupt": c.choice((0.01, 0.1))}),
     Link("delay", 2, lambda c: {"delay_ms": c.choice((20, 200))}),
     Link("replays", 2, lambda c: {"replay": c.choice((0.05, 0.3))}),
-    Link("noise", 2, lambda c: {"noise": c.choice((0.05, 0.3))}),
+    Link("noise", 2, lambda c: {"noise": c.choice((0.05, 0.3)), "oversize": c.choice((0.0, 0.05))}),
+    Link("reflection", 2, lambda c: {"reflect": c.choice((0.1, 1.0))}),
     Link("narrow", 2, lambda c: {"bits_per_s": c.choice((256_000, 1_000_000))}),
     Link(
         "everything",
@@ -215,6 +216,7 @@ FAULTS = (
         blind=True,
     ),
     Fault("key rotated", "receive-only, send, drop the old one; node by node", 2, lambda c: {}, restarts=True),
+    Fault("key rotated in service", "the same by `ctsyncd keys`: no process ends", 2, lambda c: {}),
     Fault(
         "wrong key",
         "on the backup for a while",
@@ -244,6 +246,19 @@ FAULTS = (
     Fault("wrong configuration reloaded", "and put right later", 2, lambda c: {"node": _either(c)}),
     Fault("requests", "an operator uses the command line", 5, _operator),
     Fault("disk full", "where the log and the track file are", 2, lambda c: {"node": _either(c), "for_s": 5.0}),
+    Fault(
+        "no inodes",
+        "there, and the active node loses a cable",
+        2,
+        lambda c: {"for_s": _seconds(c, 2, 5)},
+        moves=True,
+    ),
+    Fault(
+        "other rules",
+        "the fingerprint of the backup's ruleset is another one for a while",
+        3,
+        lambda c: {"for_s": _seconds(c, 1, 4)},
+    ),
     # --- the sync link
     Fault(
         "sync link cut",
@@ -257,6 +272,13 @@ FAULTS = (
         "a node sends and hears nothing",
         4,
         lambda c: {"deaf": _either(c), "for_s": _seconds(c, 1, 10)},
+        blind=True,
+    ),
+    Fault(
+        "half of the sync link lost",
+        "every other frame, at random, in both directions",
+        3,
+        lambda c: {"loss": 0.5, "for_s": _seconds(c, 3, 10)},
         blind=True,
     ),
     Fault("sync link flaps", "up and down", 3, lambda c: {"times": c.randint(3, 10), "for_s": 0.7}, blind=True),

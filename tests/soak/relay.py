@@ -34,6 +34,7 @@ ETHER_HEADER = 14
 FRAME_BYTES = 70_000
 HEADERS = VNET_HEADER + ETHER_HEADER + 20 + 8  # of a UDP datagram over IPv4
 PORT = 3781
+FULL = 1500  # bytes of the longest IPv4 packet on the link
 KEPT = 500  # frames that may be repeated
 QUEUE_BYTES = 256 << 10  # of a narrow link; what is more is lost
 SIDES = ("fw1", "fw2")
@@ -48,6 +49,8 @@ class Weather(NamedTuple):
     corrupt: float = 0.0
     replay: float = 0.0  # an old frame is sent once more
     noise: float = 0.0  # a datagram of random bytes from the peer's address goes along
+    oversize: float = 0.0  # the same, longer than any that the daemons send: the frame is full
+    reflect: float = 0.0  # the sender gets its own datagram, as if from the peer
     delay_ms: float = 0.0
     jitter_ms: float = 0.0  # random, so it reorders
     bits_per_s: int = 0
@@ -65,8 +68,8 @@ class Fate:
         self._old: dict[str, collections.deque[bytes]] = {side: collections.deque(maxlen=KEPT) for side in SIDES}
         self._free_at = {side: 0.0 for side in SIDES}  # when the narrow link has sent all so far
 
-    def of(self, frame: bytes, to: str, now: float) -> list[tuple[float, bytes]]:
-        """What leaves towards ``to``, and when."""
+    def of(self, frame: bytes, to: str, now: float) -> list[tuple[float, str, bytes]]:
+        """When what leaves, and towards whom: ``to``, or where the frame came from."""
         weather, chance = self.weather, self._chance
         self.counters["frames"] += 1
         if to in weather.deaf:
@@ -91,9 +94,16 @@ class Fate:
         if sync and chance.random() < weather.noise:
             out.append(frame[:HEADERS] + chance.randbytes(len(frame) - HEADERS))
             self.counters["noise"] += 1
-        return [(at, one) for one in out if (at := self._when(one, to, now)) is not None]
+        if sync and weather.oversize and chance.random() < weather.oversize:
+            out.append(_full(frame, chance))
+            self.counters["oversized"] += 1
+        leaves = [(to, one) for one in out]
+        if sync and weather.reflect and chance.random() < weather.reflect:
+            leaves.append((SIDES[to == SIDES[0]], _mirrored(frame)))
+            self.counters["reflected"] += 1
+        return [(at, way, one) for way, one in leaves if (at := self._when(one, way, now)) is not None]
 
-    def _drop(self, why: str) -> list[tuple[float, bytes]]:
+    def _drop(self, why: str) -> list[tuple[float, str, bytes]]:
         self.counters[why] += 1
         return []
 
@@ -123,6 +133,27 @@ def _is_sync(frame: bytes) -> bool:
         and packet[9] == socket.IPPROTO_UDP
         and packet[22:24] == PORT.to_bytes(2, "big")
     )
+
+
+def _mirrored(frame: bytes) -> bytes:
+    """Ends exchanged, of the link and of IPv4; both ports are the same.  No checksum changes by that."""
+    start = VNET_HEADER
+    ip = start + ETHER_HEADER
+    ends = frame[start + 6 : start + 12] + frame[start : start + 6] + frame[start + 12 : ip + 12]
+    return frame[:start] + ends + frame[ip + 16 : ip + 20] + frame[ip + 12 : ip + 16] + frame[ip + 20 :]
+
+
+def _full(frame: bytes, chance: random.Random) -> bytes:
+    """A datagram between the same ends that fills a frame with random bytes; without a UDP checksum (RFC 768)."""
+    start = VNET_HEADER + ETHER_HEADER
+    header = bytearray(frame[start : start + 20])
+    header[2:4] = FULL.to_bytes(2, "big")
+    header[10:12] = bytes(2)
+    total = sum(header[place] << 8 | header[place + 1] for place in range(0, 20, 2))
+    total = (total & 0xFFFF) + (total >> 16)
+    header[10:12] = (~(total + (total >> 16)) & 0xFFFF).to_bytes(2, "big")
+    udp = frame[start + 20 : start + 24] + (FULL - 20).to_bytes(2, "big") + bytes(2)
+    return bytes(VNET_HEADER) + frame[VNET_HEADER:start] + bytes(header) + udp + chance.randbytes(FULL - 28)
 
 
 class Relay:
@@ -182,12 +213,12 @@ class Relay:
             except OSError:  # nothing more; or the interface went down
                 return
             now = time.monotonic()
-            for at, one in self.fate.of(frame, to, now):
+            for at, way, one in self.fate.of(frame, to, now):
                 if at <= now:
-                    self._send(to, one)
+                    self._send(way, one)
                 else:
                     self._number += 1
-                    heapq.heappush(self._waiting, (at, self._number, to, one))
+                    heapq.heappush(self._waiting, (at, self._number, way, one))
 
     def _send(self, to: str, frame: bytes) -> None:
         try:

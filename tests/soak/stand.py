@@ -37,6 +37,8 @@ EQUAL_S = 180.0  # what passed through a backup while a host had not heard of th
 SOON_S = 5.0
 DNAT_PATIENCE_S = 60.0
 DISK_BYTES = 128 << 20
+DISK_INODES = 2_000
+RULES = "ab" * 32  # fingerprint of the ruleset
 OWN_NETWORKS = ("192.168.0.", "192.168.1.", "192.168.100.", "fd00:c0de::", "fd00:c0de:1::", "fd00:c0de:64::")
 VIP6 = "fd00:c0de:1::100"
 
@@ -95,6 +97,8 @@ class Stand:
         for daemon in self.daemons:
             self.nodes[daemon].configure(ipv6=True, advert_interval=ADVERT_S)
             install(daemon.home, "1.0.0")
+            self.rules(daemon)
+            self.configure(daemon, ruleset_fingerprint=str(daemon.home / "rules"))
             daemon.program = (sys.executable, "-I", str(daemon.home / "ctsyncd"))
             daemon.start()
         self.compares = "\n  verify " in self.daemons[0].run("-h")[1]
@@ -339,6 +343,13 @@ class Stand:
         config = {name: value for name, value in config.items() if value is not None}
         path.write_text(json.dumps(config), encoding="utf-8")
 
+    @staticmethod
+    def rules(daemon: Daemon, fingerprint: str = RULES) -> None:
+        """The node has this ruleset, as far as the others are told."""
+        new = daemon.home / "rules.new"
+        new.write_text(fingerprint + "\n", encoding="ascii")
+        new.rename(daemon.home / "rules")
+
     # --- nodes -------------------------------------------------------------------------------------------------------
 
     def dark(self, daemon: Daemon) -> None:
@@ -405,7 +416,15 @@ def stand(home: Path, seed: int, sessions: int, **options: Any) -> Iterator[Stan
     """A pair on a small disk of its own; everything is removed at the end, whatever happened."""
     with contextlib.ExitStack() as stack:
         home.mkdir()
-        run("mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES},mode=0755", "ctsync-t-soak", str(home))
+        run(
+            "mount",
+            "-t",
+            "tmpfs",
+            "-o",
+            f"size={DISK_BYTES},nr_inodes={DISK_INODES},mode=0755",
+            "ctsync-t-soak",
+            str(home),
+        )
         stack.callback(run, "umount", "-l", str(home), check=False)
         made = Net()
         stack.callback(made.close)
