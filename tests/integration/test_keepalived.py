@@ -124,8 +124,10 @@ def test_advertisements_over_ipv6_count(two: Two) -> None:
     assert two.fw1.holds_none()
 
 
-def test_the_rulesets_own_rules_let_the_peers_advertisements_through_in_both_families(two: Two) -> None:
+@pytest.mark.parametrize("unicast", [True, False], ids=["unicast", "multicast"])
+def test_the_rulesets_own_rules_let_the_peers_advertisements_through_in_both_families(two: Two, unicast: bool) -> None:
     """VRRP from a stranger is dropped: with the peers' addresses as the role makes them, nobody is a stranger here."""
+    two.fw1.unicast = two.fw2.unicast = unicast
     for node, other in ((two.fw1, two.fw2), (two.fw2, two.fw1)):
         rows = _preflight.vrrp_peers(virtual_ips(node), {"peer": network_facts(other)})
         pair = _ruleset.Pair(vrrp_peers=tuple((row["interface"], tuple(row["addresses"])) for row in rows))
@@ -137,11 +139,37 @@ def test_the_rulesets_own_rules_let_the_peers_advertisements_through_in_both_fam
     netns.wait_for(lambda: two.fw2.holds(V4 | V6), "all virtual IPs")
     adverts_seen(two.fw1)
     assert two.fw1.holds_none()
+    assert ("unicast_peer" in two.fw1.config.read_text(encoding="utf-8")) == unicast
+    assert joined(two.fw1) == (set() if unicast else {("eth0", "224.0.0.18"), ("eth1", "224.0.0.18")})
     # the negative control: without the accepted peers everybody is a stranger, and both become active
     for program in ("iptables", "ip6tables"):
         for node in (two.fw1, two.fw2):
             node.space.run(program, "-I", "CTSYNC-INPUT", "-p", "112", "-j", "DROP")
     netns.wait_for(lambda: two.fw1.holds(V4 | V6) and two.fw2.holds(V4 | V6), "the split that deaf nodes have")
+
+
+def joined(node: Node) -> set[tuple[str, str]]:
+    """Where the node listens for VRRP by multicast (RFC 5798, 5.1.1.2)."""
+    links = json.loads(node.space.ip("-j", "maddress"))
+    return {
+        (link["ifname"], group["address"])
+        for link in links
+        for group in link["maddr"]
+        if group.get("address") == "224.0.0.18"
+    }
+
+
+def test_multicast_hands_over_and_heals_a_split_like_unicast(two: Two) -> None:
+    two.fw1.unicast = two.fw2.unicast = False
+    two.start_second_active()
+    adverts_seen(two.fw1)
+    assert two.fw1.holds_none() and two.fw2.holds(V4)
+    two.hear_each_other(False)
+    netns.wait_for(lambda: two.fw1.holds(V4) and two.fw2.holds(V4), "the split of nodes that are deaf")
+    two.hear_each_other(True)
+    netns.wait_for(lambda: two.fw1.holds(V4) and two.fw2.holds_none(), "the lower priority to give up")
+    two.fw1.power_off()
+    netns.wait_for(lambda: two.fw2.holds(V4), "fw2 to take over")
 
 
 def virtual_ips(node: Node) -> list[dict[str, Any]]:

@@ -43,7 +43,7 @@ class Node:
     """A firewall with a keepalived of its own: files in ``directory``, nothing of the machine's.
 
     ``daemon``: the directory of a daemon that reads the FIFO ``fifo`` there and writes the track file ``not-ready``;
-    without one the test does both.  ``others``: numbers of the other firewalls.
+    without one the test does both.  ``others``: numbers of the other firewalls.  ``unicast``: else VRRP by multicast.
     """
 
     def __init__(
@@ -55,8 +55,10 @@ class Node:
         daemon: Path | None = None,
         *,
         others: tuple[int, ...] = (),
+        unicast: bool = True,
     ) -> None:
         self.space = space
+        self.unicast = unicast
         self.others = others or (3 - number,)
         self.number = number
         self.priority = priority
@@ -82,8 +84,7 @@ class Node:
                 "interface": interface,
                 "router_id": router,
                 "virtual_ips": [f"{net.format(100)}/{length}"],
-                "unicast_src_ip": net.format(netns.last_octet(self.number)),
-                "unicast_peers": [net.format(netns.last_octet(other)) for other in self.others],
+                **(self._unicast(net) if self.unicast else {}),
             }
             for interface, router, net, length in rows
         ]
@@ -96,6 +97,12 @@ class Node:
             "track_file": str(self.track_file),
             "instances": instances,
             **more,
+        }
+
+    def _unicast(self, net: str) -> dict[str, Any]:
+        return {
+            "unicast_src_ip": net.format(netns.last_octet(self.number)),
+            "unicast_peers": [net.format(netns.last_octet(other)) for other in self.others],
         }
 
     def configure(self, **more: Any) -> dict[str, Any]:
