@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import selectors
 
 import pytest
@@ -21,7 +22,8 @@ from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.jobs im
     Request,
     Work,
 )
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.rows import pack
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.rows import Changes, pack
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.service import LimitedLog
 from unit.simulation import tcp
 
 
@@ -228,6 +230,53 @@ def test_dump_for_people_says_when_it_may_not_be_whole(monkeypatch: pytest.Monke
             next(answer)
     else:
         assert list(answer) == []
+
+
+@pytest.mark.parametrize(
+    ("configured", "asked"),
+    [
+        (1 << 20, [2 << 20, 4 << 20, 5 << 20]),  # doubled each time, and no further than the bound
+        (5 << 20, []),
+        (6 << 20, []),  # what is configured is never made smaller
+    ],
+)
+def test_every_overrun_doubles_the_event_buffer_up_to_its_bound(
+    monkeypatch: pytest.MonkeyPatch, configured: int, asked: list[int]
+) -> None:
+    grown: list[int] = []
+    lost = True
+
+    class Events:
+        grow = staticmethod(grown.append)
+
+        @staticmethod
+        def read(_limit: int) -> Changes:
+            return Changes({}, [], [], lost=lost)
+
+    class Source:
+        told = 0
+
+    class Engine:
+        source = Source
+
+        @staticmethod
+        def kernel_changes(changes: Changes, _now: float) -> None:
+            assert changes.lost == lost
+
+    monkeypatch.setattr(daemon, "MAX_EVENT_BUFFER", 5 << 20)
+    one = daemon.Daemon.__new__(daemon.Daemon)
+    one._engine = Engine()  # type: ignore[assignment]
+    one._events = Events()  # type: ignore[assignment]
+    one._event_buffer = configured
+    one._window = daemon.Window()
+    one._log = LimitedLog(logging.getLogger("test"))
+    for moment in range(6):
+        one._read_events(float(moment))
+    assert grown == asked
+    lost = False
+    one._event_buffer = 1 << 20
+    one._read_events(6.0)
+    assert grown == asked  # nothing was lost
 
 
 @pytest.mark.parametrize(("paced", "count", "read"), [(True, 0, 0), (True, 1, 1), (True, None, 1), (False, 0, 1)])
