@@ -15,6 +15,7 @@ from typing import Any, Iterator
 
 import pytest
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import crypto, session, wire
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import link as links
 from integration.cluster import Cluster, Daemon
 from integration.netns import Namespace, Pair, wait_for
 
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.netns
 PORT = 3781
 PEER, VICTIM, FOREIGN = "192.168.100.1", "192.168.100.2", "192.168.100.77"
 ROUNDS = 12
+FRAGMENT = 1480  # bytes of a packet's payload that fit into a frame; a multiple of 8
 EACH = 150  # datagrams of a kind in a round
 CPU_S_EACH = 0.0005  # processor time per datagram, many times what one costs
 MEMORY_KIB = 48 << 10
@@ -31,6 +33,7 @@ KINDS = {  # what the attacker sends: the counter that tells
     "foreign address": "dropped_foreign_address",
     "foreign port": "dropped_foreign_address",
     "short": "dropped_truncated",
+    "oversized": "dropped_oversized",
     "other version": "dropped_wrong_version",
     "unknown kind": "dropped_malformed",
     "unknown key": "dropped_unknown_key",
@@ -65,6 +68,8 @@ class Attacker:
                 return
             if packet[0] != 0x45 or packet[9] != socket.IPPROTO_UDP or packet[22:24] != struct.pack("!H", PORT):
                 continue
+            if packet[6:8] not in (b"\0\0", b"\x40\0"):  # a fragment: the daemons make none
+                continue
             if packet[12:16] == socket.inet_aton(PEER) and packet[28:] not in self._sent:
                 self.heard.append(packet[28:])
             elif packet[12:16] == socket.inet_aton(VICTIM):
@@ -73,8 +78,13 @@ class Attacker:
     def send(self, payload: bytes, source: str = PEER, port: int = PORT) -> None:
         self._sent.add(payload)
         udp = struct.pack("!HHHH", port, PORT, 8 + len(payload), 0) + payload
-        head = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(udp), 0, 0, 64, socket.IPPROTO_UDP, 0)
-        self._mouth.sendto(head + socket.inet_aton(source) + socket.inet_aton(VICTIM) + udp, (VICTIM, 0))
+        ident = self.chance.randrange(1, 1 << 16) if len(udp) > FRAGMENT else 0  # 0: the kernel chooses one
+        for at in range(0, len(udp), FRAGMENT):
+            part, more = udp[at : at + FRAGMENT], 0x2000 if at + FRAGMENT < len(udp) else 0
+            head = struct.pack(
+                *("!BBHHHBBH", 0x45, 0, 20 + len(part), ident, more | at >> 3, 64, socket.IPPROTO_UDP, 0),
+            )
+            self._mouth.sendto(head + socket.inet_aton(source) + socket.inet_aton(VICTIM) + part, (VICTIM, 0))
 
     def attack(self, kind: str) -> None:
         """One datagram."""
@@ -89,6 +99,8 @@ class Attacker:
             self.send(chance.choice(data), port=4000)
         elif kind == "short":
             self.send(noise[: chance.randrange(36)])
+        elif kind == "oversized":  # of the peer, and going on
+            self.send(chance.choice(data) + bytes(chance.randrange(links.MAX_DATAGRAM_BYTES, 12_000)))
         elif kind == "other version":
             self.send(bytes((wire.VERSION + 1,)) + noise)
         elif kind == "unknown kind":

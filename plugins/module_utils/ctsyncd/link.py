@@ -40,7 +40,8 @@ class Link:
 
     ``problem`` says why it is not open, or is empty; ``refused`` why the kernel did not take the last datagram;
     ``payload`` is the longest datagram in bytes that the interface takes, 0 while that is not known.  Peers are
-    numbered as in ``peers``, the list of their addresses.  Datagrams of others are dropped and counted.
+    numbered as in ``peers``, the list of their addresses.  Datagrams of others, and those of more than
+    MAX_DATAGRAM_BYTES, are dropped and counted.
     """
 
     def __init__(self, interface: str, address: str, port: int, peers: Sequence[str]) -> None:
@@ -118,7 +119,7 @@ class Link:
             return out
         for dummy in range(limit):
             try:
-                data, sender = self._sock.recvfrom(MAX_DATAGRAM_BYTES)
+                data, sender = self._sock.recvfrom(MAX_DATAGRAM_BYTES + 1)  # a longer one is cut to that
             except BlockingIOError:
                 break
             except OSError as error:  # an ICMP error about what was sent before, or the interface went away
@@ -130,6 +131,9 @@ class Link:
             number = self._numbers.get(sender[:2])
             if number is None:
                 self.counters["dropped_foreign_address"] += 1
+                continue
+            if len(data) > MAX_DATAGRAM_BYTES:
+                self.counters["dropped_oversized"] += 1
                 continue
             self.counters["bytes_received"] += len(data)
             out.append((number, data))

@@ -99,6 +99,19 @@ def test_strangers_are_counted_and_not_heard(link: Link, peer: socket.socket, po
     assert link.counters["dropped_foreign_address"] == 2
 
 
+def test_a_datagram_that_is_too_long_is_counted_and_not_cut(link: Link, peer: socket.socket, port: int) -> None:
+    longest = bytes(range(256)) * 36
+    assert len(longest) == links.MAX_DATAGRAM_BYTES
+    for payload in (longest + b"x", longest, longest * 4, b"short"):
+        peer.sendto(payload, (HERE, port))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
+        stranger.bind((STRANGER, port))
+        stranger.sendto(longest * 2, (HERE, port))
+    wait(link)
+    assert link.receive(10) == [(0, longest), (0, b"short")]
+    assert link.counters == {"dropped_oversized": 2, "dropped_foreign_address": 1, "bytes_received": 9221}
+
+
 def test_nobody_there_is_an_error_to_count_and_no_more(link: Link, port: int) -> None:
     """The ICMP error about one datagram comes back with a later call."""
     link._sock.connect((THERE, port))  # type: ignore[union-attr]  # only then does the kernel tell
