@@ -67,6 +67,8 @@ def test_a_ruleset_that_differs_makes_the_backup_not_ready_and_alarms_the_active
     lab.power_cut(lab.fw1, lab.fw2)  # alone, a node with other rules serves all the same
     session.talk()
     assert lab.fw2.gate == "0"
+    write(files[0], OTHER)
+    lab.back_and_equal(lab.fw1, lab.fw2)
 
 
 def test_limits_and_timeouts_are_compared_and_need_not_be(cluster: Callable[..., Cluster], tmp_path: Path) -> None:

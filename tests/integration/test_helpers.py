@@ -157,9 +157,7 @@ def test_ftp_goes_on_after_a_cut_and_the_next(
         counters = backup.status()["counters"]
         wrong = ("kernel_refused", "expectations_refused", "degraded")
         assert not [name for name in counters if name.startswith(wrong)], counters
-        if active is lab.fw1:
-            lab.power_on(active)
-            lab.ready(backup, active)
+        lab.back_and_equal(active, backup)
 
 
 def test_a_data_connection_whose_first_packets_were_lost_with_the_node_comes_to_be(
@@ -184,6 +182,7 @@ def test_a_data_connection_whose_first_packets_were_lost_with_the_node_comes_to_
         lab.power_cut(lab.fw1, lab.fw2)
         begun.result(30.0)
     client.finish(CONTENT[:1000])
+    lab.back_and_equal(lab.fw1, lab.fw2)
 
 
 @pytest.mark.parametrize("passive", [False, pytest.param(True, marks=pytest.mark.long)])
@@ -261,6 +260,7 @@ def test_a_call_is_heard_though_nobody_spoke_before_the_cut(cluster: Callable[..
     lab.power_cut(lab.fw1, lab.fw2)
     wait_for(lambda: lab.fw2.status()["role"] == "active" and max(timers(lab.pair.fw2)) <= 180, "true timers")
     assert call.heard()
+    lab.back_and_equal(lab.fw1, lab.fw2)
 
 
 @pytest.mark.long
@@ -285,9 +285,7 @@ def test_a_registered_phone_rings_after_a_cut_and_the_next(cluster: Callable[...
         lab.power_cut(active, backup)
         assert phone.rings(5100 + number)
         wait_for(lambda backup=backup: 3000 < max(timers(backup.space)) <= 3600, "the true timer")
-        if active is lab.fw1:
-            lab.power_on(active)
-            lab.ready(backup, active)
+        lab.back_and_equal(active, backup)
 
 
 def timers(firewall: Namespace) -> list[int]:
@@ -322,3 +320,4 @@ def test_tftp_goes_on_in_mid_transfer(
     lab.power_cut(lab.fw1, lab.fw2)
     client.finish()
     assert lab.fw2.status()["counters"].get("degraded_without_master", 0) == degraded
+    lab.back_and_equal(lab.fw1, lab.fw2)

@@ -106,6 +106,7 @@ def test_a_failing_link_is_left_and_taken_again(lab: Callable[..., Cluster], fau
     assert counted(cluster.fw1, "failovers") >= 1
     for session in (before, during, after):
         session.talk()
+    cluster.verified()
 
 
 def test_sessions_survive_a_take_over_while_only_the_second_link_works(lab: Callable[..., Cluster]) -> None:
@@ -123,6 +124,11 @@ def test_sessions_survive_a_take_over_while_only_the_second_link_works(lab: Call
     wait_for(lambda: cluster.fw2.status()["role"] == "active", "fw2 to be active")
     for session in kinds.values():
         session.talk()
+    for firewall in (cluster.pair.fw1, cluster.pair.fw2):
+        drop(firewall, "eth2", "-D")
+    cluster.pair.fw1.ip("link", "set", "eth3", "up")
+    cluster.pair.fw1.ip("address", "replace", "fd00:c0de:65::1/64", "dev", "eth3", "nodad")
+    cluster.back_and_equal(cluster.fw1, cluster.fw2)
 
 
 def test_with_one_link_the_peer_is_silent(lab: Callable[..., Cluster]) -> None:
@@ -159,6 +165,7 @@ def test_both_links_fail_and_come_back(lab: Callable[..., Cluster]) -> None:
     cluster.ready(cluster.fw1, cluster.fw2)
     same_session(cluster)
     session.talk()
+    cluster.verified()
 
 
 def mtu(daemon: Daemon, interface: str) -> int:
@@ -191,6 +198,7 @@ def test_a_link_shrinks_and_grows_under_load(pair: Pair, lab: Callable[..., Clus
     session = cluster.session()
     cluster.replicated(fw1, fw2)
     session.talk()
+    cluster.verified()
 
 
 def test_strangers_are_not_heard_on_any_link(lab: Callable[..., Cluster]) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Callable
 
 import pytest
 from integration.cluster import Cluster, Daemon
-from integration.netns import wait_for
+from integration.netns import Namespace, Pair, wait_for
 
 pytestmark = pytest.mark.netns
 
@@ -43,6 +43,54 @@ def test_a_take_over_leaves_its_story(cluster: Callable[..., Cluster], tmp_path:
     assert notes.index(("peer", "up")) < taken
     assert ("peer", "silent") in notes
     assert [line["at"] for line in lines] == sorted(line["at"] for line in lines)
+    lab.back_and_equal(lab.fw1, lab.fw2)
+
+
+def story(kept: Path, role: str) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """What a file about a transition to this role begins with, and its roles and verdicts in their order."""
+    (path,) = kept.glob(f"*-{role}.jsonl")
+    head, *lines = [json.loads(line) for line in path.read_text(encoding="ascii").splitlines()]
+    assert [line["at"] for line in lines] == sorted(line["at"] for line in lines)
+    return head, [
+        (line["note"], str(line.get("role") or line.get("verdict")))
+        for line in lines
+        if line.get("note") in ("role", "verdict", "stop")
+    ]
+
+
+def test_the_node_that_gives_its_addresses_away_leaves_its_story_as_well(
+    cluster: Callable[..., Cluster], tmp_path: Path
+) -> None:
+    """In the middle of a hand-over that stands still, and at its end; there the daemon is stopped before ten seconds
+    have passed."""
+    lab = cluster()
+    kept = tmp_path / "state"
+    kept.mkdir()
+    lab.fw1.environment = {**lab.fw1.environment, "STATE_DIRECTORY": str(kept)}
+    lab.up()
+    inside, outside = ((interface, both) for interface, *both in Pair.VIPS)
+    give_away(lab.pair.fw1, *inside)
+    wait_for(lambda: list(kept.glob("*-transition.jsonl")), "the story of a node with half of its addresses", 60)
+    head, notes = story(kept, "transition")
+    assert (head["node"], head["role"]) == ("fw1", "transition")
+    assert notes.index(("role", "active")) < notes.index(("role", "transition"))
+    assert not list(kept.glob("*-active.jsonl")), "a story goes on into the next one"
+
+    give_away(lab.pair.fw1, *outside)
+    lab.pair.activate(lab.pair.fw2)
+    lab.ready(lab.fw2, lab.fw1)
+    lab.verified()
+    lab.fw1.stop()
+    head, notes = story(kept, "backup")
+    assert (head["node"], head["role"]) == ("fw1", "backup")
+    yielded = notes.index(("role", "backup"), notes.index(("role", "transition")))
+    assert ("verdict", "READY") in notes[yielded:]
+    assert notes[-1][0] == "stop"
+
+
+def give_away(firewall: Namespace, interface: str, addresses: list[str]) -> None:
+    for address in addresses:
+        firewall.ip("address", "del", address, "dev", interface)
 
 
 def test_without_a_state_directory_the_story_is_in_memory_only(cluster: Callable[..., Cluster]) -> None:

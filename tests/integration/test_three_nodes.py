@@ -124,9 +124,13 @@ def test_sessions_go_on_on_the_second_node_and_then_on_the_third(trio: Callable[
     assert lab.nodes[lab.fw3].holds(V4 | V6)
     for backup in (lab.fw1, lab.fw2):
         lab.replicated(lab.fw3, backup)
+    lab.verified()
     lab.cut(lab.fw3)
     lab.has_virtual_ips(lab.fw1)
     talk(sessions)
+    lab.boot(lab.fw3)
+    lab.verdicts(fw1="READY", fw2="READY", fw3="READY")
+    lab.verified()
 
 
 def test_without_replication_the_same_sessions_die(trio: Callable[..., Trio]) -> None:
@@ -206,18 +210,28 @@ def test_split_brain_heals_and_one_history_stays(trio: Callable[..., Trio]) -> N
     fill(lab.pair.fw1, 50)
     lab.replicated(lab.fw1, lab.fw3)
 
-    def hear(yes: bool) -> None:
-        for daemon in (lab.fw2, lab.fw3):
-            for source in ("192.168.0.1", "192.168.1.1", "192.168.100.1"):
-                daemon.space.run("iptables", "-D" if yes else "-I", "INPUT", "-s", source, "-j", "DROP")
-            for source in ("fd00:c0de::1", "fd00:c0de:1::1"):
-                daemon.space.run("ip6tables", "-D" if yes else "-I", "INPUT", "-s", source, "-j", "DROP")
-            for target in ("192.168.0", "192.168.1", "192.168.100"):
-                address = f"{target}.{netns.last_octet(int(daemon.space.label[-1]))}"
-                lab.pair.fw1.run("iptables", "-D" if yes else "-I", "INPUT", "-s", address, "-j", "DROP")
-            for prefix in ("fd00:c0de:", "fd00:c0de:1:"):
-                address = f"{prefix}:{netns.last_octet(int(daemon.space.label[-1]))}"
-                lab.pair.fw1.run("ip6tables", "-D" if yes else "-I", "INPUT", "-s", address, "-j", "DROP")
+    vrrp = ("192.168.0.", "192.168.1.", "fd00:c0de::", "fd00:c0de:1::")
+    sync = ("192.168.100.",)
+
+    def hear(yes: bool, *networks: str) -> None:
+        ends = [(lab.fw1, other) for other in (lab.fw2, lab.fw3)]
+        for hearer, speaker in (*ends, *(end[::-1] for end in ends)):
+            for network in networks:
+                tool = "ip6tables" if ":" in network else "iptables"
+                source = f"{network}{netns.last_octet(int(speaker.space.label[-1]))}"
+                hearer.space.run(tool, "-D" if yes else "-I", "INPUT", "-s", source, "-j", "DROP")
+
+    def alarm(daemon: Daemon) -> bool:
+        """On the node, of what nodes say by themselves, and what they keep for later."""
+        said = daemon.status()
+        notes = [json.loads(line) for line in daemon.ask("recorder").splitlines()]
+        return (
+            (said["role"], said["verdict"]) == ("active", "DEGRADED")
+            and any("split brain" in reason for reason in said["reasons"])
+            and said["counters"].get("split_brains", 0) == 1
+            and "split brain" in daemon.log()
+            and any("split brain" in str(note.get("reasons")) for note in notes if note.get("note") == "verdict")
+        )
 
     def known(daemon: Daemon) -> set[str]:
         lines = daemon.space.conntrack("-L", "-p", "tcp").splitlines()
@@ -229,17 +243,26 @@ def test_split_brain_heals_and_one_history_stays(trio: Callable[..., Trio]) -> N
             *("--dport", "443", "--state", "ESTABLISHED", "-u", "SEEN_REPLY,ASSURED", "-t", "86400"),
         )
 
-    hear(False)
+    hear(False, *vrrp, *sync)
     lab.has_virtual_ips(lab.fw2)
     assert lab.nodes[lab.fw1].holds(V4 | V6)
     shared = known(lab.fw1)
     entry(lab.fw1, 19_001)
     entry(lab.fw2, 19_002)
     wait_for(lambda: "sport=19002" in known(lab.fw3), "fw3 to follow fw2", 60.0)
-    hear(True)
+    assert [daemon.status()["counters"].get("split_brains", 0) for daemon in lab.daemons] == [0, 0, 0]
+    hear(True, *sync)  # from now on they can know of each other
+    for daemon in (lab.fw1, lab.fw2):
+        try:
+            wait_for(lambda at=daemon: alarm(at), f"the alarm of {daemon.space.label}", 60.0)
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {daemon.status()}\n{daemon.log()}") from None
+    assert lab.fw3.status()["counters"].get("split_brains", 0) == 0  # it takes no part
+    hear(True, *vrrp)
     wait_for(lab.nodes[lab.fw2].holds_none, "fw2 to yield: fw1 has the higher priority", 60.0)
     lab.verdicts(fw1="READY", fw2="READY", fw3="READY")
     wanted = shared | {"sport=19001"}
     for daemon in lab.daemons:
         wait_for(lambda at=daemon: known(at) == wanted, f"one history on {daemon.space.label}", 60.0)
     assert known(lab.fw1) == wanted
+    lab.verified()

@@ -154,6 +154,15 @@ def wait_for_verdict(name, ready):
         time.sleep(0.5)
 
 
+def wait_for_equal_tables():
+    """Until ``ctsyncd verify`` says so on both nodes."""
+    deadline = time.monotonic() + DEADLINE
+    for name in FIREWALLS:
+        while (said := node(name).run("ctsyncd verify")).rc != 0:
+            assert time.monotonic() < deadline, f"{name}: {said.stdout}{said.stderr}"
+            time.sleep(0.5)
+
+
 def test_nothing_touches_the_active_node_while_the_other_cannot_take_over(goes_on):
     standby, active = sides()
     key = "net.ipv4.conf.all.send_redirects"
@@ -234,6 +243,7 @@ def test_a_planned_hand_over_keeps_the_session_and_is_not_repeated(goes_on):
     said = play("switchover", {"switchover_to": standby})
     assert f"{standby} is active already - nothing was done" in said
     assert sides() == [active, standby]
+    wait_for_equal_tables()
 
 
 def test_upgrade_hands_over_and_keeps_the_session(goes_on, next_version):
@@ -246,6 +256,7 @@ def test_upgrade_hands_over_and_keeps_the_session(goes_on, next_version):
     )
     assert re.search(r"- ([1-9]\d*) of \1 established TCP sessions kept", said)
     assert re.search(r"neither node answered for the virtual IPs for \d+ ms", said)
+    wait_for_equal_tables()
 
 
 def test_another_key_without_a_gap(goes_on, next_version):
@@ -268,6 +279,7 @@ def test_another_key_without_a_gap(goes_on, next_version):
         # Ansible logs there what each module is called with.
         assert re.search(r"ansible-\S*ctsyncd\[\d+\]: Invoked with", journal)
         assert [key for key in (old_key, NEW_KEY) if key in journal] == [], f"a key is in the journal of {name}"
+    wait_for_equal_tables()
 
 
 def test_uninstall_leaves_the_hosts_as_they_were_found(session):
