@@ -22,7 +22,7 @@ from integration.netns import Namespace, Pair, last_octet, wait_for
 
 PACKAGE = Path(__file__).resolve().parents[2] / "plugins" / "module_utils"
 VIPS = (("eth1", "192.168.0.100"), ("eth0", "192.168.1.100"), ("eth1", "fd00:c0de::100"), ("eth0", "fd00:c0de:1::100"))
-VIP = "192.168.1.100"
+VIP, VIP6 = "192.168.1.100", "fd00:c0de:1::100"
 
 
 class Daemon:

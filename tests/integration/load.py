@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from integration import traffic
-from integration.cluster import Cluster, Daemon
+from integration.cluster import VIP, VIP6, Cluster, Daemon
 from integration.netns import Namespace, Pair, run, wait_for
 
 CHURN = 20.0  # short connections per second beside the sessions
@@ -85,7 +85,9 @@ class Load(Cluster):
                 space.run(tool, "-A", "INPUT", *match)
         for firewall in (self.pair.fw1, self.pair.fw2):
             snat = ("-t", "nat", "-A", "POSTROUTING", "-s", "192.168.0.4", "-o", "eth0")
-            firewall.run("iptables", *snat, "-j", "SNAT", "--to-source", "192.168.1.100")
+            firewall.run("iptables", *snat, "-j", "SNAT", "--to-source", VIP)
+            snat = ("-t", "nat", "-A", "POSTROUTING", "-s", "fd00:c0de::4", "-o", "eth0")
+            firewall.run("ip6tables", *snat, "-j", "SNAT", "--to-source", VIP6)
             if not share:
                 continue
             loss = ("-m", "statistic", "--mode", "random", "--probability", str(share))

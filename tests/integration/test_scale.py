@@ -14,6 +14,7 @@ import os
 from typing import Any, Callable
 
 import pytest
+from integration.cluster import VIP, VIP6
 from integration.load import Load, cpu_seconds, memory_kib
 from integration.netns import wait_for
 
@@ -42,7 +43,9 @@ def test_no_session_is_lost_there_and_back_and_there(load: Callable[..., Load], 
     lab.up()
     lab.open()
     lab.seal()
-    assert lab.server.ask("translated")["translated"] > SESSIONS // 8  # SNAT really chose ports
+    nat = lab.server.ask("translated")
+    assert nat["sources"] == sorted((VIP, VIP6))  # every session has SNAT, of whatever protocol and family
+    assert nat["translated"] > SESSIONS // 8  # and it really chose ports
     for number, back in enumerate((*JOURNEY, None)):
         before = lab.replicated_all()
         lab.cut()

@@ -416,6 +416,7 @@ class Server(Side):
         super().__init__(plan)
         self._anonymous: set[Session] = set()  # accepted, and not a word yet
         self._echo_ids: dict[int, set[int]] = collections.defaultdict(set)
+        self._echo_sources: set[str] = set()
         self._listeners = []
         self._udp = {}
         for family, host in ((socket.AF_INET, plan.server), (socket.AF_INET6, plan.server6)):
@@ -446,10 +447,12 @@ class Server(Side):
         self.answer(streams=len(self._echo_ids), changed=changed)
 
     def do_translated(self) -> None:
-        """How many sessions come from another port than the client's (SNAT had to choose one)."""
+        """How many sessions come from another port than the client's (SNAT had to choose one); from where all come."""
         ports = [s.seen[1] for s in self.sessions.values() if s.family == 4]
         expected = len(ports) // len(self.plan.sources) + 1 + FIRST_PORT
-        self.answer(sessions=len(ports), translated=sum(not FIRST_PORT <= port < expected for port in ports))
+        chosen = sum(not FIRST_PORT <= port < expected for port in ports)
+        sources = self._echo_sources | {session.seen[0] for session in self.sessions.values()}
+        self.answer(sessions=len(ports), translated=chosen, sources=sorted(sources))
 
     def speak(self, session: Session) -> None:
         message = MESSAGE.pack(PUSH, 0, session.number, session.sequence, b"")
@@ -518,10 +521,11 @@ class Server(Side):
     def _see_echo(self, raw: socket.socket) -> None:
         with contextlib.suppress(BlockingIOError):
             for dummy in range(500):
-                data = raw.recv(2048)
+                data, peer = raw.recvfrom(2048)
                 if raw.family == socket.AF_INET:
                     data = data[(data[0] & 15) * 4 :]
                 if data[0] in (8, 128) and len(data) == 8 + MESSAGE.size:
+                    self._echo_sources.add(peer[0])
                     self._echo_ids[MESSAGE.unpack_from(data, 8)[2]].add(struct.unpack_from("!H", data, 4)[0])
 
 
