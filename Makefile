@@ -69,11 +69,15 @@ lab-down: root venv ## Remove every trace: nodes, wires, images, caches, keys, a
 
 .PHONY: test
 test: lint ## All that a change has to pass (about 20 minutes)
-	@echo "== molecule beside unit tests, sanity and artifact: each is printed when it is done (about 10 minutes)"
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line static molecule
+	@echo "== molecule beside unit tests, sanity, artifact and integration tests: each is printed when it is done"
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line in-turn molecule
+
+# Molecule mostly waits.
+.PHONY: in-turn
+in-turn:
+	@$(MAKE) --no-print-directory static
 	@$(MAKE) --no-print-directory integration
 
-# They need the processor and nothing else; molecule mostly waits.
 .PHONY: static
 static: ## Unit tests, ansible-test sanity, the built artifact: what needs no root
 	@$(MAKE) --no-print-directory unit

@@ -28,9 +28,9 @@ if [ ! -e "$policy" ]; then
     chmod 755 "$policy"
 fi
 export DEBIAN_FRONTEND=noninteractive
-apt-get -qq update
+apt-get -qq -o DPkg::Lock::Timeout=300 update
 # shellcheck disable=SC2086 # a list of words
-apt-get -qq -y --no-install-recommends install $missing >/dev/null
+apt-get -qq -y -o DPkg::Lock::Timeout=300 --no-install-recommends install $missing >/dev/null
 if [ -d /run/systemd/system ]; then
     for package in $missing; do
         units=$(dpkg -L "$package" | sed -n 's#.*/systemd/system/\([^/@]*\.\(service\|socket\)\)$#\1#p')
