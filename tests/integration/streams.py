@@ -123,15 +123,18 @@ class Frame:
 
 
 class Gre(Frame):
-    """RFC 2784: no flags, version 0, an Ethertype for experiments."""
+    """RFC 2784: version 0, an Ethertype for experiments.  ``keys``: RFC 2890, that of the client and the server's."""
 
-    HEADER = struct.pack("!HH", 0, 0x88B5)
+    def __init__(self, *keys: int) -> None:
+        flags = 0x2000 if keys else 0
+        self._heads = [struct.pack(f"!HH{len(key)}I", flags, 0x88B5, *key) for key in (keys[:1], keys[1:2])]
 
     def pack(self, word: bytes, *, reply: bool) -> bytes:
-        return self.HEADER + word
+        return self._heads[reply] + word
 
     def unpack(self, data: bytes, *, reply: bool) -> bytes:
-        return data[4:] if data.startswith(self.HEADER) else b""
+        head = self._heads[reply]
+        return data[len(head) :] if data.startswith(head) else b""
 
 
 class Echo(Frame):

@@ -24,6 +24,7 @@ from integration.streams import (
     Died,
     End,
     Frame,
+    Gre,
     Stream,
     Transfer,
     open_stream,
@@ -438,6 +439,40 @@ def test_ftp_keeps_its_helper_and_its_data_connections_their_master(cluster: Cal
     lab.power_cut(lab.fw1, lab.fw2)
     data.talk()
     control.talk()
+
+
+def test_gre_with_keys(cluster: Callable[..., Cluster]) -> None:
+    """The kernel looks at no key of RFC 2890; of version 1 (PPTP) it does, and then knows no reply without a helper."""
+    lab = cluster().up()
+    allow_every_kind(lab)
+    streams = {}
+    for version, way in ((4, "both"), (6, "snat")):
+        here = ADDRESSES[version]
+        target = here.alias if way == "both" else here.outside
+        ends = End(lab.pair.a, here.inside), (target, 0), End(lab.pair.b, here.outside, 0)
+        streams[f"keyed {version}"] = Datagrams.open(socket.IPPROTO_GRE, Gre(0x1234, 0x89ABCDEF), *ends)
+    for stream in streams.values():
+        lab.stack.callback(stream.close)
+    assert died(streams) == {}
+    for space, source, target, call in (
+        (lab.pair.a, ADDRESSES[4].inside, ADDRESSES[4].outside, 0x777),
+        (lab.pair.b, ADDRESSES[4].outside, ADDRESSES[4].vip, 0x888),
+    ):
+        with space.inside(), socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_GRE) as raw:
+            raw.bind((source, 0))
+            raw.sendto(struct.pack("!HHHHI", 0x3001, 0x880B, 4, call, 1) + b"data", (target, 0))
+    wait_for(lambda: "dstkey=0x777" in lab.pair.fw1.conntrack("-L", "-p", "gre"), "the caller's entry")
+    nothing_new(lab)
+    entries = same(lab.pair.fw1, lab.pair.fw2, but=[str(0x777)])
+    for stream in streams.values():
+        proto = flow_of(stream, entries)["CTA_TUPLE_ORIG"]["CTA_TUPLE_PROTO"]
+        assert (proto["CTA_PROTO_SRC_PORT"], proto["CTA_PROTO_DST_PORT"]) == (0, 0)  # where the keys of a flow are
+    called = [line for line in lab.pair.fw1.conntrack("-L", "-p", "gre").splitlines() if "0x777" in line]
+    assert len(called) == 1
+    assert "[UNREPLIED]" in called[0] and "srckey=0x0 dstkey=0x777" in called[0], called
+    assert "dstkey=0x777" not in lab.fw1.ask("-i")
+    lab.power_cut(lab.fw1, lab.fw2)
+    assert died(streams) == {}
 
 
 class InZone(Datagrams):
