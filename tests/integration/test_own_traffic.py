@@ -5,15 +5,18 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 from typing import Callable
 
 import pytest
-from integration.cluster import Cluster
+from integration.cluster import Cluster, fill
 from integration.netns import wait_for
 
 pytestmark = pytest.mark.netns
 
+REPLICAS = 20_000
+SMALLEST_BUFFER = 65_536
 REPLIED = ("-u", "SEEN_REPLY,ASSURED", "-t", "600")
 
 
@@ -59,6 +62,29 @@ def test_own_traffic_is_never_replicated(cluster: Callable[..., Cluster]) -> Non
             assert not [line for line in shown if all(word in line for word in words)], name
         replicas = len(sessions) + 1 if (daemon, letter) in ((lab.fw1, "-i"), (lab.fw2, "-e")) else 0
         assert len(shown) == replicas, shown
+
+
+def test_a_backups_own_replicas_never_overrun_its_event_buffer(cluster: Callable[..., Cluster]) -> None:
+    """It makes and removes them with the smallest buffer that there may be.  As many ends by somebody else overrun it.
+
+    A backup hears of ends only, so its filter has to drop its own ones among these.
+    """
+    lab = cluster()
+    lab.fw2.configure(netlink_buffer_bytes=SMALLEST_BUFFER)
+    lab.up()
+    fill(lab.pair.fw1, REPLICAS)
+    wait_for(lambda: lab.fw2.status()["flows"]["external"] >= REPLICAS, "the replicas", 60.0)
+    wait_for(lambda: int(lab.pair.fw2.conntrack("-C")) >= REPLICAS, "their entries", 60.0)
+    lab.ready(lab.fw1, lab.fw2)
+    lab.pair.fw1.conntrack("-D", "-p", "tcp", "--dport", "443")
+    wait_for(lambda: int(lab.pair.fw2.conntrack("-C")) < REPLICAS // 100, "the end of the entries", 60.0)
+    lab.ready(lab.fw1, lab.fw2)
+    assert lab.fw2.status()["counters"].get("overruns", 0) == 0
+    lab.fw2.send(signal.SIGSTOP)  # it cannot read on while these come in
+    fill(lab.pair.fw2, REPLICAS)
+    lab.pair.fw2.conntrack("-D", "-p", "tcp", "--dport", "443")
+    lab.fw2.send(signal.SIGCONT)
+    wait_for(lambda: lab.fw2.status()["counters"].get("overruns", 0) > 0, "the overrun")
 
 
 def test_backup_may_start_first(cluster: Callable[..., Cluster]) -> None:
