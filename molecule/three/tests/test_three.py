@@ -3,7 +3,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Three firewalls by the playbooks: handed over from the first to the second to the third, and given another key.
 
-An SSH session counts aloud all the time, and not a line of it may be missing.
+A dry run (``--check``) must change nothing.  An SSH session counts aloud
+all the time, and not a line of it may be missing.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import pytest
 import testinfra
 
 ROOT = pathlib.Path(os.environ["MOLECULE_PROJECT_DIRECTORY"])
+LOOK = ROOT / "molecule/default/files/look.sh"
 PREFIX = os.environ["CTSYNC_LAB_PREFIX"]
 FIREWALLS = ("fw1", "fw2", "fw3")
 DEADLINE = 60  # seconds; generous, it is a condition that is waited for
@@ -30,7 +32,7 @@ def node(name):
     return testinfra.get_host(f"docker://{PREFIX}{name}")
 
 
-def play(name, variables=None):
+def play(name, variables=None, *, options=(), succeeds=True):
     """Run a playbook of the collection as a user would; its output."""
     done = subprocess.run(
         [
@@ -38,6 +40,7 @@ def play(name, variables=None):
             *("--inventory", str(ROOT / "inventories/lab/hosts.yml")),
             *("--inventory", str(ROOT / "inventories/lab3/hosts.yml")),
             *("--extra-vars", json.dumps(variables or {})),
+            *options,
             f"ctsync.ha_firewall.{name}",
         ],
         env={
@@ -53,9 +56,28 @@ def play(name, variables=None):
         timeout=900,
         check=False,
     )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert (done.returncode == 0) == succeeds, done.stdout[-6000:] + done.stderr[-2000:]
     assert NEW_KEY not in done.stdout + done.stderr, "the key was printed"
     return done.stdout
+
+
+def changes(said):
+    """What Ansible counts of each firewall."""
+    return {name: int(count) for name, count in re.findall(r"(?m)^(fw\d) .* changed=(\d+) ", said)}
+
+
+NOTHING = dict.fromkeys(FIREWALLS, 0)
+
+
+def traces(name):
+    """What no dry run may touch: files, packages, rules, sysctls, addresses, processes."""
+    found = node(name).check_output("sh -c %s", LOOK.read_text(encoding="utf-8")).splitlines()
+    units = node(name).check_output("systemctl show -P MainPID,ActiveState,UnitFileState ctsyncd keepalived")
+    return sorted([line for line in found if not line.startswith(":")] + units.splitlines())  # chains have counters
+
+
+def all_traces():
+    return {name: traces(name) for name in FIREWALLS}
 
 
 def status(name):
@@ -114,6 +136,42 @@ def test_one_is_active_and_all_are_ready():
     active = next(name for name, role in roles().items() if role == "active")
     result = json.loads(node(active).check_output("ctsyncd verify --json"))
     assert {one["backup"]: one["equal"] for one in result["backups"]} == dict.fromkeys(set(FIREWALLS) - {active}, True)
+
+
+def test_status_fails_when_a_node_is_missing_unless_it_shall_only_tell():
+    standby = next(name for name, role in roles().items() if role == "backup")
+    node(standby).check_output("systemctl stop ctsyncd")
+    try:
+        failed = " ".join(play("status", succeeds=False).split())
+        assert re.search(r"The pair is (DEGRADED|NOT READY): ", failed), failed
+        told = play("status", {"status_fail": False})
+        assert re.search(rf"- {standby} ", told), told
+        assert "The pair is" not in told
+        assert changes(told) == NOTHING
+    finally:
+        node(standby).check_output("systemctl start ctsyncd")
+    all_ready()
+    assert changes(play("status")) == NOTHING
+
+
+@pytest.mark.parametrize(
+    ("name", "variables", "says"),
+    [
+        ("switchover", {}, "would hand the virtual IPs over to"),
+        ("rotate_key", {"ha_firewall_key": NEW_KEY, "ha_firewall_key_id": 2}, "accepts 1 and 2, sends with 1"),
+        ("uninstall", {}, "PLAY RECAP"),
+    ],
+    ids=["switchover", "rotate_key", "uninstall"],
+)
+def test_a_dry_run_touches_nothing(name, variables, says):
+    all_ready()
+    before, was = all_traces(), roles()
+    said = play(name, variables, options=["--check", "--diff"])
+    assert says in said, said[-3000:]
+    if name in ("rotate_key", "uninstall"):
+        assert min(changes(said)[each] for each in FIREWALLS) > 0, "it says what would be changed"
+    assert (all_traces(), roles()) == (before, was)
+    all_ready()
 
 
 @pytest.mark.parametrize("turn", [1, 2, 3])
