@@ -1339,7 +1339,7 @@ def fifo_runner() -> Runner:
 TARGETS = {
     target.name: target
     for target in (
-        Target("wire", wire_grammar, wire_runner, 1000, 28, (4000, 120)),
+        Target("wire", wire_grammar, wire_runner, 1000, 28, (9000, 120)),  # 15 bytes may be 1024 rows
         Target("session", session_grammar, functools.partial(_session_runner, HOT_STANDBY), 400, 14, (300_000, 300)),
         Target(
             *("session-classic", session_grammar, functools.partial(_session_runner, EXTERNAL_CACHE)),

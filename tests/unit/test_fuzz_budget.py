@@ -191,3 +191,11 @@ def test_a_value_that_the_system_cannot_use_is_a_mistake(old: str, new: str) -> 
     assert old in targets.CONFIG
     with pytest.raises(ConfigError):
         config.parse(targets.CONFIG.replace(old, new, 1))
+
+
+def test_the_most_rows_of_the_fewest_bytes_stay_within_the_limit_of_work() -> None:
+    data = bytes.fromhex("0d0400000000000000000000000000")  # 1024 rows of zeros
+    wire = targets.TARGETS["wire"]
+    accepted, lines = fuzzer.counted(wire.fresh(), data, fuzzer._limit(wire, data))
+    assert accepted
+    assert lines > 4 * 1024  # they were really read, and asked of the kernel
