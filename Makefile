@@ -69,13 +69,19 @@ lab-down: root venv ## Remove every trace: nodes, wires, images, caches, keys, a
 
 .PHONY: test
 test: lint ## All that a change has to pass (about 20 minutes)
-	@echo "== molecule beside unit tests, sanity, artifact and integration tests: each is printed when it is done"
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line in-turn molecule
+	@echo "== molecule, sanity and artifact beside unit and integration tests: each is printed when it is done"
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line deployed daemons
 
-# Molecule mostly waits.
-.PHONY: in-turn
-in-turn:
-	@$(MAKE) --no-print-directory static
+# Two halves of about the same length; molecule mostly waits, and so do the integration tests.
+.PHONY: deployed
+deployed:
+	@$(MAKE) --no-print-directory molecule
+	@$(MAKE) --no-print-directory sanity
+	@$(MAKE) --no-print-directory artifact
+
+.PHONY: daemons
+daemons:
+	@$(MAKE) --no-print-directory unit
 	@$(MAKE) --no-print-directory integration
 
 .PHONY: static
