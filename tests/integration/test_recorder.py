@@ -84,7 +84,9 @@ def test_the_node_that_gives_its_addresses_away_leaves_its_story_as_well(
     head, notes = story(kept, "backup")
     assert (head["node"], head["role"]) == ("fw1", "backup")
     yielded = notes.index(("role", "backup"), notes.index(("role", "transition")))
-    assert ("verdict", "READY") in notes[yielded:]
+    # Noted are changes: where the other node's table is here at once, it never was anything but READY.
+    verdicts = [note for note in notes[yielded:] if note[0] == "verdict"]
+    assert verdicts[-1:] in ([], [("verdict", "READY")])
     assert notes[-1][0] == "stop"
 
 
