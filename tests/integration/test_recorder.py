@@ -58,6 +58,7 @@ def story(kept: Path, role: str) -> tuple[dict[str, Any], list[tuple[str, str]]]
     ]
 
 
+@pytest.mark.long
 def test_the_node_that_gives_its_addresses_away_leaves_its_story_as_well(
     cluster: Callable[..., Cluster], tmp_path: Path
 ) -> None:

@@ -194,7 +194,7 @@ def guards(site):
     return site.node.run("sh", "-c", undecided)
 
 
-@pytest.mark.parametrize("rule", [SSH_IN, SSH_OUT])
+@pytest.mark.parametrize("rule", [SSH_IN, pytest.param(SSH_OUT, marks=pytest.mark.long)])
 def test_a_controller_that_locks_itself_out_gets_back_in(site, rule):
     rc, out = site.apply(GOOD)
     assert rc == 0, out

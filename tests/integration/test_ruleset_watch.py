@@ -154,6 +154,7 @@ def test_while_rules_are_changed_or_on_probation_the_watch_looks_away(machine, b
     assert watch.daemon() == (old["fingerprint"], "")
 
 
+@pytest.mark.long
 def test_there_is_one_lock(machine, watch):
     old = machine.module("ruleset", rules=PAGE[1:3])
     machine.run("rm", RUN)
