@@ -84,12 +84,6 @@ daemons:
 	@$(MAKE) --no-print-directory unit
 	@$(MAKE) --no-print-directory integration
 
-.PHONY: static
-static: ## Unit tests, ansible-test sanity, the built artifact: what needs no root
-	@$(MAKE) --no-print-directory unit
-	@$(MAKE) --no-print-directory sanity
-	@$(MAKE) --no-print-directory artifact
-
 .PHONY: lint
 lint: venv ## Style and types
 	ruff check plugins tests tools molecule roles

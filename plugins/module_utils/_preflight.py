@@ -884,6 +884,8 @@ def facts_from_rules(
     that cannot be asked.  Of several such nodes an address is told only where each has exactly one of its kind.
     """
     absent = [host for host, known in facts.items() if not known.get("interfaces")]
+    if not absent:
+        return {}
     present = {str(own.ip) for known in facts.values() for rows in interface_addresses(known).values() for own in rows}
     networks = [
         (str(entry["interface"]), ipaddress.ip_interface(str(entry["address"])).network) for entry in virtual_ips
@@ -904,10 +906,7 @@ def facts_from_rules(
         if len(absent) > 1 and len(addresses) != len(absent):
             continue
         for number, address in enumerate(addresses):
-            host = absent[number if len(absent) > 1 else 0] if absent else ""
-            if not host:
-                continue
-            known = found.setdefault(host, {"interfaces": []})
+            known = found.setdefault(absent[number if len(absent) > 1 else 0], {"interfaces": []})
             if name not in known["interfaces"]:
                 known["interfaces"].append(name)
             entry = known.setdefault(facts_key(name), {"ipv4": {}, "ipv4_secondaries": [], "ipv6": []})

@@ -521,6 +521,7 @@ from ansible_collections.ctsync.ha_firewall.plugins.module_utils import (
     _rollback,
     _ruleset,
     _ruleset_watch,
+    _systemd,
     _typed_rules,
 )
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils._iptables import (
@@ -1124,7 +1125,7 @@ class Run:
             idle.append(UNIT)
         if files[_ruleset_watch.TIMER_PATH][0] is not None:
             timer = _ruleset_watch.TIMER
-            if not self.is_so("is-enabled", timer) or (booted() and not self.is_so("is-active", timer)):
+            if not self.is_so("is-enabled", timer) or (_systemd.booted() and not self.is_so("is-active", timer)):
                 idle.append(timer)
         return idle
 
@@ -1142,20 +1143,21 @@ class Run:
 
     def change_files(self, files: dict, stale: dict, idle: list) -> None:
         units = {path: unit for path, unit in UNITS.items() if path in stale}
-        now = ["--now"] if booted() else []
+        booted = _systemd.booted()
+        now = ["--now"] if booted else []
         for path, unit in units.items():
             if files[path][0] is None and _ruleset.find_program("systemctl") and unit != _ruleset_watch.SERVICE:
                 self.systemctl("disable", *now, unit)
-        if _ruleset_watch.SERVICE_PATH in units and booted() and self.is_so("is-active", _ruleset_watch.SERVICE):
+        if _ruleset_watch.SERVICE_PATH in units and booted and self.is_so("is-active", _ruleset_watch.SERVICE):
             self.systemctl("stop", _ruleset_watch.SERVICE)
         for path in stale:
             self.write(path, *files[path])
-        if units and booted():
+        if units and booted:
             self.systemctl("daemon-reload")
         for unit in idle:
             self.systemctl("enable", *(now if unit == _ruleset_watch.TIMER else []), unit)
         again = _ruleset_watch.TIMER_PATH in units and _ruleset_watch.TIMER not in idle
-        if again and files[_ruleset_watch.TIMER_PATH][0] is not None and booted():
+        if again and files[_ruleset_watch.TIMER_PATH][0] is not None and booted:
             self.systemctl("restart", _ruleset_watch.TIMER)
         folders = [os.path.dirname(_ruleset_watch.PROGRAM_PATH)]
         if not self.present:
@@ -1326,11 +1328,6 @@ def shown_content(content) -> str:
 def forwards(family: str) -> bool:
     """Whether the machine forwards now."""
     return (read_text(FORWARDING[family]) or "0").strip() not in ("", "0")
-
-
-def booted() -> bool:
-    """Whether systemd is the running init; sd_booted(3)."""
-    return os.path.isdir("/run/systemd/system")
 
 
 def unit_text(starts: list) -> str:

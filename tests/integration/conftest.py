@@ -15,6 +15,7 @@ import pytest
 from integration import netns
 from integration.cluster import Cluster
 from integration.load import Load
+from integration.sealed import Machine
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -25,6 +26,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("netns"):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(params=["nft", "legacy"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Which of both iptables is used, one after the other."""
+    if not shutil.which(f"iptables-{request.param}"):
+        pytest.skip(f"iptables-{request.param} is not installed")
+    return str(request.param)
+
+
+@pytest.fixture
+def machine() -> Iterator[Machine]:
+    """A machine sealed off from this one."""
+    with Machine() as made:
+        yield made
 
 
 @pytest.fixture

@@ -30,15 +30,21 @@ def says(daemon: Daemon, verdict: str, reasons: list[str]) -> bool:
     return found == [verdict, reasons, reasons, True]
 
 
-def test_a_ruleset_that_differs_makes_the_backup_not_ready_and_alarms_the_active_node(
-    cluster: Callable[..., Cluster], tmp_path: Path
-) -> None:
-    files = [tmp_path / "rules1", tmp_path / "rules2"]
+def alike(cluster: Callable[..., Cluster], folder: Path) -> tuple[Cluster, list[Path]]:
+    """A pair that runs with the same rules, and the file of each node that says so."""
+    files = [folder / "rules1", folder / "rules2"]
     lab = cluster()
     for daemon, path in zip((lab.fw1, lab.fw2), files):
         write(path, RULES)
         daemon.configure(ruleset_fingerprint=str(path))
     lab.up()
+    return lab, files
+
+
+def test_a_ruleset_that_differs_makes_the_backup_not_ready_and_alarms_the_active_node(
+    cluster: Callable[..., Cluster], tmp_path: Path
+) -> None:
+    lab, files = alike(cluster, tmp_path)
     session = lab.session()
     session.talk()
 
@@ -92,12 +98,7 @@ def test_rules_that_are_not_those_that_were_applied_show_until_they_are_put_back
     cluster: Callable[..., Cluster], tmp_path: Path
 ) -> None:
     """What the watch of the rules writes; also where both nodes were changed alike, so that they do not differ."""
-    files = [tmp_path / "rules1", tmp_path / "rules2"]
-    lab = cluster()
-    for daemon, path in zip((lab.fw1, lab.fw2), files):
-        write(path, RULES)
-        daemon.configure(ruleset_fingerprint=str(path))
-    lab.up()
+    lab, files = alike(cluster, tmp_path)
 
     drift = "the rules that run here are not those that were applied (cdcdcdcdcdcd runs, abababababab was applied)"
     write(files[0], f"{OTHER}\napplied {RULES}")

@@ -53,19 +53,6 @@ PEER = {
 }
 
 
-@pytest.fixture(params=["nft", "legacy"])
-def backend(request):
-    if not shutil.which(f"iptables-{request.param}"):
-        pytest.skip(f"iptables-{request.param} is not installed")
-    return request.param
-
-
-@pytest.fixture
-def machine():
-    with Machine() as made:
-        yield made
-
-
 def saved(machine, backend, family="ipv4", counters=False):
     """iptables-save without its comments, which hold the time."""
     command = [_ruleset.program_name(family, backend, "-save"), *(["-c"] if counters else [])]

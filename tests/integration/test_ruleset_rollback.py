@@ -162,12 +162,6 @@ class Site:
 
 
 @pytest.fixture
-def machine():
-    with Machine() as made:
-        yield made
-
-
-@pytest.fixture
 def site(tmp_path):
     with contextlib.ExitStack() as stack:
         yield stack.enter_context(Site(tmp_path, stack.enter_context(Machine())))

@@ -14,26 +14,12 @@ import pytest
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils import _rollback, _ruleset_watch
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import service
 from integration.netns import wait_for
-from integration.sealed import Machine
 from integration.test_ruleset import FOREIGN, FULL, PAGE, files
 
 pytestmark = pytest.mark.netns
 
 RUN, STORED = _ruleset_watch.FINGERPRINT_PATH, "/etc/ctsync/ruleset.fingerprint"
 DRIFT = "the rules that run here are not those that were applied"
-
-
-@pytest.fixture(params=["nft", "legacy"])
-def backend(request):
-    if not shutil.which(f"iptables-{request.param}"):
-        pytest.skip(f"iptables-{request.param} is not installed")
-    return request.param
-
-
-@pytest.fixture
-def machine():
-    with Machine() as made:
-        yield made
 
 
 class Watch:

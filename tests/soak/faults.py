@@ -294,8 +294,8 @@ def _restart(stand: Stand, daemon: Daemon) -> None:
     stand.start(daemon)
 
 
-@act("key rotated")
-def _key_rotated(scene: Scene) -> None:
+def _rotation(scene: Scene) -> Iterator[Daemon]:
+    """Another key, step by step: the daemon whose key files and configuration have just been changed for it."""
     stand = scene.stand
     config = json.loads((scene.active.home / "conf").read_text(encoding="utf-8"))
     (old_id,) = config["keys"]
@@ -309,6 +309,13 @@ def _key_rotated(scene: Scene) -> None:
         (scene.active, {new_id: new}, new_id),
     ):
         stand.configure(daemon, keys=keys, send_key=int(send))
+        yield daemon
+
+
+@act("key rotated")
+def _key_rotated(scene: Scene) -> None:
+    stand = scene.stand
+    for daemon in _rotation(scene):
         _restart(stand, daemon)
         stand.ready()
 
@@ -325,18 +332,7 @@ def _key_rotated_in_service(scene: Scene) -> list[str]:
         ]
 
     before = lives()
-    config = json.loads((scene.active.home / "conf").read_text(encoding="utf-8"))
-    (old_id,) = config["keys"]
-    new_id = str(int(old_id) % 255 + 1)
-    old, new = config["keys"][old_id], _new_key(stand)
-    both = {old_id: old, new_id: new}
-    for daemon, keys, send in (
-        (scene.backup, both, old_id),
-        (scene.active, both, new_id),
-        (scene.backup, {new_id: new}, new_id),
-        (scene.active, {new_id: new}, new_id),
-    ):
-        stand.configure(daemon, keys=keys, send_key=int(send))
+    for daemon in _rotation(scene):
         # refused while the other's datagrams with the new key have not arrived yet
         wait(lambda daemon=daemon: daemon.run("keys")[0] == 0, f"{daemon.space.label} to use its keys", timeout=30)
         stand.ready()

@@ -41,12 +41,10 @@ from .tables import Copies, ExternalCache
 from .verification import Verification
 
 PURGE_AFTER_S = 60.0
+TABLE_ROOM = 2  # the external cache has room for so many times what this kernel's table may hold: a peer's may be more
+TABLE_LIMIT_MAX = 1 << 26
 FLAPPING_S = 60.0  # within which too many changes of the side are flapping
 FLAPS = 4
-TABLE_ROOM = (
-    2  # the external cache has room for so many times what this kernel's table may hold: the peer's may be larger
-)
-TABLE_LIMIT_MAX = 1 << 26
 FLAPS_COUNTED = 16
 FLAP_HOLD_S = 2.0  # bulks wait so long; doubles with each further change
 FLAP_HOLD_MAX_S = 30.0
@@ -283,8 +281,7 @@ class Engine:
     def set_conditions(self, ruleset: str, parameters: Mapping[str, int], now: float) -> None:
         """This node's ruleset fingerprint, and its sysctls net.netfilter.nf_conntrack_NAME by NAME."""
         self.replicas.takeover.timeouts = parameters
-        limit = self.settings.table_limit
-        limit = max(limit, min(TABLE_ROOM * parameters.get("max", 0), TABLE_LIMIT_MAX))
+        limit = max(self.settings.table_limit, min(TABLE_ROOM * parameters.get("max", 0), TABLE_LIMIT_MAX))
         self.cache.limit = limit
         for peer in self.peers:
             peer.pending.limit = limit
