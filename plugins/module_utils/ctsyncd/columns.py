@@ -367,6 +367,25 @@ class Layout:
             return None  # zone 0 has no bytes in a key
         return self._pairs.iter_unpack(out)
 
+    def table(self, messages: list[bytearray]) -> dict[bytes, bytes] | None:
+        """Key and last value of messages as long as this layout's; None if one has another layout, or such a value."""
+        if len(messages) >= _COLUMNS_FROM:
+            return self.table_of(b"".join(messages), len(messages), self.length)
+        found = {}
+        for message in messages:
+            pair = self.pair(message) if self.fits_one(message) else None
+            if pair is None:
+                return None
+            found[pair[0]] = pair[1]
+        return found
+
+    def table_of(self, data: bytes | bytearray, count: int, stride: int) -> dict[bytes, bytes] | None:
+        """The same of many, one every ``stride`` bytes."""
+        if count < _COMPARED_BY_COLUMNS and stride != self.length:
+            data, stride = _tight(data, count, stride, self.length), self.length
+        pairs = self.pairs(data, count, stride) if self.fits(data, count, stride) else None
+        return None if pairs is None else dict(pairs)
+
     # one message
 
     def _prepare_row(self, key: list[_Part], suffix: bytes, value: list[_Part]) -> None:
@@ -387,10 +406,10 @@ class Layout:
         indexes = (number[place] if place else absent + size for place, size in value)
         self._value = operator.itemgetter(*indexes) if value else None
 
-    def fits_one(self, message: bytes) -> bool:
+    def fits_one(self, message: bytes | bytearray) -> bool:
         return int.from_bytes(message, "little") & self._mask_one == self._want_one
 
-    def pair(self, message: bytes) -> tuple[bytes, bytes] | None:
+    def pair(self, message: bytes | bytearray) -> tuple[bytes, bytes] | None:
         """The same as :meth:`pairs` of one message that has this layout."""
         parts = self._parts.unpack_from(message)
         key = b"".join(self._key(parts)) + self._suffix
@@ -453,6 +472,7 @@ class Reader:
         self._columns = columns
         self._latest: Layout | None = None  # of messages that were all alike
         self._layouts: dict[tuple[int, ...], list[Layout]] = {}
+        self._usual: dict[int, Layout] = {}  # of the latest messages of a length
 
     def events(self, data: bytearray, stride: int, lengths: list[int], into: Gathering) -> tuple[int, bool]:
         """Datagrams of events, one every ``stride`` bytes, each as long as ``lengths`` says (0: to be skipped).
@@ -468,12 +488,12 @@ class Reader:
             if count >= _COMPARED_BY_COLUMNS:
                 alike = self._alike(latest, data, count, stride, into)
             else:
-                with memoryview(data)[: count * stride] as view:
-                    same = _slots(f"{latest.length}s{stride - latest.length}x").iter_unpack(view)
-                    block = b"".join(itertools.chain.from_iterable(same))
+                block = _tight(data, count, stride, latest.length)
                 alike = self._alike(latest, block, count, latest.length, into)
             if alike:
                 return count, False
+        if count >= _COLUMNS_FROM and self._usual_ones(data, stride, lengths, into):
+            return count, False
         longest = max(lengths)
         with memoryview(data)[: count * stride] as view:
             heads = list(_slots(f"{_EVENT_HEAD}{stride - HEAD_BYTES}x").iter_unpack(view))
@@ -500,6 +520,50 @@ class Reader:
             self._put({}, dict(pairs), set(), into)
         else:
             into.rows.setdefault(layout.key_len, {}).update(pairs)
+        self.fast += count
+        return True
+
+    def _usual_ones(self, data: bytearray, stride: int, lengths: list[int], into: Gathering) -> bool:
+        """Take events of several lengths, if all of a length have the layout that those before had, and no flow has
+        events of two lengths, whose order would matter; else False, with nothing done.
+
+        So it is with most of real traffic: states of connections that begin and close, and among them some that end.
+        Where one of those of a less common length stands, its neighbour is doubled: then all are of one layout, and the
+        columns need not be sorted out.
+        """
+        count, kinds, usual = len(lengths), set(lengths), self._usual
+        if into.flows or not kinds <= usual.keys():
+            return False
+        most = max(kinds, key=lengths.count)
+        others = list(itertools.compress(range(0, count * stride, stride), map(most.__ne__, lengths)))
+        messages = [data[at : at + lengths[at // stride]] for at in others]
+        gone: dict[bytes, bytes] = {}
+        last: dict[bytes, bytes] = {}
+        keys = 0
+        for length in kinds - {most}:
+            table = usual[length].table([message for message in messages if len(message) == length])
+            if table is None:
+                del usual[length]
+                return False
+            last.update(table)
+            keys += len(table)
+            if usual[length].ended:
+                gone.update(table)
+        neighbour = lengths.index(most) * stride
+        for at in others:
+            if at > neighbour:
+                neighbour = at - stride
+            data[at : at + most] = data[neighbour : neighbour + most]
+        table = usual[most].table_of(data, count, stride)
+        if table is None or len(last) != keys or not table.keys().isdisjoint(last):
+            for at, message in zip(others, messages):
+                data[at : at + len(message)] = message
+            return False
+        if usual[most].ended:
+            gone.update(table)
+        table.update(last)
+        self._put(table, gone, {usual[length].key_len for length in kinds}, into)
+        self._latest = None if others else usual[most]
         self.fast += count
         return True
 
@@ -565,6 +629,7 @@ class Reader:
         gone: dict[bytes, bytes] = {}
         for head, members in groups.items():
             for layout, slots, pairs in self._sorted(head, members, raw):
+                self._usual[layout.length] = layout
                 key_lens.add(layout.key_len)
                 total += len(slots)
                 pairs_ = list(pairs)
@@ -694,6 +759,12 @@ class Reader:
             return None
         known.append(layout)
         return layout
+
+
+def _tight(data: bytes | bytearray, count: int, stride: int, length: int) -> bytes:
+    """The first ``length`` bytes out of each ``stride``, joined."""
+    with memoryview(data)[: count * stride] as view:
+        return b"".join(itertools.chain.from_iterable(_slots(f"{length}s{stride - length}x").iter_unpack(view)))
 
 
 def _in_order(read: list[tuple[Sequence[int], list[tuple[bytes, bytes]]]], count: int) -> list[tuple[bytes, bytes]]:

@@ -220,6 +220,87 @@ def test_the_order_of_changes_is_kept(count: int) -> None:
     assert again.gone == [one.key] and rows.unpack(one.key, again.rows[13][one.key]).state == 7
 
 
+def end_of(flow: Flow) -> bytes:
+    """The event of a flow's end, which says less, as the kernel writes it when a timer ran out."""
+    return event(flow._replace(state=None, tcp_wscale=None, tcp_flags=None), True)
+
+
+def real_traffic(source: random.Random, count: int) -> list[bytes]:
+    """States of connections that begin and close, with a mark or without, and ends of others."""
+    messages = []
+    for number in source.sample(range(1000), count):
+        state = source.choice((3, 4, 7))
+        mark = 9 if number % 4 == 0 else 0
+        messages += [event(ssh(number, state=state, mark=mark))] * source.choice((1, 1, 2))
+        if source.random() < 0.1:
+            messages.append(end_of(ssh(2000 + number)))
+    return messages
+
+
+@pytest.mark.parametrize("count", [8, 40, 200])
+def test_real_traffic_needs_no_sorting_by_what_is_in_it(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages of several lengths, once each of them was seen; what begins a batch may be one of the few."""
+    source = random.Random(count)
+    reader, general = Reader(), Reader(columns=False)
+    read_events(reader, real_traffic(source, 300))
+    monkeypatch.setattr(reader, "_read", None)
+    for number in range(20):
+        messages = real_traffic(source, count)
+        if number % 2:
+            messages.insert(0, end_of(ssh(3000)))
+        fast = reader.fast
+        got = read_events(reader, messages)
+        assert got == read_events(general, messages)
+        assert sorted_flows(got) == sorted_flows(generally(messages))
+        assert reader.fast - fast == len(messages)
+
+
+@pytest.mark.parametrize("count", [8, 200])
+def test_what_is_unusual_among_real_traffic(count: int) -> None:
+    """Where one message is not as those of its length were, or the order counts, nothing is taken from the batch."""
+    source = random.Random(count)
+    one = ssh(1500)
+    no_timeout = bytearray(event(one))
+    at = no_timeout.index(struct.pack("=HH", 8, ctnetlink.CTA_TIMEOUT))
+    no_timeout[at + 2 : at + 4] = struct.pack("=H", 99)
+    foreign_end = bytearray(end_of(one))
+    at = foreign_end.index(struct.pack("=HH", 8, ctnetlink.CTA_TIMEOUT))
+    foreign_end[at + 2 : at + 4] = struct.pack("=H", 99)
+    marked, zoned = one._replace(mark=9), one._replace(zone=7, zone_dir=ZONE_ORIGINAL, mark=None)
+    cases = [
+        [bytes(no_timeout)],
+        [bytes(foreign_end)],
+        [event(zoned)],  # as long as those with a mark
+        [event(one), end_of(one)],
+        [end_of(one), event(one)],
+        [event(one), event(marked)],
+        [event(marked), event(one)],
+        [event(marked), end_of(one), event(one)],
+        [event(marked), end_of(one)],
+        [end_of(one), event(marked)],
+        [event(one._replace(timeout=0xFFFFFFFF))],
+        [event(one, True)],  # as long as those that tell a state
+        [end_of(one), event(marked._replace(timeout=0xFFFFFFFF))],
+        [event(one._replace(labels=bytes(range(16))))],
+        [b""],
+        [event(one)[:100]],
+        [event(one) + event(marked)],
+        [struct.pack("=IHHII", 16, ctnetlink.NLMSG_OVERRUN, 0, 0, 0)],
+    ]
+    for number, case in enumerate(cases):
+        reader, general = Reader(), Reader(columns=False)
+        for one_reader in (reader, general):
+            read_events(one_reader, real_traffic(random.Random(1), 300))
+        for _again in range(2):
+            begun, closed = event(ssh(1600)), event(ssh(1600, state=7))
+            messages = [begun, closed, *real_traffic(source, count), end_of(ssh(1601)), end_of(ssh(1602))]
+            assert read_events(reader, messages) == read_events(general, messages)
+            for message in case:
+                messages.insert(source.randrange(len(messages)) if len(case) == 1 else len(messages) - 3, message)
+            assert read_events(reader, messages) == read_events(general, messages), number
+            assert reader.malformed == general.malformed
+
+
 def test_equal_lengths_are_not_equal_layouts() -> None:
     """TCP with a mark and TCP in a zone of the original direction have the same length; so have TCP and ICMP ends."""
     marked = [message for message in EVENTS if len(message) == 216]
@@ -279,7 +360,8 @@ def damaged(draw: st.DrawFn) -> list[bytes]:
 def test_damaged_messages_say_the_same_on_both_ways(messages: list[bytes], ended: bool) -> None:
     fast, general = Reader(), Reader(columns=False)
     for reader in (fast, general):
-        read_events(reader, RECORDS[::3] if ended else [])  # what was learned before matters not
+        for part in (RECORDS[::3], EVENTS) if ended else ():  # what was learned before matters not
+            read_events(reader, part)
         reader.malformed = 0
     assert read_events(fast, messages) == read_events(general, messages)
     assert fast.malformed == general.malformed
