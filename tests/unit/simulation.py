@@ -42,7 +42,7 @@ from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.jobs im
     Request,
 )
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.paths import Paths
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.rows import Changes
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.rows import SHAPES, Changes, Sheet, cut
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.session import Session
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.situation import HOT_STANDBY, Settings
 
@@ -191,6 +191,15 @@ class Table(Dict[bytes, Flow]):
         return flow
 
 
+def in_sheets(changes: Changes) -> Changes:
+    """What is rows in columns, as where very many events are alike."""
+    sheets = []
+    for key_len, rows in changes.rows.items():
+        joined = b"".join(key + value for key, value in rows.items())
+        sheets.append(Sheet(key_len, cut(joined, SHAPES[key_len].row)))
+    return changes._replace(rows={}, sheets=tuple(sheets))
+
+
 class Kernel:
     """A conntrack table.  ``helpers``: what this kernel knows; ``refuse``: errno by key, for every create.
     ``followed``: somebody listens to new and changed entries."""
@@ -206,6 +215,7 @@ class Kernel:
         self.expectations: dict[bytes, Expectation] = {}  # by name
         self.expected: list[tuple[Expectation, bool]] = []  # events
         self.functions = {"", "nat-follow-master"}
+        self._alike = False
 
     # what traffic does
 
@@ -262,7 +272,11 @@ class Kernel:
                 found.end(flow.key)
             else:
                 found.flow(flow)
-        return found.changes(len(events), lost)
+        changes = found.changes(len(events), lost)
+        if not changes.rows or changes.flows or changes.gone:
+            return changes
+        self._alike = not self._alike
+        return in_sheets(changes) if self._alike else changes
 
     def lose_events(self) -> None:
         self.events.clear()

@@ -11,19 +11,21 @@ translated one takes 64 bytes more.
 
 from __future__ import annotations
 
+import collections
 import itertools
 import operator
 import struct
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from zlib import crc32
 
-from .digest import BUCKETS, Digest, printed, prints
-from .rows import SHAPES, TAIL_BYTES, merge_extras, merge_value
+from .digest import BUCKETS, Digest, printed, printed_columns, prints
+from .rows import SHAPES, TAIL_BYTES, Sheet, cut, merge_extras, merge_value
 
 FEW = 16  # rows up to which they are handled one by one
 TAILS = 16_384  # that flows have in common, at most (100 bytes each)
 
 _BUCKET = BUCKETS - 1
+_iter_tails = struct.Struct(f"{TAIL_BYTES}s").iter_unpack
 
 
 class _Form:
@@ -32,7 +34,7 @@ class _Form:
     ``parts``: the same as parts of the key.
     """
 
-    __slots__ = ("key", "parts", "reply", "tails", "tuples", "turned")
+    __slots__ = ("key", "parts", "reply", "tuples", "turned")
 
     def __init__(self, key_len: int) -> None:
         shape = SHAPES[key_len]
@@ -42,7 +44,6 @@ class _Form:
         self.turned = [place for part in self.parts for place in range(key_len)[part]]
         self.key = key_len
         self.reply = shape.reply
-        self.tails = struct.Struct(f"{shape.reply}x{TAIL_BYTES}s").iter_unpack
         self.tuples = struct.Struct(f"{shape.reply}s").iter_unpack
 
 
@@ -65,12 +66,11 @@ def _replies(keys: Collection[bytes], form: _Form) -> bytes:
     return bytes(out)
 
 
-def _translations(keys: bytes, values: bytes, form: _Form) -> bytes:
-    """A byte for each of these flows, of one shape, their keys and values joined: 0 where it is not translated."""
-    width, size, marks = form.reply + TAIL_BYTES, form.key, 0
-    count = len(keys) // size
-    for at, place in enumerate(form.turned):
-        here, there = values[at::width], keys[place::size]
+def _translations(keys: Sequence[bytes], values: Sequence[bytes], form: _Form) -> bytes:
+    """A byte for each of these flows, of one shape, given by columns: 0 where it is not translated."""
+    marks, count = 0, len(keys[0])
+    for here, place in zip(values, form.turned):
+        there = keys[place]
         if here != there:
             marks |= int.from_bytes(here, "little") ^ int.from_bytes(there, "little")
     return marks.to_bytes(count, "little") if marks else bytes(count)
@@ -127,43 +127,45 @@ class Announced:
         kept = self.table.get(key)
         return _reply(key) + kept if kept is not None and len(kept) == TAIL_BYTES else kept
 
-    def _kept(self, rows: Mapping[bytes, bytes], joined: bytes, marks: bytes, form: _Form) -> list[bytes]:
-        """What stands for these values, joined as well, in the table.  ``marks``: see :func:`_translations`."""
+    def _kept(
+        self, columns: Sequence[bytes], values: Callable[[], list[bytes]], marks: bytes, reply: int
+    ) -> list[bytes]:
+        """What stands for the values that have these columns in the table.  ``marks``: see :func:`_translations`."""
         plain = marks.count(0)
-        if plain == len(rows):
-            return self._shared(joined, plain, form)
-        values = list(rows.values())
+        if plain == len(marks):
+            return self._shared(columns[reply:])
+        found = values()
         if plain:
-            tails, reply = self._tails, form.reply
+            tails = self._tails
             for at, mark in enumerate(marks):
                 if not mark:
-                    tail = values[at][reply:]
-                    values[at] = tails.setdefault(tail, tail)
-        return values
+                    tail = found[at][reply:]
+                    found[at] = tails.setdefault(tail, tail)
+        return found
 
-    def _shared(self, joined: bytes, count: int, form: _Form) -> list[bytes]:
-        """The tails of so many values, equal ones as one object.
+    def _shared(self, columns: Sequence[bytes]) -> list[bytes]:
+        """The tails that have these columns, equal ones as one object.
 
         Those of a flood often differ in a single byte, that of a timer, or in none at all: a look at their columns
         spares looking each of them up.
         """
-        tails, reply, width = self._tails, form.reply, form.reply + TAIL_BYTES
-        column, other = b"", -1  # the one that differs, and its place in a tail
-        for at in range(reply, width):
-            one = joined[at::width]
-            if one.count(one[:1]) != count:
-                if column:
-                    found = list(itertools.chain.from_iterable(form.tails(joined)))
-                    return list(map(tails.setdefault, found, found))
-                column, other = one, at - reply
-        first = joined[reply:width]
-        if not column:
+        tails, count = self._tails, len(columns[0])
+        several = [at for at, column in enumerate(columns) if column.count(column[:1]) != count]
+        first = bytes([column[0] for column in columns])
+        if not several:
             return [tails.setdefault(first, first)] * count
+        if len(several) > 1:
+            joined = bytearray(TAIL_BYTES * count)
+            for at, column in enumerate(columns):
+                joined[at::TAIL_BYTES] = column
+            found = list(itertools.chain.from_iterable(_iter_tails(joined)))
+            return list(map(tails.setdefault, found, found))
+        at = several[0]
         known = {}
-        for byte in set(column):
-            tail = first[:other] + bytes((byte,)) + first[other + 1 :]
+        for byte in set(columns[at]):
+            tail = first[:at] + bytes((byte,)) + first[at + 1 :]
             known[byte] = tails.setdefault(tail, tail)
-        return list(map(known.__getitem__, column))
+        return list(map(known.__getitem__, columns[at]))
 
     def _moved(self, rows: Mapping[bytes, bytes], marks: bytes, reply: int) -> list[bytes]:
         """Which of these flows are known with another translation."""
@@ -190,20 +192,43 @@ class Announced:
         table = self.table
         fresh: Mapping[bytes, bytes] = rows
         form = _FORMS[len(next(iter(rows)))]
-        keys, values = b"".join(rows), b"".join(rows.values())
-        marks = _translations(keys, values, form)
-        kept = self._kept(rows, values, marks, form)
+        columns = cut(b"".join(rows.values()), reply + TAIL_BYTES)
+        marks = _translations(cut(b"".join(rows), form.key), columns, form)
+        kept = self._kept(columns, lambda: list(rows.values()), marks, reply)
         if not table.keys().isdisjoint(rows):
             moved = self._moved(rows, marks, reply)
             if moved:
                 self.discard(moved)
             fresh = {key: value for key, value in rows.items() if key not in table}
-            values = b"".join(fresh.values())
+            if fresh:
+                columns = cut(b"".join(fresh.values()), reply + TAIL_BYTES)
         if fresh:
-            sums = self.digest.sums
-            for number, low in zip(map(crc32, fresh), printed(values, reply + TAIL_BYTES, range(reply))):
-                sums[number & _BUCKET] += number * (number << 8 | low)
+            self._sum_up(fresh, columns[:reply])
         table.update(zip(rows, kept))
+
+    def add_sheet(self, sheet: Sheet) -> bool:
+        """The same for flows that are all new; False, with nothing done, if one was told of before or a key repeats."""
+        if len(self._tails) > TAILS:
+            self._tails = {}
+        table, keys, form = self.table, sheet.keys, _FORMS[sheet.key_len]
+        columns = sheet.columns[form.key :]
+        marks = _translations(sheet.columns, columns, form)
+        kept = self._kept(columns, lambda: sheet.values, marks, form.reply)
+        before = len(table)
+        collections.deque(map(table.setdefault, keys, kept), maxlen=0)  # in one step: are they new, and there they are
+        added = len(table) - before
+        if added != len(keys):
+            for key in list(itertools.islice(reversed(table), added)):  # the last ones in a dict are the latest
+                del table[key]
+            return False
+        self._sum_up(keys, columns[: form.reply])
+        return True
+
+    def _sum_up(self, keys: Iterable[bytes], reply: Sequence[bytes]) -> None:
+        """These flows, whose reply tuples have these columns, come into the digest."""
+        sums = self.digest.sums
+        for number, low in zip(map(crc32, keys), printed_columns(reply)):
+            sums[number & _BUCKET] += number * (number << 8 | low)
 
     def _add_few(self, rows: Mapping[bytes, bytes], reply: int) -> None:
         table, tails, sums = self.table, self._tails, self.digest.sums
@@ -267,7 +292,8 @@ class Announced:
         table = self.table
         unknown = [key for key in rows if key not in table]
         form = _FORMS[len(next(iter(rows)))]
-        return unknown + self._moved(rows, _translations(b"".join(rows), b"".join(rows.values()), form), reply)
+        columns = cut(b"".join(rows.values()), reply + TAIL_BYTES)
+        return unknown + self._moved(rows, _translations(cut(b"".join(rows), form.key), columns, form), reply)
 
     # --- all again ---------------------------------------------------------------------------------------------------
 

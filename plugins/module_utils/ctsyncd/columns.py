@@ -68,6 +68,7 @@ from .rows import (
     Changes,
     Shape,
     is_partial,
+    join,
     pack_value,
     unpack,
 )
@@ -78,12 +79,23 @@ _CT_DELETE = ctnetlink.NFNL_SUBSYS_CTNETLINK << 8 | ctnetlink.IPCTNL_MSG_CT_DELE
 
 
 class Gathering:
-    """:class:`Changes` that are being put together, change by change in the order in which they happened."""
+    """:class:`Changes` that are being put together, change by change in the order in which they happened.
+
+    ``parts``: what came first, as columns, with the length of the keys; before anything else comes :meth:`settle`.
+    """
 
     def __init__(self) -> None:
         self.rows: dict[int, dict[bytes, bytes]] = {}
         self.flows: dict[bytes, Flow] = {}
         self.gone: dict[bytes, None] = {}
+        self.parts: list[tuple[int, list[bytes | bytearray]]] = []
+
+    def settle(self) -> None:
+        """What is in columns becomes rows: what follows may be about the same flows."""
+        if self.parts:
+            for sheet in join(self.parts):
+                self.rows.setdefault(sheet.key_len, {}).update(sheet.rows())
+            self.parts = []
 
     def row(self, key: bytes, value: bytes) -> None:
         """The flow is now as this row says."""
@@ -115,7 +127,7 @@ class Gathering:
     def changes(self, events: int, lost: bool = False, more: bool = False) -> Changes:
         """What was put together."""
         rows = {key_len: known for key_len, known in self.rows.items() if known}
-        return Changes(rows, list(self.flows.values()), list(self.gone), events, lost, more)
+        return Changes(rows, list(self.flows.values()), list(self.gone), events, lost, more, join(self.parts))
 
 
 _NONE: dict[bytes, bytes] = {}  # stays empty
@@ -321,37 +333,37 @@ class Layout:
 
     def _prepare_rows(self, key: list[_Part], suffix: bytes, value: list[_Part]) -> None:
         """Which byte of a row comes from which of a message."""
-        self._moves: list[tuple[int, int]] = []
+        self._places: list[int] = []  # 0: the byte of _row
         row = bytearray()
         for place, size in key:
-            self._moves += [(len(row) + one, place + one) for one in range(size)]
+            self._places += range(place, place + size)
             row += bytes(size)
         row += suffix
+        self._places += [0] * len(suffix)
         for place, size in value:
-            if place:
-                self._moves += [(len(row) + one, place + one) for one in range(size)]
+            self._places += range(place, place + size) if place else [0] * size
             row += bytes(size)
         if value:
             row[-SCALE_FROM_END] = NO_SCALE
         self._row = bytes(row)
         self._pairs = struct.Struct(f"{self.key_len}s{len(row) - self.key_len}s")
 
-    def pairs(self, block: bytes | bytearray, count: int, stride: int = 0) -> Iterator[tuple[bytes, bytes]] | None:
-        """Key and value (b"" if ended) of ``count`` messages that have this layout, joined or every ``stride`` bytes.
+    def columns(self, block: bytes | bytearray, count: int, stride: int = 0) -> list[bytes | bytearray] | None:
+        """The columns of the rows of ``count`` messages that have this layout, joined or every ``stride`` bytes.
 
-        None if one has a value that a column cannot carry.
+        Those of keys alone if they ended.  None if one has a value that a column cannot carry.
         """
-        length, size = stride or self.length, len(self._row)
+        length = stride or self.length
         end = count * length
-        out = bytearray(self._row * count)
-        for to, place in self._moves:
-            out[to::size] = block[place:end:length]
+        found: list[bytes | bytearray] = [
+            block[place:end:length] if place else bytes((byte,)) * count for place, byte in zip(self._places, self._row)
+        ]
         if not self.ended:
-            if out[size - TIMEOUT_FROM_END :: size].count(0xFF):
+            if found[-TIMEOUT_FROM_END].count(0xFF):
                 return None  # perhaps rows.NO_TIMEOUT
             if self._flags:
                 original, reply = self._flags
-                out[size - FLAGS_FROM_END :: size] = _joined(
+                found[-FLAGS_FROM_END] = _joined(
                     block[original:end:length].translate(_FLAGS_HIGH), block[reply:end:length].translate(_FLAGS_LOW)
                 )
                 scales = bytes(count)
@@ -360,11 +372,19 @@ class Layout:
                     scales = _joined(
                         block[original:end:length].translate(_SCALE_HIGH), block[reply:end:length].translate(_SCALE_LOW)
                     )
-                out[size - SCALE_FROM_END :: size] = scales
+                found[-SCALE_FROM_END] = scales
         if self._zone_at and _joined(
             block[self._zone_at : end : length], block[self._zone_at + 1 : end : length]
         ).count(0):
             return None  # zone 0 has no bytes in a key
+        return found
+
+    def pairs(self, columns: Sequence[bytes | bytearray]) -> Iterator[tuple[bytes, bytes]]:
+        """Key and value (b"" if ended) of the rows that have these columns."""
+        size = len(columns)
+        out = bytearray(size * len(columns[0]))
+        for at, column in enumerate(columns):
+            out[at::size] = column
         return self._pairs.iter_unpack(out)
 
     def table(self, messages: list[bytearray]) -> dict[bytes, bytes] | None:
@@ -383,8 +403,8 @@ class Layout:
         """The same of many, one every ``stride`` bytes."""
         if count < _COMPARED_BY_COLUMNS and stride != self.length:
             data, stride = _tight(data, count, stride, self.length), self.length
-        pairs = self.pairs(data, count, stride) if self.fits(data, count, stride) else None
-        return None if pairs is None else dict(pairs)
+        columns = self.columns(data, count, stride) if self.fits(data, count, stride) else None
+        return None if columns is None else dict(self.pairs(columns))
 
     # one message
 
@@ -484,7 +504,8 @@ class Reader:
         if not count:
             return 0, False
         latest = self._latest
-        if latest is not None and count >= _COLUMNS_FROM and lengths.count(latest.length) == count:
+        enough = count >= _COLUMNS_FROM or into.parts
+        if latest is not None and enough and lengths.count(latest.length) == count:
             if count >= _COMPARED_BY_COLUMNS:
                 alike = self._alike(latest, data, count, stride, into)
             else:
@@ -492,6 +513,7 @@ class Reader:
                 alike = self._alike(latest, block, count, latest.length, into)
             if alike:
                 return count, False
+        into.settle()
         if count >= _COLUMNS_FROM and self._usual_ones(data, stride, lengths, into):
             return count, False
         longest = max(lengths)
@@ -513,13 +535,16 @@ class Reader:
         """Take events that all have the layout of those before; False, with nothing done, if they have not."""
         if into.flows or not layout.fits(data, count, stride):
             return False
-        pairs = layout.pairs(data, count, stride)
-        if pairs is None:
+        columns = layout.columns(data, count, stride)
+        if columns is None:
             return False
         if layout.ended:
-            self._put({}, dict(pairs), set(), into)
+            into.settle()
+            self._put({}, dict(layout.pairs(columns)), set(), into)
+        elif into.parts or (count >= _COMPARED_BY_COLUMNS and not (into.rows or into.gone)):
+            into.parts.append((layout.key_len, columns))
         else:
-            into.rows.setdefault(layout.key_len, {}).update(pairs)
+            into.rows.setdefault(layout.key_len, {}).update(layout.pairs(columns))
         self.fast += count
         return True
 
@@ -737,9 +762,9 @@ class Reader:
                 if layout is not None and not layout.fits(block, len(members)):
                     layout = None
             if layout is not None:
-                pairs = layout.pairs(block, len(members)) if layout.key_len else None
-                if pairs is not None:
-                    yield layout, members, pairs
+                columns = layout.columns(block, len(members)) if layout.key_len else None
+                if columns is not None:
+                    yield layout, members, layout.pairs(columns)
                     return
         for slot in members:
             message = raw[slot][:length]

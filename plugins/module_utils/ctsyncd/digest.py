@@ -76,11 +76,16 @@ def prints(values: Collection[bytes], reply: int) -> Sequence[int]:
 
 def printed(joined: bytes, width: int, places: Sequence[int]) -> bytes:
     """p of rows of ``width`` bytes.  ``places``: where in a row each byte of the reply tuple stands."""
-    zeros, tables = _TABLES[len(places)]
-    count = len(joined) // width
+    return printed_columns([joined[at::width] for at in places])
+
+
+def printed_columns(reply: Sequence[bytes]) -> bytes:
+    """p of rows whose reply tuples have these columns."""
+    zeros, tables = _TABLES[len(reply)]
+    count = len(reply[0])
     found = int.from_bytes(zeros * count, "little")
-    for at, table in zip(places, tables):
-        found ^= int.from_bytes(joined[at::width].translate(table), "little")
+    for column, table in zip(reply, tables):
+        found ^= int.from_bytes(column.translate(table), "little")
     return found.to_bytes(count, "little")
 
 

@@ -312,6 +312,7 @@ class Engine:
                 self.replicas.vanished(changes.gone)
         else:
             if self.replicas.takeover.running:
+                changes = changes.settled()
                 self.replicas.forget_ended(changes)
             if self.helpers.source.masters:
                 self.helpers.source.ended(changes.gone)

@@ -32,7 +32,7 @@ from .constants import (
     TCP_SYN_SENT2,
 )
 from .flow import Flow
-from .rows import MARK_FROM_END, SHAPES, STATE_FROM_END, STATUS_FROM_END, unpack
+from .rows import MARK_FROM_END, SHAPES, STATE_FROM_END, STATUS_FROM_END, Sheet, unpack
 
 COMPILED_LIMIT = 64  # values per list in a BPF program, whose conditional jumps reach 255 instructions
 
@@ -115,11 +115,15 @@ class _Columns:
 
     def __init__(self, key_len: int, rows: Rows) -> None:
         self.shape = SHAPES[key_len]
-        self.rows = rows
         self.all = int.from_bytes(b"\1" * len(rows), "little")
+        self._rows = rows
         self._keys = b"".join(rows)
         self._values = b"".join(rows.values())
         self._protocols = self._keys[:: self.shape.key]
+
+    @property
+    def rows(self) -> Rows:
+        return self._rows
 
     def of_protocol(self, table: bytes) -> int:
         return int.from_bytes(self._protocols.translate(table), "little")
@@ -159,6 +163,26 @@ class _Columns:
 
     def mask_of(self, chosen: Rows) -> int:
         return int.from_bytes(bytes(map(chosen.__contains__, self.rows)), "little")
+
+
+class _SheetColumns(_Columns):
+    """The same of a sheet, which has them."""
+
+    def __init__(self, sheet: Sheet) -> None:  # pylint: disable=super-init-not-called
+        self.shape = SHAPES[sheet.key_len]
+        self.all = int.from_bytes(b"\1" * len(sheet), "little")
+        self._sheet = sheet
+        self._protocols = sheet.columns[0]
+
+    @property
+    def rows(self) -> Rows:
+        return self._sheet.rows()
+
+    def of_key(self, at: int, table: bytes) -> int:
+        return int.from_bytes(self._sheet.columns[at].translate(table), "little")
+
+    def of_value(self, at: int, table: bytes) -> int:
+        return int.from_bytes(self._sheet.columns[self.shape.key + at].translate(table), "little")
 
 
 def _patterns(networks: Iterable[str | Network]) -> dict[int, list[_Pattern]]:
@@ -232,6 +256,14 @@ class Filter:
         if len(rows) <= FEW:
             return self._few_matching(key_len, rows)
         columns = _Columns(key_len, rows)
+        return columns.take(self._matching(columns))
+
+    def matches_all(self, sheet: Sheet) -> bool:
+        """Are all of these flows such that it :meth:`matches`?  Not to be relied upon where a key repeats."""
+        columns = _SheetColumns(sheet)
+        return self._matching(columns) == columns.all
+
+    def _matching(self, columns: _Columns) -> int:
         tcp, sctp = columns.of_protocol(_IS_TCP), columns.of_protocol(_IS_SCTP)
         others = columns.all & ~(tcp | sctp)
         worth = tcp & columns.from_end(STATE_FROM_END, _TCP_WORTH) if tcp else 0
@@ -239,7 +271,7 @@ class Filter:
             worth |= sctp & columns.from_end(STATE_FROM_END, _SCTP_WORTH)
         if others:
             worth |= others if self._unreplied else others & columns.from_end(STATUS_FROM_END - 1, _REPLIED)
-        return columns.take(self._passing(columns, worth & self._selected(columns)))
+        return self._passing(columns, worth & self._selected(columns))
 
     def keep_rows(self, key_len: int, rows: Rows) -> Rows:
         """Those that the filter :meth:`keeps`."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import collections
 import itertools
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from . import rows as shapes
@@ -29,20 +29,28 @@ SLACK_BYTES = 200  # less room than this, or than an eighth of a block, is not w
 class _Generation:
     """Changes between two marks."""
 
-    __slots__ = ("born", "expectations", "flows", "gone", "mark", "rows")
+    __slots__ = ("born", "expectations", "flows", "gone", "mark", "rows", "sheets")
 
     def __init__(self, born: float) -> None:
         self.born = born
         self.gone: dict[int, dict[bytes, None]] = {}  # by length of the key; a dict for its order
         self.flows: dict[bytes, tuple[bytes, bytes]] = {}
         self.rows: dict[int, dict[bytes, bytes]] = {}
+        self.sheets: list[shapes.Sheet] = []  # more rows; no flow is in here twice
         self.expectations: dict[bytes, bytes] = {}  # records by name
         self.mark: bytes | None = None
 
     def __len__(self) -> int:
         gone = sum([len(keys) for keys in self.gone.values()])
-        rows = sum([len(rows) for rows in self.rows.values()])
+        rows = sum(map(len, self.rows.values())) + sum(map(len, self.sheets))
         return gone + rows + len(self.flows) + len(self.expectations) + (self.mark is not None)
+
+    def settle(self) -> None:
+        """What is in sheets becomes rows: what follows may be about the same flows."""
+        if self.sheets:
+            for sheet in self.sheets:
+                self.rows.setdefault(sheet.key_len, {}).update(sheet.rows())
+            self.sheets = []
 
 
 class Encoder:
@@ -53,38 +61,33 @@ class Encoder:
 
     def __init__(self, peers: int) -> None:
         self.guesses: dict[tuple[int, int], float] = {}
-        self._known: dict[tuple[int, bytes], bytes] | None = {} if peers > 1 else None
+        self._known: dict[tuple[object, ...], bytes] | None = {} if peers > 1 else None
 
-    def encode(
-        self, kind: int, key_len: int, joined: bytes, many: wire.RowColumns | None = None, start: int = 0
-    ) -> bytes:
-        """A record of rows (RECORD_ROWS) or keys (RECORD_GONE), all of one shape and joined.
+    def encode(self, kind: int, key_len: int, joined: bytes) -> bytes:
+        """A record of rows (RECORD_ROWS) or keys (RECORD_GONE), all of one shape and joined."""
+        encode = wire.encode_rows if kind == wire.RECORD_ROWS else wire.encode_gone
+        return self._make((kind, key_len, joined), lambda: wire.tlv(kind, encode(key_len, joined)))
 
-        Of rows that stand in ``many``, from ``start`` on, it is made faster.
-        """
+    def encode_part(self, source: tuple[object, ...], many: wire.RowColumns, start: int, end: int) -> bytes:
+        """A record of the rows from ``start`` to ``end``.  ``source``: equal where it would be of the same rows."""
+        return self._make(source, lambda: wire.tlv(wire.RECORD_ROWS, many.encode(start, end)))
+
+    def _make(self, source: tuple[object, ...], make: Callable[[], bytes]) -> bytes:
         known = self._known
         if known is None:
-            return self._make(kind, key_len, joined, many, start)
-        source = (kind << 8 | key_len, joined)
+            return make()
         record = known.get(source)
         if record is None:
             if len(known) >= REMEMBERED:
                 known.pop(next(iter(known)))
-            record = known[source] = self._make(kind, key_len, joined, many, start)
+            record = known[source] = make()
         return record
-
-    @staticmethod
-    def _make(kind: int, key_len: int, joined: bytes, many: wire.RowColumns | None, start: int) -> bytes:
-        if many is not None:
-            return wire.tlv(kind, many.encode(start, start + len(joined) // many.width))
-        encode = wire.encode_rows if kind == wire.RECORD_ROWS else wire.encode_gone
-        return wire.tlv(kind, encode(key_len, joined))
 
 
 class _Columns:
     """Keys or rows of one shape on their way out."""
 
-    __slots__ = ("_at", "_encoder", "_kind", "_many", "_parts", "_source", "_width", "left", "rest", "shape")
+    __slots__ = ("_at", "_encoder", "_many", "_parts", "_source", "_width", "left", "rest", "shape")
 
     def __init__(self, encoder: Encoder, kind: int, key_len: int, source: Iterator[bytes], left: int) -> None:
         self._encoder = encoder
@@ -94,7 +97,6 @@ class _Columns:
         self._at = 0  # ... of which so many are sent
         self._many: wire.RowColumns | None = None  # the same as columns, where they are more than one record takes
         rows = kind == wire.RECORD_ROWS
-        self._kind = kind
         self._width = shapes.SHAPES[key_len].row if rows else key_len
         self._parts = 2 if rows else 1  # of a row in the source: key and value, or the key alone
         self._source = source
@@ -128,18 +130,38 @@ class _Columns:
         missing = count - len(self.rest) // self._width + self._at
         if missing <= 0:
             return
-        ahead = self._kind == wire.RECORD_ROWS and count < self.left
+        ahead = self.shape[0] == wire.RECORD_ROWS and count < self.left
         if ahead:
             missing += AHEAD_ROWS
         taken = b"".join(itertools.islice(self._source, missing * self._parts))
         self.rest = self.rest[self._at * self._width :] + taken
         self._at = 0
-        self._many = wire.RowColumns(self.shape[1], self.rest) if ahead else None
+        self._many = wire.RowColumns(self.shape[1], shapes.cut(self.rest, self._width)) if ahead else None
 
     def _encode(self, count: int) -> bytes:
-        start = self._at
-        joined = self.rest[start * self._width : (start + count) * self._width]
-        return self._encoder.encode(self._kind, self.shape[1], joined, self._many, start)
+        start, end = self._at, self._at + count
+        joined = self.rest[start * self._width : end * self._width]
+        if self._many is None:
+            return self._encoder.encode(*self.shape, joined)
+        return self._encoder.encode_part((*self.shape, joined), self._many, start, end)
+
+
+class _Sheet(_Columns):
+    """A sheet on its way out."""
+
+    __slots__ = ("_rows", "_sheet")
+
+    def __init__(self, encoder: Encoder, sheet: shapes.Sheet) -> None:
+        super().__init__(encoder, wire.RECORD_ROWS, sheet.key_len, iter(()), len(sheet))
+        self._sheet = sheet
+        self._rows = wire.RowColumns(sheet.key_len, sheet.columns)
+
+    def _read(self, count: int) -> None:
+        """They are here."""
+
+    def _encode(self, count: int) -> bytes:
+        start, end = self._at, self._at + count
+        return self._encoder.encode_part((self._sheet, start, end), self._rows, start, end)
 
 
 class _Singles:
@@ -216,16 +238,23 @@ class Pending:
         """The flows are so now: key to value, complete."""
         if not rows:
             return
-        table = self._opened(now).rows
+        generation = self._opened(now)
+        generation.settle()
+        table = generation.rows
         known = table.get(key_len)
         if known is None:
             table[key_len] = dict(rows)
         else:
             known.update(rows)
 
+    def put_sheet(self, sheet: shapes.Sheet, now: float) -> None:
+        """The same for flows that nothing is waiting of, each of which is there once."""
+        self._opened(now).sheets.append(sheet)
+
     def put_flow(self, key: bytes, value: bytes, extras: bytes, now: float) -> None:
         """The flow is so now.  What it does not say is as before.  Raises WireError ``malformed`` for bad extras."""
         generation = self._opened(now)
+        generation.settle()
         rows = generation.rows.get(len(key), {})
         known, before = rows.get(key), generation.flows.get(key)
         if before is not None:
@@ -240,6 +269,7 @@ class Pending:
         if not keys:
             return
         generation = self._opened(now)
+        generation.settle()
         lengths = dict.fromkeys(map(len, keys))
         for length in lengths:
             some = keys if len(lengths) == 1 else [key for key in keys if len(key) == length]
@@ -322,6 +352,7 @@ class Pending:
             if rows:
                 parts = itertools.chain.from_iterable(rows.items())
                 stages.append(_Columns(self._encoder, wire.RECORD_ROWS, key_len, parts, len(rows)))
+        stages.extend(_Sheet(self._encoder, sheet) for sheet in generation.sheets)
         if generation.expectations:
             stages.append(_Singles(iter(generation.expectations.values()), len(generation.expectations)))
         if generation.mark is not None:

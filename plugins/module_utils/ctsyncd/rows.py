@@ -21,8 +21,9 @@ All numbers are big-endian, addresses and ports as the kernel gives them.
 
 from __future__ import annotations
 
+import itertools
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from .constants import AF_INET, AF_INET6, IPPROTO_DCCP, IPPROTO_SCTP, IPPROTO_TCP
@@ -238,12 +239,79 @@ def _unpack_extras(extras: bytes, family: int) -> dict[str, Any]:
     return fields
 
 
+# --- sheets ---
+
+_KEYS: dict[int, Callable[[bytearray], Iterator[tuple[bytes]]]] = {
+    key_len: struct.Struct(f"{key_len}s").iter_unpack for key_len in SHAPES
+}
+_VALUES: dict[int, Callable[[bytearray], Iterator[tuple[bytes]]]] = {
+    key_len: struct.Struct(f"{shape.value}s").iter_unpack for key_len, shape in SHAPES.items()
+}
+
+Columns = Sequence[bytes]
+
+
+class Sheet:
+    """Rows of one shape as columns, at least one; of equal keys the last row counts.
+
+    The form in which a flood is handled: a dictionary costs an object for each key and each value, and whoever looks at
+    its columns has to join it and cut it up again.  ``columns``: byte k of all rows for each k, key and value.
+    """
+
+    __slots__ = ("_keys", "columns", "key_len")
+
+    def __init__(self, key_len: int, columns: Columns) -> None:
+        self.key_len = key_len
+        self.columns = columns
+        self._keys: list[bytes] | None = None
+
+    def __len__(self) -> int:
+        return len(self.columns[0])
+
+    @property
+    def keys(self) -> list[bytes]:
+        if self._keys is None:
+            self._keys = _joined(self.columns[: self.key_len], _KEYS[self.key_len])
+        return self._keys
+
+    @property
+    def values(self) -> list[bytes]:
+        """Made anew each time."""
+        return _joined(self.columns[self.key_len :], _VALUES[self.key_len])
+
+    def rows(self) -> dict[bytes, bytes]:
+        """Key to value."""
+        return dict(zip(self.keys, self.values))
+
+
+def _joined(columns: Columns, unpack: Callable[[bytearray], Iterator[tuple[bytes]]]) -> list[bytes]:
+    width = len(columns)
+    out = bytearray(width * len(columns[0]))
+    for at, column in enumerate(columns):
+        out[at::width] = column
+    return list(itertools.chain.from_iterable(unpack(out)))
+
+
+def cut(joined: bytes, width: int) -> list[bytes]:
+    """The columns of joined rows of ``width`` bytes."""
+    return [joined[at::width] for at in range(width)]
+
+
+def join(parts: Sequence[tuple[int, Sequence[bytes | bytearray]]]) -> tuple[Sheet, ...]:
+    """Columns that came one after the other, each with the length of its keys: a sheet for each shape."""
+    shapes: dict[int, list[Sequence[bytes | bytearray]]] = {}
+    for key_len, columns in parts:
+        shapes.setdefault(key_len, []).append(columns)
+    return tuple(Sheet(key_len, list(map(b"".join, zip(*found)))) for key_len, found in shapes.items())
+
+
 class Changes(NamedTuple):
     """What the kernel told since it was last asked, the last state of a flow only; or a part of its table.
 
     ``rows``: by length of the key, key to value, complete (nothing is left out) and without extras.  ``flows``: those
     that have extras or leave something out (:func:`is_partial`), in order; no key of theirs is in ``rows``.  ``gone``:
     keys of entries that ended; one that is in ``rows`` or ``flows`` too was made anew after its end.
+    ``sheets``: rows as columns, one sheet to a shape, where there are many alike; then these three are empty.
     """
 
     rows: dict[int, dict[bytes, bytes]]
@@ -252,3 +320,13 @@ class Changes(NamedTuple):
     events: int = 0  # messages that this was made of
     lost: bool = False  # the kernel dropped events (ENOBUFS): something is missing
     more: bool = False  # the limit was reached, more waits
+    sheets: tuple[Sheet, ...] = ()
+
+    def settled(self) -> Changes:
+        """The same without sheets."""
+        if not self.sheets:
+            return self
+        rows: dict[int, dict[bytes, bytes]] = {}
+        for sheet in self.sheets:
+            rows[sheet.key_len] = sheet.rows()
+        return self._replace(rows=rows, sheets=())

@@ -15,7 +15,7 @@ from .expectation_source import ExpectationSource
 from .flow import Flow
 from .jobs import Job, Request
 from .peer import Peer
-from .rows import SHAPES, Changes, merge_extras, pack, pack_extras
+from .rows import SHAPES, Changes, Sheet, merge_extras, pack, pack_extras
 from .situation import Question, Situation
 
 EARLY_FLOWS = 16_384  # not replicated yet, of which extras are kept (some 200 bytes each)
@@ -75,8 +75,14 @@ class Source:
 
     def changed(self, changes: Changes, now: float) -> None:
         """What happened to this kernel's flows.  Only while :attr:`telling`."""
-        gone = changes.gone
         bulk = self._dumps.runs(BULK)
+        if changes.sheets:
+            if bulk or self.touched is not None or self.early:
+                changes = changes.settled()
+            for sheet in changes.sheets:
+                if not self._put_sheet(sheet, now):
+                    self._judge_rows(sheet.key_len, sheet.rows(), now)
+        gone = changes.gone
         if bulk:  # what the dump says of them may be older
             self._dumps.seen.update(gone, *changes.rows.values())
         if self.touched is not None:
@@ -92,6 +98,20 @@ class Source:
             self._judge_rows(key_len, rows, now)
         for flow in changes.flows:
             self.judge(flow, now)
+
+    def _put_sheet(self, sheet: Sheet, now: float) -> bool:
+        """Tell of many flows at once; False, with nothing done, where they are not all new and worth replicating."""
+        told = self._with_room(len(sheet))
+        if not told and not self._keeping:
+            return True
+        if not self._situation.filter.matches_all(sheet) or not self.announced.add_sheet(sheet):
+            return False
+        self.told += len(sheet)
+        if self.states is not None:
+            self.states.touch(sheet.keys)
+        for peer in told:
+            peer.pending.put_sheet(sheet, now)
+        return True
 
     def _judge_rows(self, key_len: int, rows: Mapping[bytes, bytes], now: float) -> None:
         chosen = self._situation.filter.select_rows(key_len, rows)

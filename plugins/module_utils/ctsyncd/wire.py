@@ -535,19 +535,18 @@ def encode_rows(key_len: int, rows: bytes) -> bytes:
 
 
 class RowColumns:
-    """Joined rows that are encoded part by part: what a column is in all of them is looked at once.
+    """Rows, given by columns, that are encoded part by part: what a column is in all of them is looked at once.
 
     In a flood most columns have one byte in all rows, or are mirrored in all of them, and in most of the others no byte
     is frequent: no part has to look at any of these.
     """
 
-    def __init__(self, key_len: int, rows: bytes) -> None:
+    def __init__(self, key_len: int, columns: Sequence[bytes]) -> None:
         self._key_len = key_len
         self._layout = layout = _ROWS[key_len]
-        self.width = width = layout.width  # of a row
-        self._columns = columns = [rows[at::width] for at in range(width)]
-        count = len(rows) // width
-        firsts = bytearray(rows[:width])
+        self._columns = columns
+        count = len(columns[0])
+        firsts = bytearray([column[0] for column in columns])
         often = list(map(bytes.count, columns, firsts))
         first = 1 << len(layout.mirror) - 1
         self._mirrored = 0

@@ -18,6 +18,8 @@ from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.rows im
     SHAPES,
     TAIL_BYTES,
     Changes,
+    Sheet,
+    cut,
     pack,
     unpack,
 )
@@ -49,6 +51,14 @@ def flows(draw: st.DrawFn) -> Rows:
     return {key: (draw(reply) or turned(key)) + draw(tail) for key in sorted(keys)}
 
 
+def sheet_of(rows: Rows, repeated: bool = False) -> Sheet:
+    """These rows, the first one perhaps once more at the end."""
+    pairs = list(rows.items()) + ([next(iter(rows.items()))] if repeated else [])
+    joined = b"".join(key + value for key, value in pairs)
+    key_len = len(next(iter(rows)))
+    return Sheet(key_len, cut(joined, SHAPES[key_len].row))
+
+
 @given(st.lists(flows(), min_size=1, max_size=4), st.data())
 def test_all_is_told_again_as_it_was_told_last_and_the_digest_is_of_that(
     batches: list[Rows], data: st.DataObject
@@ -61,7 +71,7 @@ def test_all_is_told_again_as_it_was_told_last_and_the_digest_is_of_that(
             continue
         shape = SHAPES[len(next(iter(rows)))]
         some = {key: rows[key] for key in data.draw(st.lists(st.sampled_from(sorted(rows)), unique=True))}
-        step = data.draw(st.sampled_from(("add", "other", "end", "replace")))
+        step = data.draw(st.sampled_from(("add", "other", "end", "replace", "sheet", "sheet")))
         if step == "other":  # another translation under the same key
             some = {key: bytes(byte ^ 1 for byte in value[: shape.reply]) + value[shape.reply :]
                     for key, value in some.items()}  # fmt: skip
@@ -69,6 +79,16 @@ def test_all_is_told_again_as_it_was_told_last_and_the_digest_is_of_that(
             made.discard(some)
             for key in some:
                 model.pop(key, None)
+            continue
+        if step == "sheet":
+            repeated = data.draw(st.booleans())
+            simple = bool(some) and not repeated and model.keys().isdisjoint(some)
+            if some:
+                before = (dict(made.table), made.digest.sums[:])
+                assert made.add_sheet(sheet_of(some, repeated)) == simple
+                assert simple or before == (made.table, made.digest.sums)
+            if simple:
+                model.update(some)
             continue
         moved = {key for key, value in some.items() if model.get(key, b"")[: shape.reply] != value[: shape.reply]}
         assert set(made.strangers(some, shape.reply)) == moved

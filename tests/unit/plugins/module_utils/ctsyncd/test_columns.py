@@ -37,12 +37,16 @@ EVENTS = [message for message in RECORDS if not message[6] & ctnetlink.NLM_F_MUL
 STRIDE = 1088
 
 
-def read_events(reader: Reader, messages: Sequence[bytes], stride: int = STRIDE) -> Changes:
+def put_events(reader: Reader, messages: Sequence[bytes], found: Gathering, stride: int = STRIDE) -> tuple[int, bool]:
     data = bytearray(b"\xa5" * (stride * len(messages)))
     for slot, message in enumerate(messages):
         data[slot * stride : slot * stride + len(message)] = message
+    return reader.events(data, stride, [len(message) for message in messages], found)
+
+
+def read_events(reader: Reader, messages: Sequence[bytes], stride: int = STRIDE) -> Changes:
     found = Gathering()
-    return in_order(found.changes(*reader.events(data, stride, [len(message) for message in messages], found)))
+    return in_order(found.changes(*put_events(reader, messages, found, stride)).settled())
 
 
 def in_order(changes: Changes) -> Changes:
@@ -180,6 +184,31 @@ def ssh(number: int, **changes: Any) -> Flow:
     reply = Tuple(orig.dst, orig.src, b"\0\x16\x30\x39")
     flow = Flow(k.AF_INET, k.IPPROTO_TCP, 0, orig, reply, 0x0E, 600, 3, (7, 9), (3, 3), mark=0)
     return flow._replace(**changes)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(70,), (256, 256, 3), (70, 1), (40, 70), (70, -70), (70, -3), (-70, 70), (70, 6, -6, 70)]
+)
+def test_sheets_say_what_rows_would(sizes: tuple[int, ...]) -> None:
+    """Batches of one turn, of new and (negative) of ended flows, in which some flows come again."""
+    reader, general = Reader(), Reader(columns=False)
+    read_events(reader, [event(ssh(number)) for number in range(8)])
+    found, expected = Gathering(), Gathering()
+    for turn, size in enumerate(sizes):
+        flows = [ssh((turn * 50 + number) % 300, mark=turn) for number in range(abs(size))]
+        part = [event(flow, size < 0) for flow in flows]
+        put_events(reader, part, found)
+        put_events(general, part, expected)
+    changes = found.changes(0)
+    many = sizes[0] >= 64 and min(sizes) > 0
+    assert bool(changes.sheets) == many
+    if many:
+        (sheet,) = changes.sheets
+        assert (len(sheet), changes.rows) == (sum(sizes), {})
+        assert sheet.keys == [rows.pack(ssh((turn * 50 + at) % 300))[0] for turn, size in enumerate(sizes)
+                              for at in range(size)]  # fmt: skip
+    assert in_order(changes.settled()) == in_order(expected.changes(0))
+    assert changes.settled().settled() == changes.settled()
 
 
 @pytest.mark.parametrize("count", [1, 50])

@@ -17,7 +17,7 @@ from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.config 
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.filters import EventFilter, Filter, Prefixes
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import Flow, Tuple
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.netlink import event_filter
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.rows import pack, unpack
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.rows import SHAPES, Sheet, cut, pack, unpack
 from hypothesis import given
 from hypothesis import strategies as st
 from unit.simulation import address, tcp, udp
@@ -168,6 +168,10 @@ def test_rows_are_judged_as_flows_are(
     ):
         wanted = [key for key, value in rows.items() if by_flow(unpack(key, value))]
         assert list(by_rows(key_len, rows).items()) == [(key, rows[key]) for key in wanted]
+    if rows:
+        joined = b"".join(key + value for key, value in rows.items())
+        all_match = len(judge.select_rows(key_len, rows)) == len(rows)
+        assert judge.matches_all(Sheet(key_len, cut(joined, SHAPES[key_len].row))) == all_match
 
 
 # --- what the kernel decides -----------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
 from unit.plugins.module_utils.ctsyncd.test_helpers import control
 from unit.plugins.module_utils.ctsyncd.test_helpers import foreseen as expected_of
-from unit.simulation import Node, Simulation, replicable, tcp, udp
+from unit.simulation import Node, Simulation, in_sheets, replicable, tcp, udp
 from unit.traffic_rules import FLOWS, Events, thorough
 
 ADJUSTED = (SeqAdj(100, 0, 5), SeqAdj(0, 0, 0))
@@ -81,17 +81,20 @@ def test_extras_that_came_early_reach_both_backups_also_while_one_gets_a_bulk() 
         assert node.kernel.table[flow.key].helper == "ftp"
 
 
-def test_what_both_are_told_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    encode = wire.encode_rows
+@pytest.mark.parametrize("sheets", [False, True])
+def test_what_both_are_told_is_encoded_once(sheets: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    encode, part = wire.encode_rows, wire.RowColumns.encode
     monkeypatch.setattr(wire, "encode_rows", lambda key_len, joined: calls.append(1) or encode(key_len, joined))
+    monkeypatch.setattr(wire.RowColumns, "encode", lambda many, *at: calls.append(1) or part(many, *at))
     costs = {}
     for nodes in (2, 3):
         sim = Simulation(nodes=nodes, payload=1400).start()
         calls.clear()
         for start in range(0, 2000, 100):
             rows = dict(pack(tcp(1000 + start + n, 3000 + start + n))[:2] for n in range(100))
-            sim.fw1.up.kernel_changes(Changes({13: rows}, [], [], 100, False, False), sim.now)
+            changes = Changes({13: rows}, [], [], 100, False, False)
+            sim.fw1.up.kernel_changes(in_sheets(changes) if sheets else changes, sim.now)
             out = sim.fw1.up.poll(sim.now)
             assert len({sum(map(len, some)) for some in out}) == 1  # as many bytes for each
             for number, some in enumerate(out):
