@@ -404,9 +404,12 @@ class Node:
         if self.engine is None:
             return []
         self.engine.kernel_changes(self.kernel.take_events(), now)
-        if now < self._poll_at and not self.kernel.expected and self.engine.resting(now):
+        rests = not self.kernel.expected and self.engine.resting(now)
+        second = now >= self._poll_at
+        if second:
+            self._poll_at = now + 1.0
+        if rests and (not second or self.engine.sleeps(now)):
             return self.engine.talk(now)
-        self._poll_at = now + 1.0
         self.kernel.followed = self.engine.follows
         self._feed_dump(self.engine, now)
         out = self.engine.poll(now)

@@ -14,7 +14,7 @@ Rooms, from the ground up; a room imports only from the floors below it:
    them), ``source`` (the active node's flows), ``expectation_source`` and ``expectation_replicas`` under ``helpers``,
    ``prover`` and ``checker`` (equal tables: the active node's part and the backup's), ``engine`` (conducts)
 4. edges: ``crypto``, ``netlink``, ``expectation_sockets``, ``helper_edge``, ``link``, ``control``, ``client``,
-   ``vrrp``, ``flights``, ``service``
+   ``vrrp``, ``flights``, ``service``, ``watch``
 5. ``daemon`` (the event loop), ``cli``, ``__main__``
 
 Only the standard library is imported at import time.

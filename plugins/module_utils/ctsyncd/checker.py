@@ -172,6 +172,14 @@ class Checker:
         ):
             self._dumps.want(KERNEL)
 
+    def idle_until(self) -> float:
+        """Until when :meth:`poll` does nothing, if nothing changes and no dump is wanted."""
+        if not self.able:
+            return float("inf")
+        if self._walk or self._waiting_for_kernel or self.state == DIFFERS:  # which is an alarm after a while
+            return 0.0
+        return self._kernel_at if self._compares and self._situation.hot else float("inf")
+
     def next_deadline(self) -> float:
         """Only what cannot wait for the next heartbeat."""
         return self._walk_at if self._walk else float("inf")

@@ -191,8 +191,7 @@ class LibraryCrypto:
 
         def digest(header: bytes, plaintext: bytes) -> bytes:
             one = keyed.copy()
-            one.update(header)
-            one.update(plaintext)
+            one.update(header + plaintext)
             return one.digest()
 
         return digest

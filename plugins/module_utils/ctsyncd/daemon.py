@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import os
-import select
 import selectors
 import signal
 import sys
@@ -47,6 +46,7 @@ from .link import Link
 from .paths import Paths
 from .recorder import Recorder
 from .session import Session
+from .watch import READ, WRITE, Watch
 
 LOG = logging.getLogger(__name__)
 
@@ -124,7 +124,6 @@ class Daemon:
         self._path = path
         self._digest = digest
         self._ruleset_problem = ""
-        self._ruleset = ""  # its fingerprint
         self._recorder = Recorder()
         self._recorder.note(now, "start", version=__version__, mode=config.mode, replicate=config.replicate)
         self._peer_said: dict[str, Any] = {}
@@ -150,14 +149,18 @@ class Daemon:
         self._follows = True
         self._window = Window()
         self._deadline = now  # the engine's
+        self._rested = False  # the last turn left nothing to be done before that
         self._served = True  # something else than events and datagrams came in this turn
         self._events_at: float | None = None  # events wait; the window ends then
-        # Outside of a window the events and all else are waited for, in it all else: no socket is registered anew.
-        self._all = select.epoll()
-        self._events_fd, self._selector_fd = self._events.fileno(), self._selector.fileno()
+        self._events_fd = self._events.fileno()
+        self._watch = Watch(self._events_fd, self._selector.fileno())
         self._addresses = netlink.AddressMonitor()
         self._addresses_at = now
-        self._parameters: dict[str, int] = {}
+        self._addresses_said: list[bytes] | None = None  # by the kernel
+        self._conditions: tuple[str | None, dict[str, int]] = (
+            None,
+            {},
+        )  # the ruleset's fingerprint, the kernel's sysctls
         self._parameters_at = now
         self._ruleset_at = now
         self._links = [
@@ -177,6 +180,7 @@ class Daemon:
         self._report_due = True
         self._verdict_at = now
         self._condition: tuple[object, ...] = ()
+        self._summary: tuple[str, readiness.Verdict] | None = None  # role and verdict, as systemd knows them
         self._chosen = [0] * len(config.peers)  # the link that carries each session, as far as is logged
 
     @staticmethod
@@ -214,8 +218,6 @@ class Daemon:
         self._fifo.register(self._selector)
         self._fifo.open(now)
         self._selector.register(self._signals.fileno(), selectors.EVENT_READ, self._signals)
-        self._all.register(self._events.fileno(), select.EPOLLIN)
-        self._all.register(self._selector.fileno(), select.EPOLLIN)
         self._selector.register(self._addresses, selectors.EVENT_READ, self._addresses)
         if self._helpers.events is not None:
             self._selector.register(self._helpers.events, selectors.EVENT_READ, self._helpers)
@@ -258,7 +260,7 @@ class Daemon:
         for edge in (self._dump, self._events, self._helpers, self._addresses, self._requests):
             if edge is not None:
                 edge.close()
-        self._all.close()
+        self._watch.close()
         self._selector.close()
         self._signals.close()
 
@@ -268,37 +270,45 @@ class Daemon:
         now = time.monotonic()
         engine_ = self._engine
         wait = self._wait(now)
-        others, told = True, False
-        self._served = False
+        told = self._served = False
         if self._events_at is None:
-            ready = [fd for fd, _mask in self._all.poll(wait)]
+            ready = self._watch.all(wait)
             now = time.monotonic()
-            others = self._selector_fd in ready
-            wait = 0.0
             if self._events_fd in ready:
+                ready.remove(self._events_fd)
                 window = self._window.opens(now, self.config.window_ms / 1000)
                 self._events_at = now + window
-                if window and not others:
+                if window and not ready:
                     wait = min(window, self._wait(now))
-                    others = True
                     if engine_.active and engine_.nothing_to_tell:  # what the peer says now is not urgent
                         time.sleep(wait)
                         wait = 0.0
-        if others:
-            for key, mask in self._selector.select(wait):
-                self._serve(key, mask, time.monotonic())
+                    ready = self._watch.others(wait)
+                    now = time.monotonic()
+        else:
+            ready = self._watch.others(wait)
+            now = time.monotonic()
+        if ready:
+            self._serve(ready, now)
             now = time.monotonic()
         if self._events_at is not None and now >= self._events_at:
             self._read_events(now)
             told = engine_.active
             if told:
                 self._send(engine_.talk(now), now)  # at once: all else can wait
-        if now >= self._second_at:
-            self._every_second(now)
-        elif self._rests(now):
-            if not told and (engine_.rests_until() <= now or not engine_.nothing_to_tell):
+        second = now >= self._second_at
+        if second:
+            self._look_around(now)
+        same = self._rested and not (ready or told or second)
+        self._rested = self._rests(now) and (not second or engine_.sleeps(now))
+        if self._rested:
+            if not same:
+                self._deadline = engine_.rests_until()
+            if not told and (self._deadline <= now or not engine_.nothing_to_tell):
                 self._send(engine_.talk(now), now)
-            self._deadline = engine_.rests_until()
+                self._deadline = engine_.rests_until()
+            if second:
+                self._every_second(now)
             return
         if self._control.busy:
             self._control.tick(now)
@@ -313,24 +323,37 @@ class Daemon:
         self._answer_questions(now)
         for link in self._links:
             self._watch_link(link)
-        self._look_for_news(now)
+        if second:
+            self._every_second(now)
+        else:
+            self._look_for_news(now)
         self._deadline = engine_.next_deadline()
 
     def _rests(self, now: float) -> bool:
         """Is there nothing to be done in this turn but what sessions have to say?  So it is in most turns."""
-        return (
-            self._engine.resting(now)
-            and self._dump is None
-            and not (self._served or self._report_due or self._control.busy)
-            and all(link.watched == selectors.EVENT_READ and not link.waiting for link in self._links)
-        )
+        if self._served or self._report_due or self._dump is not None or self._control.busy:
+            return False
+        for link in self._links:
+            if link.watched != READ or link.waiting:
+                return False
+        return self._engine.resting(now)
 
-    def _serve(self, key: selectors.SelectorKey, mask: int, now: float) -> None:
+    def _serve(self, ready: list[int], now: float) -> None:
+        """Links first, which are what is ready nearly always."""
+        links = self._watch.links
+        others = False
+        for fd in ready:
+            if fd in links:
+                self._read_link(links[fd], now)
+            else:
+                others = True
+        if others:
+            self._served = True
+            for key, mask in self._selector.select(0):
+                self._serve_other(key, mask, time.monotonic())
+
+    def _serve_other(self, key: selectors.SelectorKey, mask: int, now: float) -> None:
         edge = key.data
-        if isinstance(edge, Link):
-            self._read_link(edge, now)
-            return
-        self._served = True
         if edge is self._control:
             edge.handle(key, mask, now)
         elif edge is self._fifo:
@@ -347,6 +370,8 @@ class Daemon:
         """How long the loop may sleep, in seconds."""
         engine_ = self._engine
         deadline = min(self._deadline, self._second_at + SLACK_S)
+        if self._rested and self._events_at is None:  # nothing else is waited for
+            return max(0.0, deadline - now)
         if engine_.dump is not None and (self._dump is None or engine_.dump_room):
             if self._dump is None or not engine_.dump_paced:
                 return 0.0
@@ -375,8 +400,8 @@ class Daemon:
             self._condition = condition
             self._report(now)
 
-    def _every_second(self, now: float) -> None:
-        """Called a little earlier, if the daemon is awake then: no wake-up for this alone."""
+    def _look_around(self, now: float) -> None:
+        """Every second, or a little later, when the daemon is awake: no wake-up for this alone."""
         self._second_at = now + self._second_s
         if now >= self._addresses_at:
             self._read_addresses(now)
@@ -386,10 +411,17 @@ class Daemon:
             if not link.is_open and now >= link.retry_at:
                 self._open_link(link, now)
             link.look()
-            self._tell_paths(link, now)
+            if link.payload != link.told or link.usable != link.told_usable:
+                self._tell_paths(link, now)
+
+    def _every_second(self, now: float) -> None:
+        """After :meth:`_look_around` and what came of it."""
         self._report_if_changed(now)
         self._record(now)
-        self._notifier.status(self._status_line())
+        summary = self._engine.role, self._verdict
+        if summary != self._summary:
+            self._summary = summary
+            self._notifier.status(self._status_line())
         if self._notifier.watchdog_interval_s is not None and now >= self._watchdog_at - SLACK_S:
             self._watchdog_at = now + self._notifier.watchdog_interval_s
             self._notifier.watchdog()
@@ -397,9 +429,9 @@ class Daemon:
     # --- edges -------------------------------------------------------------------------------------------------------
 
     def _open_link(self, link: Link, now: float) -> None:
+        self._watch.watch(link, 0)  # the socket that was lost
         if link.open(now):
-            self._selector.register(link.fileno(), selectors.EVENT_READ, link)
-            link.watched = selectors.EVENT_READ
+            self._watch.watch(link, READ)
         self._tell_paths(link, now)
 
     def _send(self, datagrams: list[list[bytes]], now: float) -> None:
@@ -421,10 +453,10 @@ class Daemon:
         number = self._links.index(link)
         longer = link.payload and link.payload != link.told
         for session in self._sessions:
-            session.paths.set_usable(number, link.is_open and not link.refused, now)
+            session.paths.set_usable(number, link.usable, now)
             if longer:
                 session.paths.set_ceiling(number, link.payload, now)
-        link.told = link.payload or link.told
+        link.told, link.told_usable = link.payload or link.told, link.usable
 
     def _look_at_links(self, now: float) -> None:
         """What is wrong with them, for the verdict."""
@@ -453,25 +485,7 @@ class Daemon:
 
     def _watch_link(self, link: Link) -> None:
         """Keep the link registered as it is: open or not, read or held back, with datagrams waiting or not."""
-        if not link.is_open:
-            if link.watched:  # closed by an error: epoll forgot the descriptor, the selector did not
-                for key in list(self._selector.get_map().values()):
-                    if key.data is link:
-                        self._selector.unregister(key.fd)
-                link.watched = 0
-            return
-        wanted = 0 if self._engine.overloaded else selectors.EVENT_READ
-        if link.waiting:
-            wanted |= selectors.EVENT_WRITE
-        if wanted == link.watched:
-            return
-        if not wanted:
-            self._selector.unregister(link.fileno())
-        elif not link.watched:
-            self._selector.register(link.fileno(), wanted, link)
-        else:
-            self._selector.modify(link.fileno(), wanted, link)
-        link.watched = wanted
+        self._watch.watch(link, (0 if self._engine.overloaded else READ) | (WRITE if link.waiting else 0))
 
     def _read_link(self, link: Link, now: float) -> None:
         limit = DATAGRAMS_PER_TURN if now - link.read_at < QUIET_S else 1  # to look for another one costs as much
@@ -490,10 +504,14 @@ class Daemon:
     def _read_addresses(self, now: float) -> None:
         self._addresses_at = now + ADDRESS_CHECK_S
         try:
-            own = netlink.local_addresses()
+            said = netlink.address_dump()
+            if said == self._addresses_said:
+                return
+            own = netlink.local_addresses(said)
         except (OSError, NetlinkError) as error:
             self._log.warning("addresses", now, "cannot list the addresses of this node: %s", error)
             return
+        self._addresses_said = said
         virtual = {packed for _interface, _address, packed in self._virtual_ips}
         self._held = own & virtual
         self._engine.set_addresses(own | virtual)
@@ -511,13 +529,14 @@ class Daemon:
             return
         self._ruleset_at = now + RULESET_CHECK_S
         ruleset, self._ruleset_problem = service.read_fingerprint(self.config.ruleset_fingerprint)
-        if now < self._parameters_at and ruleset == self._ruleset:
-            return
-        self._ruleset = ruleset
+        before = self._conditions
+        parameters = before[1]
         if now >= self._parameters_at:
             self._parameters_at = now + PARAMETERS_CHECK_S
-            self._parameters = netlink.conntrack_parameters()
-        self._engine.set_conditions(ruleset, self._parameters, now)
+            parameters = netlink.conntrack_parameters()
+        if (ruleset, parameters) != before:
+            self._conditions = ruleset, parameters
+            self._engine.set_conditions(ruleset, parameters, now)
 
     def _read_signals(self, now: float) -> None:
         for number in self._signals.read():
@@ -678,8 +697,12 @@ class Daemon:
 
     def _report_if_changed(self, now: float) -> None:
         """A verdict with reasons may have numbers that grow; else it depends on the condition alone."""
+        self._report_at, self._report_due = max(self._report_at, now - REPORT_S) + REPORT_S, False
+        engine_ = self._engine
+        before = engine_.problem, engine_.impaired
         self._find_impairments(now)
-        condition = self._engine.condition(now)
+        same = self._rested and before == (engine_.problem, engine_.impaired)
+        condition = self._condition if same else engine_.condition(now)
         if condition != self._condition or self._verdict.reasons or now >= self._verdict_at:
             self._condition = condition
             self._report(now)
@@ -708,11 +731,13 @@ class Daemon:
         self._set_gate(verdict.gate, now)
 
     def _record(self, now: float) -> None:
-        events, age = self._engine.lag(now)
-        for said in self._engine.peer_notes(now):
-            if said != self._peer_said.get(said["node"]):
-                self._peer_said[said["node"]] = said
-                self._recorder.note(now, "peer", **said)
+        events, age = 0, 0.0
+        if not self._rested:
+            events, age = self._engine.lag(now)
+            for said in self._engine.peer_notes(now):
+                if said != self._peer_said.get(said["node"]):
+                    self._peer_said[said["node"]] = said
+                    self._recorder.note(now, "peer", **said)
         self._recorder.sample(now, self._counter_sources(), lag_events=events, lag_s=round(age, 3))
         self._keep_story(self._recorder.finished(now), now)
 

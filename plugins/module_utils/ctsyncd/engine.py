@@ -41,6 +41,7 @@ from .tables import Copies, ExternalCache
 from .verification import Verification
 
 PURGE_AFTER_S = 60.0
+SLEEP_S = 5.0  # a poll is needed so often in any case
 TABLE_ROOM = 2  # the external cache has room for so many times what this kernel's table may hold: a peer's may be more
 TABLE_LIMIT_MAX = 1 << 26
 FLAPPING_S = 60.0  # within which too many changes of the side are flapping
@@ -87,6 +88,9 @@ class Engine:
         self._calm = False  # the last poll left nothing to be done
         self._alive: list[bool] = []  # the peers, then
         self._chores_at = now  # when something is due besides what sessions have to say
+        self._polled_at = now
+        self._changes_polled = 0
+        self._sleeps_until: float | None = None  # until then no poll is needed if nothing changes; None: not known yet
 
     # --- the rooms, as callers know them -----------------------------------------------------------------------------
 
@@ -579,6 +583,11 @@ class Engine:
         peer = self.peers[number]
         for event in peer.session.receive(datagram, now, link):
             if isinstance(event, StatusReceived):
+                if event.status is peer.status and self._knows(peer):  # as nearly always
+                    peer.says_the_same(now)
+                    if not self.active:
+                        self._informed = False
+                    continue
                 self._stirred |= event.status[:2] != peer.status[:2]
                 self._peer_says(peer, event.status, now)
                 continue
@@ -590,6 +599,13 @@ class Engine:
             elif isinstance(event, PeerLeft):
                 peer.leaves()
                 self._follow_anyone(now)
+
+    def _knows(self, peer: Peer) -> bool:
+        """One is active, and the backup follows it, as before: then nothing comes of a status."""
+        active = self.situation.active
+        if peer.active is active or self._split or self._predecessor is not None:
+            return False
+        return active or peer is self.leader
 
     def _session_up(self, peer: Peer, now: float) -> None:
         peer.session_up(now)
@@ -877,6 +893,8 @@ class Engine:
         self._calm = self._nothing_to_do()
         self._alive = [peer.alive(now) for peer in self.peers]
         self._chores_at = self._next_chore()
+        self._polled_at, self._sleeps_until = now, None
+        self._changes_polled = self.dumps.changes
         return out
 
     def talk(self, now: float) -> list[list[bytes]]:
@@ -888,16 +906,32 @@ class Engine:
         """Since the last :meth:`poll` nothing came in but changes of flows and signs of life, nothing is being
         done, and nothing is due: then :meth:`talk` does all that there is to do.
 
-        What is not urgent has no deadline and waits for a poll: there must be one every second all the same.
+        What is not urgent has no deadline and waits for a poll: there must be one every second all the same, unless
+        the engine :meth:`sleeps`.
         """
-        return (
-            self._calm
-            and not self._stirred
-            and now < self._chores_at
-            and not self.situation.questions
-            and self._alive == [peer.alive(now) for peer in self.peers]
-            and not any(peer.bulk_due for peer in self.peers)
-        )
+        if self._stirred or not self._calm or now >= self._chores_at or self.situation.questions:
+            return False
+        for peer, alive in zip(self.peers, self._alive):
+            if peer.bulk_due or peer.session.alive(now) is not alive:
+                return False
+        return True
+
+    def sleeps(self, now: float) -> bool:
+        """While it is :meth:`resting`: has nothing at all changed since the last :meth:`poll`, is every change
+        acknowledged, and nothing due that has no deadline?  Then the poll of this second can be left out."""
+        if self._sleeps_until is None:
+            self._sleeps_until = self._sleep(now)
+        if now >= self._sleeps_until or self.dumps.changes != self._changes_polled:
+            return False
+        return not [peer for peer in self.peers if peer.session.in_flight or len(peer.pending)]
+
+    def _sleep(self, now: float) -> float:
+        """Until when there is nothing to be done for a poll, if nothing comes in."""
+        waits = not (self.active or self.complete) and self.settings.replicate
+        if waits or self._split or self._flapping or self.cache.full_at is not None:
+            return now
+        proving = [prover.idle_until(now) for prover in self.provers]
+        return min([self._polled_at + SLEEP_S, self.checker.idle_until(), *proving])
 
     def _nothing_to_do(self) -> bool:
         dumps, helpers = self.dumps, self.helpers
@@ -908,7 +942,7 @@ class Engine:
     @property
     def nothing_to_tell(self) -> bool:
         """No change waits to be told to a peer."""
-        return not any(len(peer.pending) for peer in self.peers)
+        return not sum([len(peer.pending) for peer in self.peers])
 
     def take_alarms(self) -> list[str]:
         """What an operator should find in the log."""
@@ -917,15 +951,11 @@ class Engine:
 
     def next_deadline(self) -> float:
         """When :meth:`poll` wants to be called next (monotonic seconds)."""
-        return min(self._next_chore(), self._next_word())
+        return min([self._next_chore(), *[peer.next_deadline() for peer in self.peers]])
 
     def rests_until(self) -> float:
         """The same while it is :meth:`resting`; then it costs less."""
-        return min(self._chores_at, self._next_word())
-
-    def _next_word(self) -> float:
-        """When a session has to say something."""
-        return min([peer.next_deadline() for peer in self.peers])
+        return min([self._chores_at, *[peer.session.next_deadline() for peer in self.peers]])
 
     def _next_chore(self) -> float:
         deadline = min(self.checker.next_deadline(), *[prover.next_deadline() for prover in self.provers])

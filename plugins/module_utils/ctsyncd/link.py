@@ -54,12 +54,14 @@ class Link:
         self.refused = ""
         self.payload = 0
         self.told = 0  # of it, for the caller
+        self.told_usable = True
         self._local = (address, port)
         self._peers = [(peer, port) for peer in peers]
         self._numbers = {peer: number for number, peer in enumerate(self._peers)}
         self._family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self._sock: socket.socket | None = None
         self._queue: collections.deque[tuple[int, bytes]] = collections.deque(maxlen=MAX_QUEUE)
+        self._asked = _IFREQ.pack(interface.encode(), 0)
 
     def fileno(self) -> int:
         return self._sock.fileno() if self._sock is not None else _NOT_OPEN
@@ -67,6 +69,11 @@ class Link:
     @property
     def is_open(self) -> bool:
         return self._sock is not None
+
+    @property
+    def usable(self) -> bool:
+        """Is it open, and takes what is sent?"""
+        return self._sock is not None and not self.refused
 
     def open(self, now: float) -> bool:
         """Open the socket; False, with ``problem`` and ``retry_at`` set, where it cannot be."""
@@ -98,7 +105,7 @@ class Link:
         if self._sock is None:
             return
         try:
-            answer = fcntl.ioctl(self._sock.fileno(), SIOCGIFMTU, _IFREQ.pack(self.interface.encode(), 0))
+            answer = fcntl.ioctl(self._sock.fileno(), SIOCGIFMTU, self._asked)
         except OSError:
             return
         self.payload = _IFREQ.unpack(answer)[1] - (IPV4_BYTES if self._family == socket.AF_INET else IPV6_BYTES)

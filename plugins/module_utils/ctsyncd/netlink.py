@@ -12,7 +12,6 @@ from __future__ import annotations
 import array
 import contextlib
 import errno
-import glob
 import os
 import select
 import socket
@@ -728,21 +727,33 @@ def _buckets() -> str:
         return ""
 
 
+_PARAMETERS = "/proc/sys/net/netfilter"
+
+
 def conntrack_parameters() -> dict[str, int]:
     """How this network namespace tracks connections: sysctl net.netfilter.nf_conntrack_NAME by NAME; times in seconds.
 
     A file that cannot be read is left out.
     """
     parameters: dict[str, int] = {}
-    for path in glob.glob("/proc/sys/net/netfilter/nf_conntrack_*"):
-        try:  # some fifty files, again and again: without the layers of open()
-            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        folder = os.open(_PARAMETERS, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return parameters
+    try:  # some fifty files, again and again: without the layers of glob() and open()
+        for name in os.listdir(folder):
+            if not name.startswith("nf_conntrack_"):
+                continue
             try:
-                parameters[os.path.basename(path)[len("nf_conntrack_") :]] = int(os.read(file, 64))
-            finally:
-                os.close(file)
-        except (OSError, ValueError):
-            continue
+                file = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder)
+                try:
+                    parameters[name[len("nf_conntrack_") :]] = int(os.read(file, 64))
+                finally:
+                    os.close(file)
+            except (OSError, ValueError):
+                continue
+    finally:
+        os.close(folder)
     return parameters
 
 
@@ -763,13 +774,18 @@ def interface_addresses() -> list[InterfaceAddress]:
     Raises OSError or NetlinkError if the kernel does not tell.
     """
     names: dict[int, str] = {}
-    addresses: list[InterfaceAddress] = []
     for payload in _route_dump(RTM_GETLINK, RTM_NEWLINK, _IFINFOMSG.pack(0, 0, 0, 0, 0)):
         if len(payload) < _IFINFOMSG.size:
             raise NetlinkError(f"ifinfomsg of {len(payload)} bytes")
         name = ctnetlink.attributes(payload, _IFINFOMSG.size).get(IFLA_IFNAME, b"")
         names[_IFINFOMSG.unpack_from(payload)[2]] = os.fsdecode(name.rstrip(b"\0"))
-    for payload in _route_dump(RTM_GETADDR, RTM_NEWADDR, _IFADDRMSG.pack(0, 0, 0, 0, 0)):
+    return _addresses(address_dump(), names)
+
+
+def _addresses(dump: Sequence[bytes], names: dict[int, str]) -> list[InterfaceAddress]:
+    """``names``: of interfaces, by number, as far as anybody asks for them."""
+    addresses: list[InterfaceAddress] = []
+    for payload in dump:
         if len(payload) < _IFADDRMSG.size:
             raise NetlinkError(f"ifaddrmsg of {len(payload)} bytes")
         family, prefix_len, flags, _scope, ifindex = _IFADDRMSG.unpack_from(payload)
@@ -784,9 +800,17 @@ def interface_addresses() -> list[InterfaceAddress]:
     return addresses
 
 
-def local_addresses() -> set[bytes]:
-    """The packed addresses of :func:`interface_addresses`."""
-    return {entry.address for entry in interface_addresses()}
+def address_dump() -> list[bytes]:
+    """What the kernel says of all addresses, for :func:`local_addresses`: while it says the same they are the same.
+
+    Raises OSError or NetlinkError.
+    """
+    return _route_dump(RTM_GETADDR, RTM_NEWADDR, _IFADDRMSG.pack(0, 0, 0, 0, 0))
+
+
+def local_addresses(dump: Sequence[bytes] | None = None) -> set[bytes]:
+    """The packed addresses of :func:`interface_addresses`, out of what :func:`address_dump` gave or gives."""
+    return {entry.address for entry in _addresses(address_dump() if dump is None else dump, {})}
 
 
 def _route_dump(request: int, answer: int, body: bytes) -> list[bytes]:

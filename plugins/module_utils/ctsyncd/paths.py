@@ -419,6 +419,8 @@ class Paths:
         """What a heartbeat over the chosen link, with room for so many bytes, takes along."""
         frames = b""
         path = self._paths[self.chosen]
+        if not (self._several or path.asked or path.heard) and now < path.confirm_at and not self._deaf(0, path, now):
+            return frames  # as nearly always
         answers = bool(path.asked)  # the peer beats at the same time, its next answer comes with its next heartbeat
         while path.asked and len(frames) + wire.ECHO_BYTES <= room:
             frames += self._echo(self.chosen, path.asked.pop(), now)

@@ -142,6 +142,10 @@ class Peer:
         self._rose = rises or (self._rose and self.active)
         return rises or falls
 
+    def says_the_same(self, now: float) -> None:
+        """As :meth:`says`, of the same status: nothing changes."""
+        self._both_active_at = now
+
     def differences(self) -> tuple[str, ...]:
         """In what its conditions are not like this node's."""
         if self.conditions is None:
@@ -422,7 +426,8 @@ class Peer:
 
     def poll(self, now: float) -> list[bytes]:
         """Datagrams to send to it now."""
-        self.send_pending(now)
+        if len(self.pending):
+            self.send_pending(now)
         return self.session.poll(now)
 
     def next_deadline(self) -> float:

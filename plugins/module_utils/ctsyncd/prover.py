@@ -177,6 +177,14 @@ class Prover:
             self.wants = AUDIT
             self._dumps.want(AUDIT)
 
+    def idle_until(self, now: float) -> float:
+        """Until when :meth:`poll` does nothing, if nothing changes and nothing is being compared."""
+        if not self._compares or not self.able(now):
+            return float("inf")
+        announced = self._source.announced
+        told = (len(announced), announced.digest.total) == self._told
+        return min(self._idle_at if told else self._digest_at, self._audit_at)
+
     def next_deadline(self) -> float:
         """Only what cannot wait for the next heartbeat."""
         deadline = float("inf") if self._settle_at is None else self._settle_at

@@ -56,18 +56,19 @@ class Recorder:
         ``sources``: counters, always in this order; what has one name in several of them is one number.  That they
         have not moved, as most of them have not in most seconds, is seen without looking at each name.
         """
-        before, self._counted = self._counted, [dict(source) for source in sources]
+        before = self._counted
         since, self._sampled_at = self._sampled_at, now
-        if since is None or len(before) != len(self._counted):
+        if since is None or len(before) != len(sources):
+            self._counted = [dict(source) for source in sources]
             return
         counted: dict[str, int] = {}
-        for old, new in zip(before, self._counted):
-            if old != new:
-                for name, value in new.items():
-                    grown = value - old.get(name, 0)
-                    if grown:
-                        counted[name] = counted.get(name, 0) + grown
-        if all(name.startswith(_ROUTINE) for name in counted):
+        for place, source in enumerate(sources):
+            old = before[place]
+            if source.items() != old.items():
+                before[place] = dict(source)
+                for name, value in source.items() - old.items():
+                    counted[name] = counted.get(name, 0) + value - old.get(name, 0)
+        if not [name for name in counted if not name.startswith(_ROUTINE)]:
             return
         counted = {name: counted[name] for name in sorted(counted)}
         text = json.dumps({"sample_s": round(now - since, 3), **state, "counted": counted}, ensure_ascii=True)

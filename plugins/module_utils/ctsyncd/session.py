@@ -12,7 +12,7 @@ from __future__ import annotations
 import collections
 import itertools
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from . import wire
@@ -24,6 +24,7 @@ from .paths import Paths
 
 WINDOW_BLOCKS = 512  # blocks that a receiver buffers ahead; the credit that it gives
 REPLAY_WINDOW = 1024  # datagrams that may arrive late
+_REPLAY_MASK = (1 << REPLAY_WINDOW) - 1
 ACK_DELAY_S = 0.05  # longest wait before a block is acknowledged ...
 ACK_BLOCKS = 16  # ... unless so many came: the smallest window, so no sender waits for the delay
 ACK_HOLE_S = 0.005  # while blocks are missing or come twice: between two acknowledgements
@@ -67,6 +68,9 @@ class StatusReceived(NamedTuple):
 
 class PeerLeft(NamedTuple):
     """The peer said that it stops."""
+
+
+_UNKNOWN = wire.Status(wire.ROLE_UNKNOWN, 0, 0)
 
 
 class _InFlight:
@@ -151,7 +155,7 @@ class _Sealer:
         header = wire.encode_header(self._kind, self.key_id, self.nonce, self.number)
         self.number += 1
         digest = self._digest(header, plaintext)
-        return header + digest + self._aead.seal(wire.aead_nonce(header, digest), plaintext, header)
+        return header + digest + self._aead.seal(header[-wire.NUMBER_BYTES :] + digest, plaintext, header)
 
 
 class _Parts:
@@ -189,6 +193,9 @@ class _Established:
         self.highest = -1
         self.seen = 0
         self.carried = -1  # the highest of those that brought more than probes of links
+        self.beat = b""  # the latest one began with a heartbeat; this of it will be in the next one, if nothing happens
+        self.status = StatusReceived(_UNKNOWN)  # what that said
+        self.said = b""  # the same of this node's own heartbeats; nothing where it has changed
         # sending
         self.next_block = 0
         self.limit = WINDOW_BLOCKS
@@ -331,9 +338,15 @@ class Session:
     def established(self) -> bool:
         return self._established is not None
 
+    @property
+    def in_flight(self) -> bool:
+        """Blocks wait for their acknowledgement."""
+        return self._established is not None and bool(self._established.in_flight)
+
     def alive(self, now: float) -> bool:
         """A session stands and the peer was heard of within ``dead_after_s``."""
-        return self.established and self.last_seen is not None and now - self.last_seen <= self._dead_after
+        seen = self.last_seen
+        return self._established is not None and seen is not None and now - seen <= self._dead_after
 
     @property
     def block_bytes(self) -> int:
@@ -378,9 +391,13 @@ class Session:
 
     def set_status(self, status: wire.Status) -> None:
         """What the next heartbeat says; a changed role or flag is told at once."""
+        if status == self._status:
+            return
         if status[:2] != self._status[:2]:
             self._status_due = True
         self._status = status
+        if self._established is not None:
+            self._established.said = b""
 
     def say_bye(self) -> None:
         """Tell the peer that this node's daemon stops."""
@@ -464,7 +481,7 @@ class Session:
         aead = session.receive_keys(header.key_id)
         plaintext = aead.open(*wire.sealed_parts(header, datagram))
         if age < 0:
-            session.seen = (session.seen << min(-age, REPLAY_WINDOW) | 1) & ((1 << REPLAY_WINDOW) - 1)
+            session.seen = (session.seen << min(-age, REPLAY_WINDOW) | 1) & _REPLAY_MASK
             session.highest = number
             session.agreement.heard = header.key_id
         else:
@@ -473,8 +490,49 @@ class Session:
         self.paths.heard_at[link] = now
         session.confirmed = True
         self.counters["datagrams_received"] += 1
+        begins = 0
+        if age < 0 and not session.in_flight:
+            heard_number = wire.beat_number(plaintext, session.beat)
+            if heard_number >= 0:
+                if not self._receive_same(session, heard_number, number, now):
+                    return
+                events.append(session.status)
+                begins = wire.BEAT_BYTES
+                if len(plaintext) == begins:
+                    return
+        session.beat = b""
+        frames = wire.iter_tlv(plaintext, begins)
+        self._receive_frames(session, frames, number=number, link=link, now=now, events=events)
+        if age < 0:
+            session.beat = wire.beat_rest(plaintext)
+
+    def _receive_same(self, session: _Established, heard: int, number: int, now: float) -> bool:
+        """A heartbeat that says what the one before said; nothing was told since.  False where the session ends."""
+        if heard >= session.sealer.number:
+            self._forget("went_back", now)
+            return False
+        session.heard = max(session.heard, heard)
+        session.carried = session.ack_number = number
+        self._beat_together(now)
+        return True
+
+    def _beat_together(self, now: float) -> None:
+        """The peer beats, and this node is awake: it beats, too, if it is nearly time."""
+        if now >= self._heartbeat_at - self._interval / 2:
+            self._heartbeat_at = now
+
+    def _receive_frames(
+        self,
+        session: _Established,
+        frames: Iterator[tuple[int, bytes]],
+        *,
+        number: int,
+        link: int,
+        now: float,
+        events: list[NamedTuple],
+    ) -> None:
         heard = None
-        for kind, payload in wire.iter_tlv(plaintext):
+        for kind, payload in frames:
             if kind in _ABOUT_LINKS:
                 self._receive_about_links(kind, payload, link, now)
                 continue
@@ -493,9 +551,9 @@ class Session:
                     return
                 session.heard = max(session.heard, heard.number)
             elif kind == wire.FRAME_STATUS:
-                events.append(StatusReceived(wire.decode_status(payload)))
-                if now >= self._heartbeat_at - self._interval / 2:  # this node is awake: both beat together
-                    self._heartbeat_at = now
+                session.status = StatusReceived(wire.decode_status(payload))
+                events.append(session.status)
+                self._beat_together(now)
             elif kind == wire.FRAME_BYE:
                 events.append(PeerLeft())
             elif kind == wire.FRAME_PART:
@@ -620,9 +678,11 @@ class Session:
             self.counters["blocks_early"] += 1
             session.early[number] = records
             session.early_bits |= 1 << (number - session.expected - 1)
+            session.said = b""
             self._ack_soon(session, now)
             return []
         events: list[NamedTuple] = [BlockReceived(records)]
+        session.said = b""
         session.sum = zlib.crc32(records, session.sum)
         number += 1
         while number in session.early:
@@ -730,6 +790,8 @@ class Session:
                 self._call(now)
         else:
             self._poll_established(session, now)
+        if not self._out:
+            return []
         out, self._out = self._out, []
         self.counters["datagrams_sent"] += len(out)
         self.counters["bytes_sent"] += sum(map(len, out))
@@ -764,7 +826,8 @@ class Session:
             self._send(session, frames)
         if now >= paths.due:
             self._poll_paths(session, now)
-        self._poll_retransmissions(session, now)
+        if session.in_flight or session.lost:
+            self._poll_retransmissions(session, now)
 
     def _poll_paths(self, session: _Established, now: float) -> None:
         for link, frames in self.paths.poll(now):
@@ -789,13 +852,19 @@ class Session:
         if not due:
             return b""
         # The number first: to a node in a state of the past the rest makes no sense.
-        frames = wire.encode_heard(wire.Heard(session.carried, session.sum)) if session.carried >= 0 else b""
-        frames += wire.encode_ack(self._ack(session))  # with each status: that heals a lost acknowledgement
+        if status and session.said:
+            frames = wire.encode_beat(session.carried, session.said)
+        else:
+            frames = wire.encode_heard(wire.Heard(session.carried, session.sum)) if session.carried >= 0 else b""
+            frames += wire.encode_ack(self._ack(session))  # with each status: that heals a lost acknowledgement
+            if status:
+                frames += wire.encode_status(self._status)
+                session.said = wire.beat_rest(frames)
         session.ack_at = None
         session.ack_sent = now
         session.unacked = 0
         if status:
-            frames += wire.encode_status(self._status) + session.agreement.riding()
+            frames += session.agreement.riding()
             self._status_due = False
             self._heartbeat_at = now + self._interval + self._later
             if not riding:
@@ -864,6 +933,8 @@ class Session:
         if self._status_due or (session.lost and session.outstanding < session.window):
             return 0.0
         deadline = min(self._heartbeat_at, self.paths.due)
+        if session.confirmed and session.ack_at is None and not session.in_flight:
+            return deadline  # as with all that rests
         if not session.confirmed:
             deadline = min(deadline, self._hello_at)
         if session.ack_at is not None:

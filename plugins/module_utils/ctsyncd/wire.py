@@ -31,11 +31,11 @@ NUMBER_BYTES = 8  # of a packet number
 DIGEST_BYTES = 4  # of header and plaintext, behind the header
 AEAD_NONCE_BYTES = NUMBER_BYTES + DIGEST_BYTES
 
-_COMMON = struct.Struct("!BBBx")  # version, kind, key id, zero
-_HELLO_TAIL = struct.Struct("!16sQ")  # sender's nonce, packet number
-_DATA_TAIL = struct.Struct("!8sQ")  # session: first half of the sender's nonce, packet number
-HELLO_HEADER_BYTES = _COMMON.size + _HELLO_TAIL.size
-DATA_HEADER_BYTES = _COMMON.size + _DATA_TAIL.size
+# version, kind, key id, zero, sender's nonce (of DATA its first half, which names the session), packet number
+_HELLO_HEADER = struct.Struct("!BBBx16sQ")
+_DATA_HEADER = struct.Struct("!BBBx8sQ")
+HELLO_HEADER_BYTES = _HELLO_HEADER.size
+DATA_HEADER_BYTES = _DATA_HEADER.size
 DATA_OVERHEAD_BYTES = DATA_HEADER_BYTES + DIGEST_BYTES + TAG_BYTES  # of a datagram, beside its frames
 
 # Frames inside a sealed DATA datagram
@@ -99,28 +99,25 @@ class Header(NamedTuple):
 
 def encode_header(kind: int, key_id: int, sender: bytes, number: int) -> bytes:
     """Clear header of a datagram; it is also the AEAD's additional data."""
-    common = _COMMON.pack(VERSION, kind, key_id)
-    if kind == HELLO:
-        return common + _HELLO_TAIL.pack(sender, number)
-    return common + _DATA_TAIL.pack(sender[:8], number)
+    layout = _HELLO_HEADER if kind == HELLO else _DATA_HEADER  # which takes the first half of a nonce
+    return layout.pack(VERSION, kind, key_id, sender, number)
 
 
 def decode_header(data: bytes) -> Header:
     """Read a datagram's header.  Raises WireError ``truncated``, ``wrong_version`` or ``malformed``."""
-    if len(data) < DATA_HEADER_BYTES + DIGEST_BYTES + TAG_BYTES:
+    if len(data) < DATA_OVERHEAD_BYTES:
         raise WireError("truncated", f"{len(data)} bytes")
-    version, kind, key_id = _COMMON.unpack_from(data)
+    version, kind, key_id, sender, number = _DATA_HEADER.unpack_from(data)
     if version != VERSION:
         raise WireError("wrong_version", str(version))
-    if kind == HELLO:
-        if len(data) < HELLO_HEADER_BYTES + DIGEST_BYTES + TAG_BYTES:
-            raise WireError("truncated", f"{len(data)} bytes")
-        sender, number = _HELLO_TAIL.unpack_from(data, _COMMON.size)
-        return Header(kind, key_id, sender, number, HELLO_HEADER_BYTES)
     if kind == DATA:
-        sender, number = _DATA_TAIL.unpack_from(data, _COMMON.size)
         return Header(kind, key_id, sender, number, DATA_HEADER_BYTES)
-    raise WireError("malformed", f"datagram kind {kind}")
+    if kind != HELLO:
+        raise WireError("malformed", f"datagram kind {kind}")
+    if len(data) < HELLO_HEADER_BYTES + DIGEST_BYTES + TAG_BYTES:
+        raise WireError("truncated", f"{len(data)} bytes")
+    _version, _kind, _key_id, sender, number = _HELLO_HEADER.unpack_from(data)
+    return Header(kind, key_id, sender, number, HELLO_HEADER_BYTES)
 
 
 def aead_nonce(header: bytes, digest: bytes) -> bytes:
@@ -274,6 +271,7 @@ class Heard(NamedTuple):
 
 
 _HEARD = struct.Struct("!QI")
+HEARD_BYTES = TLV_BYTES + _HEARD.size
 
 
 def encode_heard(heard: Heard) -> bytes:
@@ -285,6 +283,36 @@ def decode_heard(payload: bytes) -> Heard:
     if len(payload) < _HEARD.size:
         raise WireError("malformed", "heard: truncated")
     return Heard(*_HEARD.unpack_from(payload))
+
+
+# A node at rest says in each heartbeat what it said in the one before, but for the packet number in the HEARD.  So what
+# follows that number, as far as a HEARD, an ACK without early blocks and a STATUS go, is compared and kept as one.
+_BEAT_REST = slice(TLV_BYTES + _U64.size, HEARD_BYTES + TLV_BYTES + _ACK.size + TLV_BYTES + _STATUS.size)
+BEAT_BYTES = _BEAT_REST.stop
+_BEAT = struct.Struct(f"!{TLV_BYTES}sQ{BEAT_BYTES - TLV_BYTES - _U64.size}s")
+_BEAT_HEADS = (
+    (slice(0, TLV_BYTES), _TLV.pack(FRAME_HEARD, _HEARD.size)),
+    (slice(HEARD_BYTES, HEARD_BYTES + TLV_BYTES), _TLV.pack(FRAME_ACK, _ACK.size)),
+    (slice(BEAT_BYTES - TLV_BYTES - _STATUS.size, BEAT_BYTES - _STATUS.size), _TLV.pack(FRAME_STATUS, _STATUS.size)),
+)
+
+
+def beat_rest(frames: bytes) -> bytes:
+    """What follows the packet number in frames that begin with a heartbeat; nothing where they do not."""
+    return b"" if [head for where, head in _BEAT_HEADS if frames[where] != head] else frames[_BEAT_REST]
+
+
+def encode_beat(number: int, rest: bytes) -> bytes:
+    """A heartbeat with another packet number."""
+    return _BEAT.pack(_BEAT_HEADS[0][1], number, rest)
+
+
+def beat_number(frames: bytes, rest: bytes) -> int:
+    """The packet number, where frames begin with a heartbeat that has this rest; else -1."""
+    if len(frames) < BEAT_BYTES or not rest:
+        return -1
+    head, number, found = _BEAT.unpack_from(frames)
+    return number if found == rest and head == _BEAT_HEADS[0][1] else -1
 
 
 Keys = Mapping[int, bytes]  # check values by key id

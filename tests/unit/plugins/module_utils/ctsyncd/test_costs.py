@@ -241,9 +241,74 @@ def test_lines_of_a_turn_and_a_verdict_of_an_idle_node() -> None:
         up.verdict(sim.now)
         assert lines(lambda up=up: up.poll(sim.now)) <= 200  # type: ignore[misc]
         assert up.resting(sim.now)
-        assert lines(lambda up=up: (up.resting(sim.now), up.rests_until())) <= 45  # type: ignore[misc]
-        assert lines(lambda up=up: up.talk(sim.now)) <= 45  # type: ignore[misc]
+        assert lines(lambda up=up: (up.resting(sim.now), up.rests_until())) <= 18  # type: ignore[misc]
+        assert lines(lambda up=up: up.talk(sim.now)) <= 30  # type: ignore[misc]
         assert lines(lambda up=up: up.verdict(sim.now)) <= 165  # type: ignore[misc]
+
+
+def test_lines_of_a_heartbeat_and_its_answer() -> None:
+    """Nearly all that an idle pair does.  What was said before is neither put together nor taken apart again."""
+    sim = shipped()
+    sim.run(20.0)
+    ups = (sim.fw1.up, sim.fw2.up)
+    found: list[int] = []
+    waiting: list[tuple[int, bytes]] = []
+    now = sim.now
+    for number, up in enumerate(ups):
+        waiting.extend((1 - number, datagram) for datagram in up.poll(now)[0])
+
+    def turn(number: int, datagrams: list[bytes]) -> None:
+        up = ups[number]
+        for datagram in datagrams:
+            up.receive(0, datagram, now)
+        assert up.resting(now)
+        if up.rests_until() <= now:
+            waiting.extend((1 - number, datagram) for datagram in up.talk(now)[0])
+
+    while len(found) < 40:
+        now = now + 0.0001 if waiting else max(now + 0.0001, min(up.rests_until() for up in ups))
+        arrived = list(waiting)
+        waiting.clear()
+        for number, up in enumerate(ups):
+            mine = [datagram for to, datagram in arrived if to == number]
+            if mine or up.rests_until() <= now:
+                found.append(lines(lambda number=number, mine=mine: turn(number, mine)))  # type: ignore[misc]
+    assert sorted(found)[len(found) // 2] <= 100, found
+
+
+def test_when_an_engine_sleeps() -> None:
+    """A poll each second is left out while nothing at all happens, and no longer than that."""
+    sim = shipped()
+    sim.run(3.0)
+    one, two = sim.fw1.up, sim.fw2.up
+    slept = 0
+    for dummy in range(30):
+        sim.run(1.0)
+        one.poll(sim.now)
+        two.poll(sim.now)
+        slept += one.sleeps(sim.now) and two.sleeps(sim.now)
+    assert slept > 20
+    sim.run(1.0)
+    for up in (one, two):
+        up.poll(sim.now)
+        assert up.resting(sim.now)
+    assert not one.sleeps(sim.now + 5.0)
+    one.poll(sim.now)
+    assert one.sleeps(sim.now)
+    rows = flows(3, False)
+    one.kernel_changes(Changes({13: rows}, [], [], 3, False, False), sim.now)
+    assert one.resting(sim.now)
+    assert not one.sleeps(sim.now)  # what has changed will be part of a digest
+    one.poll(sim.now)
+    assert not one.sleeps(sim.now)  # it is not acknowledged
+    told = one.counters["digests_sent"]
+    sim.run(2.5)
+    assert one.counters["digests_sent"] == told + 1  # which does not wait for the next one of a quiet node
+    two.poll(sim.now)
+    assert two.sleeps(sim.now)
+    two.flush_external()
+    two.poll(sim.now)
+    assert not two.sleeps(sim.now)  # it asks for the table
 
 
 def test_what_an_engine_rests_from() -> None:

@@ -702,3 +702,82 @@ def test_changed_status_is_told_at_once_and_repeated() -> None:
     two.ends["fw1"].say_bye()
     two.run(0.5)
     assert any(isinstance(event, PeerLeft) for event in two.events["fw2"])
+
+
+# --- heartbeats at rest ----------------------------------------------------------------------------------------------
+
+
+def story(seed: int, **options: Any) -> Two:
+    """Blocks, statuses, rest, losses, doubled and late datagrams, other keys: always the same for a seed."""
+    two = Two(seed, secrets={1: SECRET, 2: OTHER_SECRET}, **options).up()
+    chance = random.Random(seed)
+    for turn in range(60):
+        end = two.ends[chance.choice(("fw1", "fw2"))]
+        what = chance.randrange(8)
+        if what == 0 and end.credit():
+            end.send_block(b"records %d" % turn, 1, two.now, two.now)
+        elif what == 1:
+            end.set_status(wire.Status(chance.randrange(3), chance.randrange(4), chance.randrange(3)))
+        elif what == 2:
+            two.wire.loss = chance.choice((0.0, 0.0, 0.3))
+        elif what == 3:
+            two.wire.duplication = chance.choice((0.0, 0.3))
+        elif what == 4 and chance.random() < 0.2:
+            end.set_keys({1: SECRET, 2: OTHER_SECRET}, chance.choice((1, 2)), two.now)
+        two.run(chance.choice((0.01, 0.3, 2.0)))
+    two.wire.loss = two.wire.duplication = 0.0
+    two.run(5.0)
+    return two
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_heartbeat_that_says_the_same_is_taken_like_any_other(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """It is not taken apart: with and without that all goes the same way, to the byte."""
+    same: list[int] = []
+    receive_same = Session._receive_same
+
+    def counted(self: Session, *given: Any) -> bool:
+        same.append(1)
+        return receive_same(self, *given)
+
+    monkeypatch.setattr(Session, "_receive_same", counted)
+    one = story(seed)
+    assert len(same) > 100
+    same.clear()
+    monkeypatch.setattr(wire, "beat_number", lambda _frames, _rest: -1)
+    monkeypatch.setattr(wire, "beat_rest", lambda _frames: b"")
+    two = story(seed)
+    assert not same
+    assert one.wire.sent == two.wire.sent
+    assert one.events == two.events
+    assert [end.counters for end in one.ends.values()] == [end.counters for end in two.ends.values()]
+
+
+def test_a_heartbeat_that_says_the_same_but_has_heard_too_much_ends_the_session() -> None:
+    """This node is in a state of the past: it sent less than the peer has heard, and at rest nothing else shows it."""
+    two = Two().up()
+    two.run(3.0)
+    established = two.ends["fw1"]._established
+    assert established is not None and established.beat
+    established.sealer.number -= 3
+    two.run_until(lambda: two.ends["fw1"].counters["sessions_ended_went_back"])
+    two.up().works()
+
+
+def test_a_heartbeat_after_news_is_taken_apart() -> None:
+    """What was acknowledged, or the status, is another one: then all of it counts."""
+    two = Two().up()
+    two.run(3.0)
+    first, second = two.ends["fw1"], two.ends["fw2"]
+    assert first._established is not None
+    before = first._established.beat
+    two.works()
+    two.run(1.0)
+    assert first._established.beat not in (b"", before)
+    assert not first.in_flight and not second.in_flight
+    two.events["fw1"].clear()
+    second.set_status(wire.Status(wire.ROLE_ACTIVE, 0, 5))
+    two.run(3.0)
+    statuses = [event for event in two.events["fw1"] if isinstance(event, StatusReceived)]
+    assert len(statuses) > 5
+    assert set(statuses) == {StatusReceived(wire.Status(wire.ROLE_ACTIVE, 0, 5))}

@@ -321,6 +321,45 @@ def test_every_decoder_is_fed_garbage() -> None:
     }
 
 
+@given(
+    st.lists(st.builds(wire.Heard, st.integers(0, 2**64 - 1), st.just(1 << 31)), min_size=2, max_size=2),
+    st.builds(wire.Ack, st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1), st.sampled_from((0, 0, 1, 1 << 70))),
+    st.builds(wire.Status, st.integers(0, 255), st.integers(0, 255), st.integers(0, 2**32 - 1)),
+    st.binary(max_size=40),
+    st.integers(0, 8 * 34 - 1),
+)
+def test_heartbeats_differ_from_others_by_the_number_that_was_heard_alone(
+    heard: list[wire.Heard], ack: wire.Ack, status: wire.Status, more: bytes, flip: int
+) -> None:
+    one, other = (wire.encode_heard(each) + wire.encode_ack(ack) + wire.encode_status(status) for each in heard)
+    number = heard[1].number
+    rest = wire.beat_rest(one + more)
+    if ack.early:
+        assert rest == b""
+        return
+    assert wire.encode_beat(number, rest) == other
+    assert wire.beat_number(other + more, rest) == number
+    assert wire.beat_number(other[:-1], rest) == wire.beat_number(other, b"") == -1
+    # in whatever else it differs, it is not the same
+    place = flip // 8
+    place += 8 if place >= 3 else 0  # behind the number
+    changed = bytearray(other)
+    changed[place] ^= 1 << flip % 8
+    assert wire.beat_number(bytes(changed), rest) == -1
+
+
+@pytest.mark.parametrize("missing", [0, 1, 2])
+def test_frames_that_are_no_heartbeat_have_no_rest(missing: int) -> None:
+    frames = [
+        wire.encode_heard(wire.Heard(7, 8)),
+        wire.encode_ack(wire.Ack(1, 513, 0)),
+        wire.encode_status(wire.Status(1, 2, 3)),
+    ]
+    assert wire.beat_rest(b"".join(frames))
+    del frames[missing]
+    assert wire.beat_rest(b"".join(frames)) == wire.beat_rest(b"".join(frames) + bytes(40)) == b""
+
+
 @given(st.dictionaries(st.integers(1, 255), st.binary(min_size=4, max_size=4), min_size=1))
 def test_keys_round_trip(keys: dict[int, bytes]) -> None:
     ((kind, payload),) = wire.iter_tlv(wire.encode_keys(keys))
