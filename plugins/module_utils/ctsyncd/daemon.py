@@ -61,8 +61,10 @@ RULESET_CHECK_S = 3.0  # the fingerprint of the ruleset is read so often
 VERDICT_S = 10.0  # a verdict of a ready node that nothing seems to change is made anew so often
 PARAMETERS_CHECK_S = 10.0  # sysctls change while the daemon runs
 ADDRESS_CHECK_S = 10.0  # the virtual IPs are looked up at every change, and this often in case a change was missed
+EARLY_S = 0.05  # what a second brings is done so much earlier, if the daemon is awake
 SLACK_S = 0.3  # what is not urgent waits so long for a wake-up that is needed anyway
 REPORT_S = 0.1  # between two verdicts, on average
+CROWD_S = 0.002  # after a link was read: what comes so soon seldom comes alone
 QUIET_S = 0.05  # without events: the next one is read at once
 SPARSE_S = 0.0066  # between two events: a window would gather a few at most, so each is read at once
 AVERAGED_EVENTS = 64
@@ -402,7 +404,7 @@ class Daemon:
 
     def _look_around(self, now: float) -> None:
         """Every second, or a little later, when the daemon is awake: no wake-up for this alone."""
-        self._second_at = now + self._second_s
+        self._second_at = now + self._second_s - EARLY_S
         if now >= self._addresses_at:
             self._read_addresses(now)
         self._read_conditions(now)
@@ -488,10 +490,13 @@ class Daemon:
         self._watch.watch(link, (0 if self._engine.overloaded else READ) | (WRITE if link.waiting else 0))
 
     def _read_link(self, link: Link, now: float) -> None:
-        limit = DATAGRAMS_PER_TURN if now - link.read_at < QUIET_S else 1  # to look for another one costs as much
+        # to look for another one costs as much as to read one
+        limit = DATAGRAMS_PER_TURN if link.several or now - link.read_at < CROWD_S else 1
         link.read_at = now
         number = self._links.index(link)
-        for peer, datagram in link.receive(limit):
+        found = link.receive(limit)
+        link.several = len(found) > 1
+        for peer, datagram in found:
             self._engine.receive(peer, datagram, now, number)
 
     def _read_fifo(self, now: float) -> None:

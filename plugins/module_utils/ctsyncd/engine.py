@@ -41,7 +41,7 @@ from .tables import Copies, ExternalCache
 from .verification import Verification
 
 PURGE_AFTER_S = 60.0
-SLEEP_S = 5.0  # a poll is needed so often in any case
+SLEEP_S = 10.0  # a poll is needed so often in any case
 TABLE_ROOM = 2  # the external cache has room for so many times what this kernel's table may hold: a peer's may be more
 TABLE_LIMIT_MAX = 1 << 26
 FLAPPING_S = 60.0  # within which too many changes of the side are flapping

@@ -49,7 +49,8 @@ class Link:
         self.problem = "the sync socket is not open yet"
         self.counters: collections.Counter[str] = collections.Counter()
         self.retry_at = 0.0
-        self.read_at = 0.0  # for the caller, as the next one
+        self.read_at = 0.0  # for the caller, as the next ones
+        self.several = False  # datagrams were there then
         self.watched = 0
         self.refused = ""
         self.payload = 0

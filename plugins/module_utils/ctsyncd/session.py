@@ -386,7 +386,10 @@ class Session:
         session.in_flight[number] = flight
         session.records += count
         self.counters["records_sent"] += count
-        more = self._news(session, now, riding=True) if len(records) + _NEWS_BYTES <= self.block_bytes else b""
+        more = b""
+        news = session.ack_at is not None or self._status_due or now >= self._heartbeat_at - self._interval / 2
+        if news and len(records) + _NEWS_BYTES <= self.block_bytes:
+            more = self._news(session, now, riding=True)
         self._send_flight(session, flight, now, more)
 
     def set_status(self, status: wire.Status) -> None:
@@ -821,9 +824,9 @@ class Session:
         if now >= paths.due:
             paths.examine(now)
             self._follow_paths(now)
-        frames = self._news(session, now)
-        if frames:
-            self._send(session, frames)
+        due = session.ack_at
+        if self._status_due or now >= self._heartbeat_at or (due is not None and now >= due):
+            self._send(session, self._news(session, now))
         if now >= paths.due:
             self._poll_paths(session, now)
         if session.in_flight or session.lost:
@@ -841,16 +844,9 @@ class Session:
         self._follow_paths(now)  # a link may take less now
 
     def _news(self, session: _Established, now: float, riding: bool = False) -> bytes:
-        """The acknowledgement and the status, where they are due; both a little early if they are ``riding`` on a
-        datagram that is sent anyway: that saves a datagram here, and a wake-up on the other side."""
+        """The acknowledgement, and the status where it is due or nearly so.  Either is told a little early if it is
+        ``riding`` on a datagram that is sent anyway: that saves a datagram here, and a wake-up on the other side."""
         status = self._status_due or now >= self._heartbeat_at - self._interval / 2
-        if riding:
-            due = status or session.ack_at is not None
-        else:
-            due = self._status_due or now >= self._heartbeat_at
-            due = due or (session.ack_at is not None and now >= session.ack_at)
-        if not due:
-            return b""
         # The number first: to a node in a state of the past the rest makes no sense.
         if status and session.said:
             frames = wire.encode_beat(session.carried, session.said)

@@ -84,7 +84,8 @@ _U32 = struct.Struct("!I")
 _ACK = struct.Struct("!QQ")
 MAX_EARLY_BYTES = 64  # of an ACK: one bit for each block that a receiver may keep
 
-BLOCK_HEADER_BYTES = TLV_BYTES + _U64.size
+_BLOCK_HEAD = struct.Struct("!BHQ")  # of its frame, and its number
+BLOCK_HEADER_BYTES = _BLOCK_HEAD.size
 
 
 class Header(NamedTuple):
@@ -219,7 +220,7 @@ def decode_ack(payload: bytes) -> Ack:
 
 
 def encode_block(sequence: int, records: bytes) -> bytes:
-    return tlv(FRAME_BLOCK, _U64.pack(sequence) + records)
+    return _BLOCK_HEAD.pack(FRAME_BLOCK, _U64.size + len(records), sequence) + records
 
 
 def decode_block(payload: bytes) -> tuple[int, bytes]:
@@ -299,7 +300,10 @@ _BEAT_HEADS = (
 
 def beat_rest(frames: bytes) -> bytes:
     """What follows the packet number in frames that begin with a heartbeat; nothing where they do not."""
-    return b"" if [head for where, head in _BEAT_HEADS if frames[where] != head] else frames[_BEAT_REST]
+    for where, head in _BEAT_HEADS:
+        if frames[where] != head:
+            return b""
+    return frames[_BEAT_REST]
 
 
 def encode_beat(number: int, rest: bytes) -> bytes:

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any, Callable
 
 import pytest
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import config, daemon, wire
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import config, daemon, engine, wire
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import constants as k
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.crypto import LibraryCrypto
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import Flow, Tuple
@@ -292,7 +292,7 @@ def test_when_an_engine_sleeps() -> None:
     for up in (one, two):
         up.poll(sim.now)
         assert up.resting(sim.now)
-    assert not one.sleeps(sim.now + 5.0)
+    assert not one.sleeps(sim.now + engine.SLEEP_S)
     one.poll(sim.now)
     assert one.sleeps(sim.now)
     rows = flows(3, False)
