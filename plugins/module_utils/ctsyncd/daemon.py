@@ -61,6 +61,7 @@ RULESET_CHECK_S = 3.0  # the fingerprint of the ruleset is read so often
 VERDICT_S = 10.0  # a verdict of a ready node that nothing seems to change is made anew so often
 PARAMETERS_CHECK_S = 10.0  # sysctls change while the daemon runs
 ADDRESS_CHECK_S = 10.0  # the virtual IPs are looked up at every change, and this often in case a change was missed
+IDLE_S = 2.0  # while nothing happens and all is well, what a second brings comes so often
 EARLY_S = 0.05  # what a second brings is done so much earlier, if the daemon is awake
 SLACK_S = 0.3  # what is not urgent waits so long for a wake-up that is needed anyway
 REPORT_S = 0.1  # between two verdicts, on average
@@ -176,7 +177,9 @@ class Daemon:
         self._dump_number = 0
         self._dump_at = now  # when a paced one is read on
         self._second_at = now
-        self._second_s = min(1.0, self._notifier.watchdog_interval_s or 1.0)
+        watchdog_s = self._notifier.watchdog_interval_s or IDLE_S * 2
+        self._second_s = min(1.0, watchdog_s)
+        self._idle_s = max(self._second_s, min(IDLE_S, watchdog_s / 2))
         self._watchdog_at = now
         self._report_at = now  # no verdict before
         self._report_due = True
@@ -312,6 +315,7 @@ class Daemon:
             if second:
                 self._every_second(now)
             return
+        self._second_at = min(self._second_at, now + self._second_s)
         if self._control.busy:
             self._control.tick(now)
         if engine_.follows != self._follows:  # before a dump begins: what it does not tell any more, events do
@@ -424,6 +428,8 @@ class Daemon:
         if summary != self._summary:
             self._summary = summary
             self._notifier.status(self._status_line())
+        if self._rested and len(self._links) == 1 and not self._verdict.reasons:
+            self._second_at += self._idle_s - self._second_s
         if self._notifier.watchdog_interval_s is not None and now >= self._watchdog_at - SLACK_S:
             self._watchdog_at = now + self._notifier.watchdog_interval_s
             self._notifier.watchdog()
@@ -444,7 +450,7 @@ class Daemon:
             for number, part in session.route(some):
                 link = self._links[number]
                 link.send(peer, part)
-                if link.refused or link.payload != link.told:
+                if link.payload != link.told or not link.usable:
                     self._tell_paths(link, now)
         for link in self._links:
             if link.waiting:
@@ -459,6 +465,8 @@ class Daemon:
             if longer:
                 session.paths.set_ceiling(number, link.payload, now)
         link.told, link.told_usable = link.payload or link.told, link.usable
+        if not link.usable:
+            self._second_at = min(self._second_at, now + self._second_s)
 
     def _look_at_links(self, now: float) -> None:
         """What is wrong with them, for the verdict."""
