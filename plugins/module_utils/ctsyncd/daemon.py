@@ -117,6 +117,17 @@ class Window:
             self._gap += (elapsed / events - self._gap) * events / AVERAGED_EVENTS
 
 
+def pace(watchdog_s: float | None) -> tuple[float, float]:
+    """Seconds from one look around to the next, while something happens and while nothing does.
+
+    ``watchdog_s``: systemd wants to hear of the daemon this often, and stops it after twice that.
+    """
+    if watchdog_s is None:
+        return 1.0, IDLE_S
+    second_s = min(1.0, watchdog_s)
+    return second_s, max(second_s, min(IDLE_S, watchdog_s / 2))
+
+
 class Daemon:
     """Edges, engine and loop of one running daemon."""
 
@@ -177,9 +188,7 @@ class Daemon:
         self._dump_number = 0
         self._dump_at = now  # when a paced one is read on
         self._second_at = now
-        watchdog_s = self._notifier.watchdog_interval_s or IDLE_S * 2
-        self._second_s = min(1.0, watchdog_s)
-        self._idle_s = max(self._second_s, min(IDLE_S, watchdog_s / 2))
+        self._second_s, self._idle_s = pace(self._notifier.watchdog_interval_s)
         self._watchdog_at = now
         self._report_at = now  # no verdict before
         self._report_due = True
@@ -305,7 +314,10 @@ class Daemon:
         if second:
             self._look_around(now)
         same = self._rested and not (ready or told or second)
-        self._rested = self._rests(now) and (not second or engine_.sleeps(now))
+        if same:  # what is not the engine's is as it was
+            self._rested = engine_.resting(now)
+        else:
+            self._rested = self._rests(now) and (not second or engine_.sleeps(now))
         if self._rested:
             if not same:
                 self._deadline = engine_.rests_until()

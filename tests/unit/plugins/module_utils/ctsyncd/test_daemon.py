@@ -11,7 +11,7 @@ import selectors
 
 import pytest
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import constants as k
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import ctnetlink, daemon, dumps
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import ctnetlink, daemon, dumps, readiness
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.client import ControlError
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.errors import NetlinkError
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import Flow
@@ -328,3 +328,34 @@ def test_a_turn_ends_early_only_where_nothing_else_is_to_be_done(attribute: str,
     else:
         setattr(one, attribute, value)
     assert not one._rests(100.0)
+
+
+@pytest.mark.parametrize(
+    ("watchdog_s", "pace"),
+    [(None, (1.0, 2.0)), (30.0, (1.0, 2.0)), (3.0, (1.0, 1.5)), (1.5, (1.0, 1.0)), (0.5, (0.5, 0.5))],
+)
+def test_an_idle_daemon_looks_around_less_often_but_tells_systemd_in_time(
+    watchdog_s: float | None, pace: tuple[float, float]
+) -> None:
+    assert daemon.pace(watchdog_s) == pace
+
+
+@pytest.mark.parametrize(
+    ("rested", "links", "reasons", "waits"),
+    [(True, 1, (), 2.0), (False, 1, (), 1.0), (True, 2, (), 1.0), (True, 1, ("something",), 1.0)],
+)
+def test_only_where_nothing_happens_and_all_is_well_the_next_look_around_is_later(
+    monkeypatch: pytest.MonkeyPatch, rested: bool, links: int, reasons: tuple[str, ...], waits: float
+) -> None:
+    for name in ("_report_if_changed", "_record"):
+        monkeypatch.setattr(daemon.Daemon, name, lambda _self, _now: None)
+    one = object.__new__(daemon.Daemon)
+    one._engine = type("Idle", (), {"role": "active"})()
+    one._notifier = type("Silent", (), {"watchdog_interval_s": None, "status": lambda _self, _text: None})()
+    one._verdict = readiness.Verdict(readiness.READY, reasons, 0)
+    one._links, one._summary = [object()] * links, None  # type: ignore[list-item]
+    one._second_s, one._idle_s = daemon.pace(None)
+    one._rested = rested
+    one._second_at = 100.0 + one._second_s
+    one._every_second(100.0)
+    assert one._second_at == 100.0 + waits
