@@ -583,11 +583,11 @@ class Engine:
         peer = self.peers[number]
         for event in peer.session.receive(datagram, now, link):
             if isinstance(event, StatusReceived):
-                if event.status is peer.status and self._knows(peer):  # as nearly always
+                if event.status is peer.status and self._knows(peer, now):  # as nearly always
                     peer.says_the_same(now)
-                    if not self.active:
-                        self._informed = False
+                    self._informed = self._informed and not peer.active
                     continue
+                self._sleeps_until = now
                 self._stirred |= event.status[:2] != peer.status[:2]
                 self._peer_says(peer, event.status, now)
                 continue
@@ -600,12 +600,14 @@ class Engine:
                 peer.leaves()
                 self._follow_anyone(now)
 
-    def _knows(self, peer: Peer) -> bool:
-        """One is active, and the backup follows it, as before: then nothing comes of a status."""
-        active = self.situation.active
-        if peer.active is active or self._split or self._predecessor is not None:
+    def _knows(self, peer: Peer, now: float) -> bool:
+        """One node is active, and the backups follow it, as before: then nothing comes of a status."""
+        if self._split or self._predecessor is not None:
             return False
-        return active or peer is self.leader
+        if self.situation.active:
+            return not peer.active
+        leader = self.leader
+        return peer is leader if peer.active else leader is not None and leader.active and leader.alive(now)
 
     def _session_up(self, peer: Peer, now: float) -> None:
         peer.session_up(now)
@@ -921,13 +923,16 @@ class Engine:
         acknowledged, and nothing due that has no deadline?  Then the poll of this second can be left out."""
         if self._sleeps_until is None:
             self._sleeps_until = self._sleep(now)
-        if now >= self._sleeps_until or self.dumps.changes != self._changes_polled:
+        if now >= self._sleeps_until or self.dumps.changes != self._changes_polled or self.situation.alarms:
             return False
         return not [peer for peer in self.peers if peer.session.in_flight or len(peer.pending)]
 
     def _sleep(self, now: float) -> float:
         """Until when there is nothing to be done for a poll, if nothing comes in."""
-        waits = not (self.active or self.complete) and self.settings.replicate
+        if self.active:
+            waits = self._predecessor is not None or True in [peer.active for peer in self.peers]
+        else:
+            waits = self.settings.replicate and not self.complete
         if waits or self._split or self._flapping or self.cache.full_at is not None:
             return now
         proving = [prover.idle_until(now) for prover in self.provers]

@@ -354,3 +354,25 @@ def test_what_an_engine_rests_from() -> None:
     assert not one.resting(sim.now)  # the peer's role is another one
     one.resync()
     assert not rested()
+
+
+def test_an_engine_is_awake_while_two_nodes_are_active() -> None:
+    """A split brain begins, and is told, without anything new coming in."""
+    sim = shipped()
+    sim.run(20.0)
+    sim.fw1.up.poll(sim.now)
+    assert sim.fw1.up.sleeps(sim.now)
+    sim.fw2.set_role("active", sim.now)
+    sim.run(1.0)
+    for dummy in range(60):
+        for node in (sim.fw1, sim.fw2):
+            assert not node.up.sleeps(sim.now)
+            node.up.poll(sim.now)
+            assert not node.up.sleeps(sim.now)
+        sim.run(0.1)
+    assert sim.fw1.up.counters["split_brains"] == sim.fw2.up.counters["split_brains"] == 1
+    sim.fw2.set_role("backup", sim.now)
+    sim.run(20.0)
+    sim.fw1.up.take_alarms()
+    sim.fw1.up.poll(sim.now)
+    assert sim.fw1.up.sleeps(sim.now)
