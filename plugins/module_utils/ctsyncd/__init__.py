@@ -11,8 +11,9 @@ Rooms, from the ground up; a room imports only from the floors below it:
 3. pure logic, time is an argument: ``pending``, ``tables``, ``filters``, ``session``, ``keyring``, ``paths``,
    ``readiness``, ``recorder``, ``digest``, ``announced``, ``verification``; the engine's: ``situation`` (what its rooms
    share), ``jobs`` (requests to the kernel), ``dumps``, ``takeover``, ``replicas`` (a backup's), ``peer`` (one of
-   them), ``source`` (the active node's flows), ``expectation_source`` and ``expectation_replicas`` under ``helpers``,
-   ``prover`` and ``checker`` (equal tables: the active node's part and the backup's), ``engine`` (conducts)
+   them), ``newcomers`` and ``source`` (the active node's flows), ``expectation_source`` and ``expectation_replicas``
+   under ``helpers``, ``prover`` and ``checker`` (equal tables: the active node's part and the backup's), ``engine``
+   (conducts)
 4. edges: ``crypto``, ``netlink``, ``expectation_sockets``, ``helper_edge``, ``link``, ``control``, ``client``,
    ``vrrp``, ``flights``, ``service``, ``watch``
 5. ``daemon`` (the event loop), ``cli``, ``__main__``

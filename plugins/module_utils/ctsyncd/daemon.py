@@ -622,6 +622,8 @@ class Daemon:
         if changes.lost:
             self._overrun(now)
         self._events_at = now if changes.more else None
+        if self._events_at is None and self._engine.newcomers.waiting:
+            self._events_at = now + self.config.window_ms / 1000
 
     def _answer_questions(self, now: float) -> None:
         """Give the engine the kernel's entries that it asks for."""

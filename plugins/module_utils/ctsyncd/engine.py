@@ -29,6 +29,7 @@ from .filters import Filter
 from .flow import Flow
 from .helpers import Helpers
 from .jobs import Job
+from .newcomers import Newcomers
 from .peer import ROLE_CODES, SPLIT_BRAIN_S, Peer
 from .pending import Encoder
 from .prover import Prover
@@ -73,6 +74,7 @@ class Engine:
         self.replicas = Replicas(self.situation, self.dumps, now)
         self.helpers = Helpers(self.situation, self.replicas)
         self.source = Source(self.situation, self.dumps, self.peers, self.helpers.source)
+        self.newcomers = Newcomers()
         self.provers = [Prover(self.situation, self.dumps, peer, self.source, now) for peer in self.peers]
         self.checker = Checker(self.situation, self.dumps, self.peers[0], self.replicas, now)
         self._completing = False
@@ -175,6 +177,7 @@ class Engine:
         """Where roles change too often, bulks wait: changes go on to be replicated, and nothing is removed."""
         self._drop_dumps()
         self.source.forget()
+        self.newcomers.forget()
         self._predecessor = None
         if first:
             return
@@ -321,11 +324,21 @@ class Engine:
             if self.helpers.source.masters:
                 self.helpers.source.ended(changes.gone)
             if self.source.telling:
-                self.source.changed(changes, now)
+                told = self.newcomers.sift(changes, self.source.announced.table, self._tables_compared)
+                if self.newcomers.waiting:
+                    self.counters["newcomers_held"] += len(self.newcomers)
+                self.source.changed(told, now)
+            else:
+                self.newcomers.forget()
         if changes.lost:
             self.source.doubt()
             self.counters["overruns"] += 1
             self.dumps.events_lost(now)
+
+    @property
+    def _tables_compared(self) -> bool:
+        """Is the kernel's table held against what the peer was told?"""
+        return self.dumps.runs(BULK) or self.source.touched is not None
 
     @property
     def follows(self) -> bool:

@@ -22,6 +22,7 @@ from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.jobs im
     Request,
     Work,
 )
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.newcomers import Newcomers
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.rows import Changes, pack
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.service import LimitedLog
 from unit.simulation import tcp
@@ -258,6 +259,7 @@ def test_every_overrun_doubles_the_event_buffer_up_to_its_bound(
 
     class Engine:
         source = Source
+        newcomers = Newcomers()
 
         @staticmethod
         def kernel_changes(changes: Changes, _now: float) -> None:
