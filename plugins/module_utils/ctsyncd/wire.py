@@ -492,6 +492,8 @@ def decode_conditions(payload: bytes) -> Conditions:
 
 _COLUMNS = struct.Struct("!BH")  # length of the keys, rows
 _FEW = 16
+_FEW_PLAIN = 8  # different bytes in all rows that go into each part of them, used or not
+_MIRROR_SHARE = 1.05  # where fewer than one in so many rows differ alike, hardly any part of them does
 _FEW_ROWS = 24  # with fewer rows FEW saves next to nothing
 _FEW_SHARE = 20  # where one of two bytes that were looked at is in fewer rows than one in so many, there are not few
 _ZERO, _ONE = b"01"
@@ -588,7 +590,7 @@ class RowColumns:
             if columns[at] == columns[original]:
                 firsts[at], often[at] = 0, count
                 self._mirrored |= first >> place
-            elif often[at] != count or often[original] != count:
+            elif (often[at] != count or often[original] != count) and _may_mirror(columns[at], columns[original]):
                 self._unclear.append((first >> place, at, original))
         self._firsts = bytes(firsts)
         # the columns with several bytes, and whether these may be few in a part
@@ -597,11 +599,53 @@ class RowColumns:
             for at, times in enumerate(often)
             if times != count
         }
+        self._few: list[tuple[bytes, bytes, str]] = []  # a column of few bytes, what FEW says of it, and its digits
+        self._full: list[bytes] = []
+        self._begin = b""  # what all parts begin with, behind their heads
+        self._plain = not self._unclear and self._are_plain()
+
+    def _are_plain(self) -> bool:
+        """Has each column with several bytes few of them, or too many in any part?  Then all parts begin alike."""
+        firsts = bytearray(self._firsts)
+        high = bytearray(b"0" * len(firsts))
+        for at, perhaps in self._several.items():
+            column = self._columns[at]
+            values = bytes(sorted(set(column))) if perhaps else b""
+            if len(values) > _FEW_PLAIN:
+                return False
+            high[at] = _ONE
+            firsts[at] = not perhaps
+            if perhaps:
+                digits = column.translate(bytes.maketrans(values, _DIGITS[: len(values)])).decode("ascii")
+                self._few.append((column, bytes((len(values) - 1,)) + values, digits))
+            else:
+                self._full.append(column)
+        masks = _masks(high, firsts)
+        for at in self._several:
+            firsts[at] = 0
+        self._begin = masks + firsts.translate(None, b"\0")
+        return True
+
+    def _encode_plain(self, head: bytes, start: int, end: int) -> bytes:
+        """The part, or nothing if a column has one byte in it."""
+        parts = [head, self._begin]
+        for column, begin, digits in self._few:
+            if column.count(column[start], start, end) == end - start:
+                return b""
+            part = digits[start:end]
+            parts.append(begin + bytes.fromhex(part if len(part) % 2 == 0 else part + "0"))
+        parts += [column[start:end] for column in self._full]
+        return b"".join(parts)
 
     def encode(self, start: int, end: int) -> bytes:
         """Payload of ROWS: those from ``start`` to ``end``."""
         layout, columns, count = self._layout, self._columns, end - start
         mirrored, firsts = self._mirrored, bytearray(self._firsts)
+        if self._plain and count >= _FEW_ROWS:
+            mirrors = (mirrored << -len(layout.mirror) % 8).to_bytes(layout.mirror_mask, "big")
+            made = self._encode_plain(_COLUMNS.pack(self._key_len, count) + mirrors, start, end)
+            if made:
+                return made
         parts = {}
         for bit, at, original in self._unclear:
             column, other = columns[at][start:end], columns[original][start:end]
@@ -726,13 +770,24 @@ def _encode_several(firsts: bytearray, several: list[tuple[int, bytes, bool]], c
                 firsts[place] = 0
                 continue
         full.append(column)
-    low = firsts.translate(_NOT_ZERO)
+    masks = _masks(high, firsts)
     for place, _column, _perhaps in several:
         firsts[place] = 0
-    pad = -len(firsts) % 8
-    size = (len(firsts) + pad) // 8
-    masks = (int(high, 2) << pad).to_bytes(size, "big") + (int(low, 2) << pad).to_bytes(size, "big")
     return b"".join((masks, firsts.translate(None, b"\0"), *few, *full))
+
+
+def _may_mirror(column: bytes, original: bytes) -> bool:
+    """Is it likely that in some part of many rows one of these differs from the other by the same bits in all rows?"""
+    difference = _xor(column, original)
+    return _MIRROR_SHARE * max(map(difference.count, (difference[0], difference[-1], 0))) > len(column)
+
+
+def _masks(high: bytearray, low: bytearray) -> bytes:
+    """Both masks of columns: ``high`` of binary digits, ``low`` has a bit for each byte that is not 0."""
+    pad = -len(high) % 8
+    size = (len(high) + pad) // 8
+    digits = low.translate(_NOT_ZERO)
+    return (int(high, 2) << pad).to_bytes(size, "big") + (int(digits, 2) << pad).to_bytes(size, "big")
 
 
 def _encode_few(column: bytes, values: bytes) -> bytes:
