@@ -18,7 +18,7 @@ import struct
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from zlib import crc32
 
-from .digest import BUCKETS, Digest, printed, printed_columns, prints
+from .digest import BUCKETS, Digest, number_of, printed, printed_columns, prints
 from .rows import SHAPES, TAIL_BYTES, Sheet, cut, merge_extras, merge_value
 
 FEW = 16  # rows up to which they are handled one by one
@@ -203,7 +203,7 @@ class Announced:
             if fresh:
                 columns = cut(b"".join(fresh.values()), reply + TAIL_BYTES)
         if fresh:
-            self._sum_up(fresh, columns[:reply])
+            self.digest.add(form.key, fresh, printed_columns(columns[:reply]))
         table.update(zip(rows, kept))
 
     def add_sheet(self, sheet: Sheet) -> bool:
@@ -221,14 +221,8 @@ class Announced:
             for key in list(itertools.islice(reversed(table), added)):  # the last ones in a dict are the latest
                 del table[key]
             return False
-        self._sum_up(keys, columns[: form.reply])
+        self.digest.add(form.key, keys, printed_columns(columns[: form.reply]))
         return True
-
-    def _sum_up(self, keys: Iterable[bytes], reply: Sequence[bytes]) -> None:
-        """These flows, whose reply tuples have these columns, come into the digest."""
-        sums = self.digest.sums
-        for number, low in zip(map(crc32, keys), printed_columns(reply)):
-            sums[number & _BUCKET] += number * (number << 8 | low)
 
     def _add_few(self, rows: Mapping[bytes, bytes], reply: int) -> None:
         table, tails, sums = self.table, self._tails, self.digest.sums
@@ -245,8 +239,8 @@ class Announced:
                     self.discard((key,))
                     before = None
             if before is None:
-                number = crc32(key)
-                sums[number & _BUCKET] += number * (number << 8 | crc32(value[:reply]) >> 24)
+                number = number_of(key, value[:reply])
+                sums[number & _BUCKET] += number
             table[key] = kept
 
     def put(self, key: bytes, value: bytes, extras: bytes) -> None:
@@ -263,7 +257,7 @@ class Announced:
 
     def discard(self, keys: Iterable[bytes]) -> None:
         """Their end is told."""
-        table, sums = self.table, self.digest.sums
+        table = self.table
         known = list(filter(table.__contains__, dict.fromkeys(keys)))
         if not known:
             return
@@ -274,8 +268,7 @@ class Announced:
             if len(lengths) > 1:
                 gone = [key for key in known if len(key) == key_len]
                 kept = [value for key, value in zip(known, values) if len(key) == key_len]
-            for number, low in zip(map(crc32, gone), _prints(gone, kept, _FORMS[key_len])):
-                sums[number & _BUCKET] -= number * (number << 8 | low)
+            self.digest.remove(key_len, gone, _prints(gone, kept, _FORMS[key_len]))
         if self.extras:
             for key in known:
                 self.extras.pop(key, None)

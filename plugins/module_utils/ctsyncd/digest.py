@@ -4,9 +4,10 @@
 """Digests of tables: are two of them equal, and if not, in which part, and how?
 
 A flow belongs to one of ``BUCKETS`` buckets.  The digest of a bucket is a sum over its flows, an exact number: order
-does not matter, and a flow that goes leaves nothing behind.  Of a flow it takes ``k * (256 * k + p)``, where k is the
-CRC-32 of the key and p the most significant byte of the CRC-32 of the reply tuple.  The square is there because CRCs
-are linear: two flows here and two others there may well have the same sum of k, but then not of its square.
+does not matter, and a flow that goes leaves nothing behind.  Of a flow it takes k, the CRC-32 of the key, with p, the
+most significant byte of the CRC-32 of the reply tuple, added to its most significant byte without carry.  The digest of
+a table is a hash of those of all buckets: CRCs are linear, and two flows here and two others there may well have the
+same sum of k, but not in the same buckets.
 
 So the digest covers key, zone and translation, the parts of a flow that never change while it lives: nothing is
 computed when its state changes.  A single difference in translation hides behind p with a probability of 1/256.
@@ -15,8 +16,11 @@ computed when its state changes.  A single difference in translation hides behin
 
 from __future__ import annotations
 
+import functools
 import itertools
+import struct
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from hashlib import blake2b
 from zlib import crc32
 
 from .constants import IPS_ASSURED, IPS_SEEN_REPLY
@@ -28,6 +32,8 @@ ALL = frozenset(range(BUCKETS))
 _LAST = BUCKETS - 1
 _LAST_FINE = FINE_BUCKETS - 1
 SUM = (1 << 64) - 1  # sums are told modulo 2^64
+_PRINT = 0xFF000000
+_TOLD = struct.Struct(f"!{BUCKETS}Q")
 _FEW = 16  # rows up to which prints are computed one by one
 
 # Bits of the status that a packet of the flow sets, and an event tells
@@ -92,6 +98,37 @@ def printed_columns(reply: Sequence[bytes]) -> bytes:
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def _starts(key_len: int) -> list[int]:
+    """For each p what the CRC of a key of this length must go on from to come out with p in its first byte as well.
+
+    A CRC is linear in what it goes on from, too; so this is the solution of 32 linear equations over GF(2).
+    """
+    zeros = bytes(key_len)
+    basis: dict[int, tuple[int, int]] = {}  # by the highest bit of an effect: it, and what has it
+
+    def reduced(effect: int, cause: int) -> tuple[int, int]:
+        while effect and effect.bit_length() in basis:
+            other, its_cause = basis[effect.bit_length()]
+            effect, cause = effect ^ other, cause ^ its_cause
+        return effect, cause
+
+    for bit in range(32):
+        effect, cause = reduced(crc32(zeros, 1 << bit) ^ crc32(zeros), 1 << bit)
+        basis[effect.bit_length()] = effect, cause
+    return [reduced(p << 24, 0)[1] for p in range(256)]
+
+
+def numbers(key_len: int, keys: Iterable[bytes], found: Iterable[int]) -> Iterator[int]:
+    """What the digest takes of each flow.  ``found``: the :func:`prints`.  Its bucket is in the lowest bits."""
+    return map(crc32, keys, map(_starts(key_len).__getitem__, found))
+
+
+def number_of(key: bytes, reply: bytes) -> int:
+    """The same of one flow."""
+    return crc32(key) ^ crc32(reply) & _PRINT
+
+
 class Digest:
     """The digests of the buckets of a table that somebody else keeps: ``sums``, exact; told modulo 2^64."""
 
@@ -100,26 +137,26 @@ class Digest:
     def __init__(self) -> None:
         self.sums = [0] * BUCKETS
 
-    def add(self, keys: Iterable[bytes], values: Collection[bytes], reply: int) -> None:
-        """Flows of one shape came in.  ``reply``: size of their reply tuples (bytes)."""
+    def add(self, key_len: int, keys: Iterable[bytes], found: Iterable[int]) -> None:
+        """Flows of one shape came in.  ``found``: the :func:`prints` of their reply tuples."""
         sums = self.sums
-        for number, low in zip(map(crc32, keys), prints(values, reply)):
-            sums[number & _LAST] += number * (number << 8 | low)
+        for number in numbers(key_len, keys, found):
+            sums[number & _LAST] += number
 
-    def remove(self, keys: Iterable[bytes], values: Collection[bytes], reply: int) -> None:
+    def remove(self, key_len: int, keys: Iterable[bytes], found: Iterable[int]) -> None:
         """They went, as they came."""
         sums = self.sums
-        for number, low in zip(map(crc32, keys), prints(values, reply)):
-            sums[number & _LAST] -= number * (number << 8 | low)
+        for number in numbers(key_len, keys, found):
+            sums[number & _LAST] -= number
 
     @property
     def total(self) -> int:
-        """The digest of the whole table, modulo 2^64."""
-        return sum(self.sums) & SUM
+        """The digest of the whole table: 64 bits."""
+        return int.from_bytes(blake2b(_TOLD.pack(*map(SUM.__and__, self.sums)), digest_size=8).digest(), "big")
 
     def told(self) -> list[int]:
         """Those of all buckets, modulo 2^64."""
-        return [value & SUM for value in self.sums]
+        return list(map(SUM.__and__, self.sums))
 
 
 # --- states ----------------------------------------------------------------------------------------------------------

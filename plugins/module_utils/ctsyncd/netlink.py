@@ -95,7 +95,7 @@ _TOLD_ONCE = (ctnetlink.CTA_LABELS, ctnetlink.CTA_TUPLE_MASTER, ctnetlink.CTA_SE
 
 _ANSWER_BUFFER = 4 << 20
 _READ_SIZE = 64 << 10  # the kernel fills at most 32 KiB of it in a dump
-_EVENT_SLOTS = 256
+_EVENT_SLOTS = 512
 _EVENT_STRIDE = 1088  # one event with everything in it has less than 1 KiB; not a power of two, for the cache's sake
 _ANSWER_SLOTS = 64
 _ANSWER_STRIDE = 64  # an error answer has 36 bytes (NETLINK_CAP_ACK)

@@ -15,7 +15,7 @@ import struct
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from .digest import Digest
+from .digest import Digest, prints
 from .rows import TAIL_BYTES
 
 _SINCE = struct.Struct("!I")
@@ -112,7 +112,8 @@ class ExternalCache:
             rows = dict(itertools.islice(rows.items(), max(0, room)))
         if rows:
             self.table.update(zip(rows, map(operator.add, rows.values(), itertools.repeat(self._since(now)))))
-            self.digest.add(rows, rows.values(), len(next(iter(rows.values()))) - TAIL_BYTES)
+            values = rows.values()
+            self.digest.add(len(next(iter(rows))), rows, prints(values, len(next(iter(values))) - TAIL_BYTES))
         return rows
 
     def replace_rows(self, rows: Mapping[bytes, bytes], changed: Iterable[tuple[bytes, bytes]]) -> None:
@@ -133,7 +134,7 @@ class ExternalCache:
             self.full_at = now
             return False
         if stored is None:
-            self.digest.add((key,), (value,), len(value) - TAIL_BYTES)
+            self.digest.add(len(key), (key,), prints((value,), len(value) - TAIL_BYTES))
         else:
             self._translate(key, stored, value)
         self.table[key] = value + (self._since(now) if stored is None else stored[-SINCE_BYTES:])
@@ -147,20 +148,20 @@ class ExternalCache:
     def _translate(self, key: bytes, before: bytes, now: bytes) -> None:
         reply = len(now) - TAIL_BYTES
         if before[:reply] != now[:reply]:
-            self.digest.remove((key,), (before,), reply)
-            self.digest.add((key,), (now,), reply)
+            self.digest.remove(len(key), (key,), prints((before,), reply))
+            self.digest.add(len(key), (key,), prints((now,), reply))
 
     def take(self, keys: Iterable[bytes]) -> list[bytes]:
         """Forget flows; returns those that were here."""
         known = list(filter(self.table.__contains__, dict.fromkeys(keys)))
         values = list(map(self.table.pop, known))
-        sizes = set(map(len, values))
-        for size in sizes:
+        lengths = set(map(len, known))
+        for key_len in lengths:
             gone, theirs = known, values
-            if len(sizes) > 1:
-                gone = [key for key, value in zip(known, values) if len(value) == size]
-                theirs = [value for value in values if len(value) == size]
-            self.digest.remove(gone, theirs, size - TAIL_BYTES - SINCE_BYTES)
+            if len(lengths) > 1:
+                gone = [key for key in known if len(key) == key_len]
+                theirs = [value for key, value in zip(known, values) if len(key) == key_len]
+            self.digest.remove(key_len, gone, prints(theirs, len(theirs[0]) - TAIL_BYTES - SINCE_BYTES))
         if self.extras:
             for key in known:
                 self.extras.pop(key, None)

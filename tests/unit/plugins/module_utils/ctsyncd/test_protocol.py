@@ -154,11 +154,11 @@ def test_digests_of_the_document_by_its_words() -> None:
     vectors = {name: bytes.fromhex(text) for name, text in documented().items()}
     key, value = vectors["key of the flow"], bytearray(vectors["value of the flow"])
     number, low = zlib.crc32(key), zlib.crc32(value[:12]) >> 24
-    told = (number * (256 * number + low)) % 2**64
-    assert vectors["DIGEST of the flow"] == struct.pack("!IQ", 1, told)
     bucket, first = number % 1024, number % 1024 // 32 * 32
-    sums = [told if first + at == bucket else 0 for at in range(32)]
-    assert vectors["BUCKETS with that of the flow"] == struct.pack("!IH32Q", 2, first, *sums)
+    sums = [number ^ low << 24 if at == bucket else 0 for at in range(1024)]
+    total = hashlib.blake2b(struct.pack("!1024Q", *sums), digest_size=8).digest()
+    assert vectors["DIGEST of the flow"] == struct.pack("!I", 1) + total
+    assert vectors["BUCKETS with that of the flow"] == struct.pack("!IH32Q", 2, first, *sums[first : first + 32])
     value[12:14] = bytes((0, value[13] & 6))  # SEEN_REPLY and ASSURED
     value[14:18] = bytes(4)  # timeout
     value[20] = 0  # flags
