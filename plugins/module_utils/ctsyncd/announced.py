@@ -150,7 +150,7 @@ class Announced:
         spares looking each of them up.
         """
         tails, count = self._tails, len(columns[0])
-        several = [at for at, column in enumerate(columns) if column.count(column[:1]) != count]
+        several = [at for at, column in enumerate(columns) if column != column[:1] * count]
         first = bytes([column[0] for column in columns])
         if not several:
             return [tails.setdefault(first, first)] * count

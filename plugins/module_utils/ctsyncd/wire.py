@@ -493,6 +493,7 @@ def decode_conditions(payload: bytes) -> Conditions:
 _COLUMNS = struct.Struct("!BH")  # length of the keys, rows
 _FEW = 16
 _FEW_PLAIN = 8  # different bytes in all rows that go into each part of them, used or not
+_SAMPLE = 24  # rows that are looked at to say so of many
 _MIRROR_SHARE = 1.05  # where fewer than one in so many rows differ alike, hardly any part of them does
 _FEW_ROWS = 24  # with fewer rows FEW saves next to nothing
 _FEW_SHARE = 20  # where one of two bytes that were looked at is in fewer rows than one in so many, there are not few
@@ -581,24 +582,20 @@ class RowColumns:
         self._columns = columns
         count = len(columns[0])
         firsts = bytearray([column[0] for column in columns])
-        often = list(map(bytes.count, columns, firsts))
+        same = [column == column[:1] * count for column in columns]  # far cheaper than to count
         first = 1 << len(layout.mirror) - 1
         self._mirrored = 0
         self._unclear: list[tuple[int, int, int]] = []  # bit, column and the one that it may mirror in a part
         for place, original in enumerate(layout.mirror):
             at = layout.reply + place
             if columns[at] == columns[original]:
-                firsts[at], often[at] = 0, count
+                firsts[at], same[at] = 0, True
                 self._mirrored |= first >> place
-            elif (often[at] != count or often[original] != count) and _may_mirror(columns[at], columns[original]):
+            elif not (same[at] and same[original]) and _may_mirror(columns[at], columns[original]):
                 self._unclear.append((first >> place, at, original))
         self._firsts = bytes(firsts)
         # the columns with several bytes, and whether these may be few in a part
-        self._several = {
-            at: max(times, *map(columns[at].count, (columns[at][count >> 1], columns[at][-1]))) * _FEW_SHARE > count
-            for at, times in enumerate(often)
-            if times != count
-        }
+        self._several = {at: _few_somewhere(columns[at]) for at in range(len(columns)) if not same[at]}
         self._few: list[tuple[bytes, bytes, str]] = []  # a column of few bytes, what FEW says of it, and its digits
         self._full: list[bytes] = []
         self._begin = b""  # what all parts begin with, behind their heads
@@ -610,7 +607,7 @@ class RowColumns:
         high = bytearray(b"0" * len(firsts))
         for at, perhaps in self._several.items():
             column = self._columns[at]
-            values = bytes(sorted(set(column))) if perhaps else b""
+            values = _values(column) if perhaps else b""
             if len(values) > _FEW_PLAIN:
                 return False
             high[at] = _ONE
@@ -774,6 +771,21 @@ def _encode_several(firsts: bytearray, several: list[tuple[int, bytes, bool]], c
     for place, _column, _perhaps in several:
         firsts[place] = 0
     return b"".join((masks, firsts.translate(None, b"\0"), *few, *full))
+
+
+def _few_somewhere(column: bytes) -> bool:
+    """May this column have few different bytes in some part of it?  A look at its beginning, its middle and its end."""
+    middle = len(column) >> 1
+    for at in (0, middle, max(0, len(column) - _SAMPLE)):  # noqa: SIM110 - a generator costs more than the loop
+        if len(set(column[at : at + _SAMPLE])) <= _FEW:
+            return True
+    return False
+
+
+def _values(column: bytes) -> bytes:
+    """The different bytes of a column, sorted: quickly where they are few."""
+    known = set(column[:_SAMPLE])
+    return bytes(sorted(known.union(column.translate(None, bytes(known)))))
 
 
 def _may_mirror(column: bytes, original: bytes) -> bool:
