@@ -325,9 +325,10 @@ NOTES: dict[str, str] = {
         "poll of the engine every ten. Before that the AES-GCM of python3-cryptography before version 42 was the "
         "largest part: OpenSSL's context is kept now, which takes a third of it. A heartbeat twice a second instead "
         "of five times, and the peer answering instead of keeping time itself, had divided the wake-ups by four. "
-        "Fewer heartbeats would notice a dead peer later. To leave the answer in the socket until the own next "
-        "heartbeat is due would save one wake-up of two; it was written and taken out again, because the watch over "
-        "several links needs answers within 0.1 s, and a change of role must not wait."
+        "Huge pages for Python's memory changed nothing. Fewer heartbeats would notice a dead peer later. To leave "
+        "the answer in the socket until the own next heartbeat is due would save one wake-up of two; it was written "
+        "and taken out again, because the watch over several links needs answers within 0.1 s, and a change of role "
+        "must not wait."
     ),
     "commit-100000": (
         "Nearly all of our time is the kernel's: it makes the entry. It also builds an event for each as long as "
