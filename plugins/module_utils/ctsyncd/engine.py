@@ -176,8 +176,11 @@ class Engine:
     def _side_changed(self, first: bool, now: float) -> None:
         """Where roles change too often, bulks wait: changes go on to be replicated, and nothing is removed."""
         self._drop_dumps()
-        self.source.forget()
+        waiting, self.newcomers.waiting = self.newcomers.waiting, {}
+        if waiting:  # late flows for the node that is active now
+            self.source.changed(Changes(waiting, [], []), now)
         self.newcomers.forget()
+        self.source.forget()
         self._predecessor = None
         if first:
             return
