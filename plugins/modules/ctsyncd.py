@@ -268,7 +268,9 @@ options:
         type: str
         required: true
   window_ms:
-    description: Longest time that changes are gathered before they are sent, in milliseconds (0 to 50).
+    description: >-
+      Longest time that changes are gathered before they are sent, in milliseconds (0 to 50). A new TCP connection among
+      very many short ones may wait twice as long.
     type: int
     default: 20
 notes:
