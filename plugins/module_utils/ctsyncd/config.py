@@ -197,7 +197,8 @@ OPTIONS: tuple[Option, ...] = (
         "window_ms",
         "integer",
         20,
-        "Longest time that changes are gathered before they are sent.",
+        "Longest time that changes are gathered before they are sent; a new TCP connection among very many short ones "
+        "may wait twice as long.",
         0,
         50,
         live=True,
