@@ -15,6 +15,7 @@ import errno
 import functools
 import heapq
 import ipaddress
+import itertools
 import random
 import struct
 from collections import Counter
@@ -42,7 +43,7 @@ from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.jobs im
     Request,
 )
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.paths import Paths
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.rows import SHAPES, Changes, Sheet, cut
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.rows import SHAPES, Changes, Sheet, cut, pack
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.session import Session
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.situation import HOT_STANDBY, Settings
 
@@ -191,13 +192,18 @@ class Table(Dict[bytes, Flow]):
         return flow
 
 
+def sheets_of(rows: Iterable[tuple[bytes, bytes]]) -> tuple[Sheet, ...]:
+    """Rows, of which a key may repeat, as where very many events are alike."""
+    joined: dict[int, bytes] = {}
+    for key, value in rows:
+        joined[len(key)] = joined.get(len(key), b"") + key + value
+    return tuple(Sheet(key_len, cut(some, SHAPES[key_len].row)) for key_len, some in joined.items())
+
+
 def in_sheets(changes: Changes) -> Changes:
-    """What is rows in columns, as where very many events are alike."""
-    sheets = []
-    for key_len, rows in changes.rows.items():
-        joined = b"".join(key + value for key, value in rows.items())
-        sheets.append(Sheet(key_len, cut(joined, SHAPES[key_len].row)))
-    return changes._replace(rows={}, sheets=tuple(sheets))
+    """What is rows in columns."""
+    rows = itertools.chain.from_iterable(table.items() for table in changes.rows.values())
+    return changes._replace(rows={}, sheets=sheets_of(rows))
 
 
 class Kernel:
@@ -276,7 +282,10 @@ class Kernel:
         if not changes.rows or changes.flows or changes.gone:
             return changes
         self._alike = not self._alike
-        return in_sheets(changes) if self._alike else changes
+        if not self._alike:
+            return changes
+        rows = [pack(flow._replace(mark=flow.mark or 0))[:2] for flow, _destroyed in events]
+        return changes._replace(rows={}, sheets=sheets_of(rows))
 
     def lose_events(self) -> None:
         self.events.clear()
@@ -403,7 +412,8 @@ class Node:
         """One turn of the daemon's loop, in its order; what it sends to each of its peers."""
         if self.engine is None:
             return []
-        self.engine.kernel_changes(self.kernel.take_events(), now)
+        if self.kernel.events or self.kernel.lost or self.engine.newcomers.waiting:
+            self.engine.kernel_changes(self.kernel.take_events(), now)
         rests = not self.kernel.expected and self.engine.resting(now)
         second = now >= self._poll_at
         if second:

@@ -164,6 +164,7 @@ class Daemon:
         self._window = Window()
         self._deadline = now  # the engine's
         self._rested = False  # the last turn left nothing to be done before that
+        self._noted = False  # the recorder knows of the peers what the latest poll came to
         self._served = True  # something else than events and datagrams came in this turn
         self._events_at: float | None = None  # events wait; the window ends then
         self._events_fd = self._events.fileno()
@@ -328,6 +329,7 @@ class Daemon:
                 self._every_second(now)
             return
         self._second_at = min(self._second_at, now + self._second_s)
+        self._noted = False
         if self._control.busy:
             self._control.tick(now)
         if engine_.follows != self._follows:  # before a dump begins: what it does not tell any more, events do
@@ -759,7 +761,8 @@ class Daemon:
 
     def _record(self, now: float) -> None:
         events, age = 0, 0.0
-        if not self._rested:
+        if not (self._rested and self._noted):
+            self._noted = True
             events, age = self._engine.lag(now)
             for said in self._engine.peer_notes(now):
                 if said != self._peer_said.get(said["node"]):

@@ -341,7 +341,8 @@ class Engine:
     @property
     def _tables_compared(self) -> bool:
         """Is the kernel's table held against what the peer was told?"""
-        return self.dumps.runs(BULK) or self.source.touched is not None
+        source = self.source
+        return self.dumps.runs(BULK) or source.touched is not None or source.states is not None
 
     @property
     def follows(self) -> bool:

@@ -122,8 +122,9 @@ class _Columns:
         self._protocols = self._keys[:: self.shape.key]
 
     @property
-    def rows(self) -> Rows:
-        return self._rows
+    def pairs(self) -> Iterable[tuple[bytes, bytes]]:
+        """Key and value of each."""
+        return self._rows.items()
 
     def of_protocol(self, table: bytes) -> int:
         return int.from_bytes(self._protocols.translate(table), "little")
@@ -158,15 +159,15 @@ class _Columns:
 
     def take(self, mask: int) -> Rows:
         if mask == self.all:
-            return self.rows
-        return dict(itertools.compress(self.rows.items(), mask.to_bytes(len(self.rows), "little"))) if mask else {}
+            return self._rows
+        return dict(itertools.compress(self._rows.items(), mask.to_bytes(len(self._rows), "little"))) if mask else {}
 
     def mask_of(self, chosen: Rows) -> int:
-        return int.from_bytes(bytes(map(chosen.__contains__, self.rows)), "little")
+        return int.from_bytes(bytes(map(chosen.__contains__, self._rows)), "little")
 
 
 class _SheetColumns(_Columns):
-    """The same of a sheet, which has them."""
+    """The same of a sheet, which has them.  Of a key that repeats there is a byte in a mask each time."""
 
     def __init__(self, sheet: Sheet) -> None:  # pylint: disable=super-init-not-called
         self.shape = SHAPES[sheet.key_len]
@@ -175,8 +176,14 @@ class _SheetColumns(_Columns):
         self._protocols = sheet.columns[0]
 
     @property
-    def rows(self) -> Rows:
-        return self._sheet.rows()
+    def pairs(self) -> Iterable[tuple[bytes, bytes]]:
+        return zip(self._sheet.keys, self._sheet.values)
+
+    def take(self, mask: int) -> Rows:
+        return dict(itertools.compress(self.pairs, mask.to_bytes(len(self._sheet), "little")))
+
+    def mask_of(self, chosen: Rows) -> int:
+        return int.from_bytes(bytes(map(chosen.__contains__, self._sheet.keys)), "little")
 
     def of_key(self, at: int, table: bytes) -> int:
         return int.from_bytes(self._sheet.columns[at].translate(table), "little")
@@ -363,13 +370,15 @@ class Filter:
         if not shape.zone:
             return columns.all if 0 in self._zones else 0
         at = shape.key - shape.zone
-        return int.from_bytes(bytes(key[at] << 8 | key[at + 1] in self._zones for key in columns.rows), "little")
+        return int.from_bytes(
+            bytes(key[at] << 8 | key[at + 1] in self._zones for key, _value in columns.pairs), "little"
+        )
 
     def _from_only(self, columns: _Columns) -> int:
         patterns = self._only_patterns[columns.shape.address]
         if len(patterns) > _MANY_NETWORKS:
             only, size = self._only or (), columns.shape.address
-            found = bytes(key[1 : 1 + size] in only or value[:size] in only for key, value in columns.rows.items())
+            found = bytes(key[1 : 1 + size] in only or value[:size] in only for key, value in columns.pairs)
             return int.from_bytes(found, "little")
         mask = 0
         for pattern in patterns:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import errno
 import logging
 import selectors
+import types
+from typing import Any
 
 import pytest
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import constants as k
@@ -361,3 +363,23 @@ def test_only_where_nothing_happens_and_all_is_well_the_next_look_around_is_late
     one._second_at = 100.0 + one._second_s
     one._every_second(100.0)
     assert one._second_at == 100.0 + waits
+
+
+def test_what_a_poll_came_to_is_noted_by_the_next_second_though_the_node_rests_again() -> None:
+    asked: list[float] = []
+    noted: list[dict[str, Any]] = []
+    one = object.__new__(daemon.Daemon)
+    one._engine = types.SimpleNamespace(  # type: ignore[assignment]
+        lag=lambda _now: (0, 0.0), peer_notes=lambda now: asked.append(now) or [{"node": "fw2", "state": "silent"}]
+    )
+    one._recorder = types.SimpleNamespace(  # type: ignore[assignment]
+        note=lambda _now, _kind, **said: noted.append(said),
+        sample=lambda *_args, **_said: None,
+        finished=lambda _now: None,
+    )
+    one._counter_sources = one._keep_story = lambda *_args: ()  # type: ignore[method-assign,assignment]
+    one._peer_said = {}
+    one._rested, one._noted = True, False  # a poll came before
+    for now in (5.0, 6.0):
+        one._record(now)
+    assert (asked, noted) == ([5.0], [{"node": "fw2", "state": "silent"}])

@@ -12,9 +12,9 @@ from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import 
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import readiness
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.config import Filter as Selection
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.config import Mark
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.rows import Changes
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.rows import Changes, pack
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.situation import EXTERNAL_CACHE, Settings
-from unit.simulation import Node, Simulation, tcp, udp
+from unit.simulation import Node, Simulation, sheets_of, tcp, udp
 
 MARKED = Settings(filter=Selection(marks=(Mark(1, 0xFF),)))
 TCP_ONLY = Settings(filter=Selection(protocols=(k.IPPROTO_TCP,)))
@@ -48,6 +48,29 @@ def test_flow_that_leaves_the_selection_leaves_the_peer_and_may_come_back(
     sim.fw1.kernel.change(flow.key, mark=1, state=k.TCP_ESTABLISHED)
     sim.run(1.0)
     assert keys(sim.fw2) == ({flow.key}, {flow.key})
+
+
+def test_flood_with_a_repeated_flow_and_one_of_the_node_itself() -> None:
+    sim = Simulation().start()
+    flows = [tcp(1001 + number) for number in range(70)]
+    own = tcp(2001, 40_000)
+    sim.fw1.up.set_addresses([own.orig.src])
+    for flow in flows:
+        flow = flow._replace(
+            orig=flow.orig._replace(src=b"\x0a\0\0\x63"), reply=flow.reply._replace(dst=b"\x0a\0\0\x63")
+        )
+        sim.fw1.kernel.open(flow)
+    first = next(iter(sim.fw1.kernel.table))
+    for state in (k.TCP_FIN_WAIT, k.TCP_ESTABLISHED):
+        sim.fw1.kernel.change(first, state=state)
+    sim.fw1.kernel.open(own)
+    rows = [pack(flow._replace(mark=0))[:2] for flow, _ended in sim.fw1.kernel.events]
+    sim.fw1.kernel.events.clear()
+    (sheet,) = sheets_of(rows)
+    assert len(sheet) == 73
+    sim.fw1.up.kernel_changes(Changes({}, [], [], 73, sheets=(sheet,)), sim.now)
+    sim.run(1.0)
+    assert set(sim.fw2.kernel.table) == {key for key, _value in rows} - {own.key}
 
 
 def test_bulk_and_listing_are_filtered() -> None:
