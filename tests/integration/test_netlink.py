@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import pytest
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import columns, ctnetlink, netlink
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import constants as k
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import ctnetlink, netlink
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.ctnetlink import Event, Kind
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.filters import EventFilter
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import (
@@ -480,7 +480,7 @@ def test_unwanted_tcp_states_are_not_reported(pair: Pair) -> None:
 
 
 def test_system_calls_of_a_thousand_events(net: Net) -> None:
-    """256 events per system call, and none to find that there are no more."""
+    """512 events per system call, and none to find that there are no more."""
     space = firewall(net)
     with contextlib.ExitStack() as stack:
         with space.inside():
@@ -491,9 +491,26 @@ def test_system_calls_of_a_thousand_events(net: Net) -> None:
         events._receiver.receive = lambda limit: calls.append(limit) or receive(limit)  # type: ignore[method-assign, func-returns-value]
         changes = events.read()
         assert changes.events == 1000
-        assert sum(map(len, changes.rows.values())) == 1000
+        assert sum(map(len, changes.settled().rows.values())) == 1000
         assert (changes.lost, changes.more) == (False, False)
-        assert len(calls) == 4
+        assert len(calls) == 2
+
+
+def test_a_flood_comes_in_columns_and_says_the_same(net: Net) -> None:
+    """The kernel's own events, the second time, when their layout is known."""
+    space = firewall(net)
+    flows = [flow_number(number, timeout=600 + number % 7) for number in range(1200)]
+    with contextlib.ExitStack() as stack:
+        with space.inside():
+            events, generally = (stack.enter_context(netlink.EventSocket()) for _again in range(2))
+        generally.reader = columns.Reader(columns=False)
+        for part in (flows[:600], flows[600:]):
+            inject(space, [ctnetlink.create(flow, timeout=flow.timeout or 0) for flow in part])
+            changes, others = events.read(), generally.read()
+            assert changes.settled() == others
+        (sheet,) = changes.sheets
+        assert (len(sheet), sheet.keys, changes.rows) == (600, [flow.key for flow in flows[600:]], {})
+        assert not others.sheets
 
 
 def test_an_overrun_is_reported_once_and_events_go_on(net: Net) -> None:
