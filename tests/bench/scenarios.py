@@ -273,7 +273,7 @@ def resync(bench: Bench, pair: Pair) -> Values:
     before = moment(pair)
     pair.backup.forget_and_request()
     wait_for(lambda: moment(pair).bytes - before.bytes > flows, "the resync to begin", patience(flows))
-    after, busy_at = settled(pair, patience(flows))
+    after, busy_at = settled(pair, patience(flows), link_only=True)
     return {
         "seconds": busy_at - before.time,
         "active_cpu_s": (after.active_ns - before.active_ns) / 1e9,

@@ -337,6 +337,8 @@ class Engine:
             self.source.doubt()
             self.counters["overruns"] += 1
             self.dumps.events_lost(now)
+            if not (self.active or self.situation.hot):  # what was committed may be gone, and nobody compares
+                self.replicas.vanished(self.cache.table)
 
     @property
     def _tables_compared(self) -> bool:

@@ -29,6 +29,24 @@ def opened(node: Node, ports: range) -> set[bytes]:
 # --- lost events -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("committed", [True, False])
+def test_what_a_classic_backup_committed_is_made_again_if_it_may_be_gone(committed: bool) -> None:
+    """Somebody empties its kernel's table, and not all of that is heard."""
+    sim = Simulation(settings=Settings(mode=EXTERNAL_CACHE)).start()
+    keys = opened(sim.fw1, range(1000, 1040))
+    sim.run(1.0)
+    kernel = sim.fw2.kernel
+    if committed:
+        assert sim.fw2.up.commit() == len(keys)
+        sim.run(1.0)
+    assert kernel.table.keys() == (keys if committed else set())
+    for key in sorted(kernel.table)[:20]:
+        kernel.table.pop(key)
+    kernel.lose_events()
+    sim.run(1.0)
+    assert kernel.table.keys() == (keys if committed else set())
+
+
 @pytest.mark.parametrize("every_s", [0.02, 0.5, 7.0])
 def test_table_arrives_though_events_are_lost_all_the_time(every_s: float) -> None:
     """Each loss asks for the table again, and must not cut off the one that is on its way."""
