@@ -47,6 +47,7 @@ SIZES = {
         5, 100_000, (50_000, 100_000, 250_000, 500_000, 1_000_000), (2_000_000, 4_000_000), 5.0, 10.0, 20.0, 600
     ),
 }
+FILL = 50_000  # flows that a table grows by at once: what conntrackd takes without losing events
 EVENT_PROBE = 20_000  # flows that are added and deleted to see what one costs in a table of a certain size
 STEADY_RATE = 20_000
 CONVERGE_S = 15.0
@@ -394,17 +395,13 @@ def growth(bench: Bench, pair: Pair, record: Callable[[str, Values], None], say:
     record("growth-0", start)
     for size in sizes:
         say(f"{pair.variant}: {size} flows")
-        first, step = has, size - has
-
-        def fill(first: int = first, step: int = step) -> int:
-            return _add(bench, "transit", step, name="growth", first=first)
-
-        values = worked(pair, fill, patience(step))
+        values = worked(pair, lambda first=has, size=size: _fill(bench, pair, first, size), patience(size - has))
         has = size
         grown = _grown(pair)
         values.update(grown)
-        values.update({f"{name}_per_flow": (grown[name] - start[name]) / size for name in grown})
         values["missing"] = _missing(pair, entries(bench.stand.fw1))
+        known = max(1.0, size - values["missing"])  # what a daemon lost takes no room
+        values.update({f"{name}_per_flow": (grown[name] - start[name]) / known for name in grown})
         added = worked(pair, lambda: _add(bench, "transit", EVENT_PROBE, name="event"), patience(EVENT_PROBE))
         deleted = worked(pair, lambda: _delete(bench, "transit", EVENT_PROBE, name="event"), patience(EVENT_PROBE))
         for cost in ("active_us", "backup_us", "bytes"):
@@ -414,14 +411,22 @@ def growth(bench: Bench, pair: Pair, record: Callable[[str, Values], None], say:
             record(f"resync-{size}", resync(bench, pair))
 
 
+def _fill(bench: Bench, pair: Pair, first: int, size: int) -> int:
+    """Flows from number ``first`` up to a table of ``size``, in parts that every daemon can work off."""
+    added = 0
+    for at in range(first, size, FILL):
+        added += _add(bench, "transit", min(FILL, size - at), name="growth", first=at)
+        settled(pair, patience(FILL))
+    return added
+
+
 def commits(bench: Bench, pair: Pair, record: Callable[[str, Values], None], say: Callable[[str], None]) -> None:
     """Commits of growing size."""
     has = 0
     for size in bench.size.growth + (bench.size.growth_first if bench.round == 0 else ()):
         say(f"{pair.variant}: {size} flows")
-        _add(bench, "transit", size - has, name="growth", first=has)
+        _fill(bench, pair, has, size)
         has = size
-        settled(pair, patience(size))
         record(f"commit-{size}", commit(bench, pair))
         bench.stand.fw2.conntrack("-F", check=False)
         settled(pair, patience(size))
