@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from zlib import crc32
 
 from .digest import BUCKETS, Digest, number_of, printed, printed_columns, prints
-from .rows import SHAPES, TAIL_BYTES, Sheet, cut, merge_extras, merge_value
+from .rows import SHAPES, TAIL_BYTES, Sheet, cut, interleave, merge_extras, merge_value
 
 FEW = 16  # rows up to which they are handled one by one
 TAILS = 16_384  # that flows have in common, at most (100 bytes each)
@@ -155,10 +155,7 @@ class Announced:
         if not several:
             return [tails.setdefault(first, first)] * count
         if len(several) > 1:
-            joined = bytearray(TAIL_BYTES * count)
-            for at, column in enumerate(columns):
-                joined[at::TAIL_BYTES] = column
-            found = list(itertools.chain.from_iterable(_iter_tails(joined)))
+            found = list(itertools.chain.from_iterable(_iter_tails(interleave(columns))))
             return list(map(tails.setdefault, found, found))
         at = several[0]
         known = {}

@@ -67,6 +67,7 @@ from .rows import (
     TIMEOUT_FROM_END,
     Changes,
     Shape,
+    interleave,
     is_partial,
     join,
     pack_value,
@@ -381,11 +382,7 @@ class Layout:
 
     def pairs(self, columns: Sequence[bytes | bytearray]) -> Iterator[tuple[bytes, bytes]]:
         """Key and value (b"" if ended) of the rows that have these columns."""
-        size = len(columns)
-        out = bytearray(size * len(columns[0]))
-        for at, column in enumerate(columns):
-            out[at::size] = column
-        return self._pairs.iter_unpack(out)
+        return self._pairs.iter_unpack(interleave(columns))
 
     def table(self, messages: list[bytearray]) -> dict[bytes, bytes] | None:
         """Key and last value of messages as long as this layout's; None if one has another layout, or such a value."""

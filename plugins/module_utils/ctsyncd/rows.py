@@ -271,25 +271,28 @@ class Sheet:
     @property
     def keys(self) -> list[bytes]:
         if self._keys is None:
-            self._keys = _joined(self.columns[: self.key_len], _KEYS[self.key_len])
+            joined = interleave(self.columns[: self.key_len])
+            self._keys = list(itertools.chain.from_iterable(_KEYS[self.key_len](joined)))
         return self._keys
 
     @property
     def values(self) -> list[bytes]:
         """Made anew each time."""
-        return _joined(self.columns[self.key_len :], _VALUES[self.key_len])
+        joined = interleave(self.columns[self.key_len :])
+        return list(itertools.chain.from_iterable(_VALUES[self.key_len](joined)))
 
     def rows(self) -> dict[bytes, bytes]:
         """Key to value."""
         return dict(zip(self.keys, self.values))
 
 
-def _joined(columns: Columns, unpack: Callable[[bytearray], Iterator[tuple[bytes]]]) -> list[bytes]:
+def interleave(columns: Sequence[bytes | bytearray]) -> bytearray:
+    """The joined rows that have these columns."""
     width = len(columns)
     out = bytearray(width * len(columns[0]))
     for at, column in enumerate(columns):
         out[at::width] = column
-    return list(itertools.chain.from_iterable(unpack(out)))
+    return out
 
 
 def cut(joined: bytes, width: int) -> list[bytes]:
@@ -326,7 +329,4 @@ class Changes(NamedTuple):
         """The same without sheets."""
         if not self.sheets:
             return self
-        rows: dict[int, dict[bytes, bytes]] = {}
-        for sheet in self.sheets:
-            rows[sheet.key_len] = sheet.rows()
-        return self._replace(rows=rows, sheets=())
+        return self._replace(rows={sheet.key_len: sheet.rows() for sheet in self.sheets}, sheets=())

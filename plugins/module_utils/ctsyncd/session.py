@@ -155,7 +155,7 @@ class _Sealer:
         header = wire.encode_header(self._kind, self.key_id, self.nonce, self.number)
         self.number += 1
         digest = self._digest(header, plaintext)
-        return header + digest + self._aead.seal(header[-wire.NUMBER_BYTES :] + digest, plaintext, header)
+        return header + digest + self._aead.seal(wire.aead_nonce(header, digest), plaintext, header)
 
 
 class _Parts:

@@ -357,7 +357,8 @@ def test_only_where_nothing_happens_and_all_is_well_the_next_look_around_is_late
     one._engine = type("Idle", (), {"role": "active"})()
     one._notifier = type("Silent", (), {"watchdog_interval_s": None, "status": lambda _self, _text: None})()
     one._verdict = readiness.Verdict(readiness.READY, reasons, 0)
-    one._links, one._summary = [object()] * links, None  # type: ignore[list-item]
+    monkeypatch.setattr(one, "_links", [object()] * links, raising=False)
+    one._summary = None
     one._second_s, one._idle_s = daemon.pace(None)
     one._rested = rested
     one._second_at = 100.0 + one._second_s
@@ -365,19 +366,27 @@ def test_only_where_nothing_happens_and_all_is_well_the_next_look_around_is_late
     assert one._second_at == 100.0 + waits
 
 
-def test_what_a_poll_came_to_is_noted_by_the_next_second_though_the_node_rests_again() -> None:
+def test_what_a_poll_came_to_is_noted_by_the_next_second_though_the_node_rests_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     asked: list[float] = []
     noted: list[dict[str, Any]] = []
-    one = object.__new__(daemon.Daemon)
-    one._engine = types.SimpleNamespace(  # type: ignore[assignment]
-        lag=lambda _now: (0, 0.0), peer_notes=lambda now: asked.append(now) or [{"node": "fw2", "state": "silent"}]
-    )
-    one._recorder = types.SimpleNamespace(  # type: ignore[assignment]
+
+    def peer_notes(now: float) -> list[dict[str, str]]:
+        asked.append(now)
+        return [{"node": "fw2", "state": "silent"}]
+
+    recorder = types.SimpleNamespace(
         note=lambda _now, _kind, **said: noted.append(said),
         sample=lambda *_args, **_said: None,
         finished=lambda _now: None,
     )
-    one._counter_sources = one._keep_story = lambda *_args: ()  # type: ignore[method-assign,assignment]
+    one = object.__new__(daemon.Daemon)
+    engine = types.SimpleNamespace(lag=lambda _now: (0, 0.0), peer_notes=peer_notes)
+    monkeypatch.setattr(one, "_engine", engine, raising=False)
+    monkeypatch.setattr(one, "_recorder", recorder, raising=False)
+    for name in ("_counter_sources", "_keep_story"):
+        monkeypatch.setattr(one, name, lambda *_args: ())
     one._peer_said = {}
     one._rested, one._noted = True, False  # a poll came before
     for now in (5.0, 6.0):
