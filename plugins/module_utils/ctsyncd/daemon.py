@@ -71,8 +71,9 @@ SPARSE_S = 0.0066  # between two events: a window would gather a few at most, so
 AVERAGED_EVENTS = 64
 CROWDED = (10_000.0, 15_000.0)  # flows per second that the peer does not know: from here to there the window shrinks
 CROWDED_WINDOW_S = 0.002  # ... to this ...
-FLOOD = (25_000.0, 40_000.0)  # ... and from here to there it grows again: CPU time counts for more then
-AVERAGED_S = 0.25  # over which they are counted
+FLOOD = (25_000.0, 35_000.0)  # ... and from here to there it grows again: CPU time counts for more then
+AVERAGED_S = 0.25  # over which they are counted ...
+SURGE_S = 0.05  # ... and where they may be a flood: at its beginning each short window costs as much as a long one
 
 NANOSECONDS = 1_000_000_000
 
@@ -89,7 +90,8 @@ class Window:
 
     def __init__(self) -> None:
         self._gap = QUIET_S  # between two events, on average
-        self._fresh = 0.0  # flows per second that the peer does not know, on average
+        self._fresh = 0.0  # flows per second that the peer does not know, on average ...
+        self._surge = 0.0  # ... and lately
         self._last = float("-inf")  # when events were read last
 
     def opens(self, now: float, longest: float) -> float:
@@ -99,7 +101,8 @@ class Window:
         fresh, (lowest, highest), (above, flood) = self._fresh, CROWDED, FLOOD
         if fresh <= lowest:
             return longest
-        share = max(0.0, (highest - fresh) / (highest - lowest), (fresh - above) / (flood - above))
+        most = max(fresh, self._surge)
+        share = max(0.0, (highest - fresh) / (highest - lowest), (most - above) / (flood - above))
         length = CROWDED_WINDOW_S + min(1.0, share) * max(0.0, longest - CROWDED_WINDOW_S)
         return min(longest, max(0.0, self._last + length - now))  # events wait since they were read last
 
@@ -109,7 +112,9 @@ class Window:
             return
         since = now - self._last
         self._last = now
-        self._fresh += (fresh / max(since, CROWDED_WINDOW_S) - self._fresh) * min(1.0, since / AVERAGED_S)
+        rate = fresh / max(since, CROWDED_WINDOW_S)
+        self._fresh += (rate - self._fresh) * min(1.0, since / AVERAGED_S)
+        self._surge += (rate - self._surge) * min(1.0, since / SURGE_S)
         elapsed = min(since, QUIET_S)
         if events >= AVERAGED_EVENTS:
             self._gap = elapsed / events
@@ -294,14 +299,10 @@ class Daemon:
                 window = self._window.opens(now, self.config.window_ms / 1000)
                 self._events_at = now + window
                 if window and not ready:
-                    wait = min(window, self._wait(now))
-                    if engine_.active and engine_.nothing_to_tell:  # what the peer says now is not urgent
-                        time.sleep(wait)
-                        wait = 0.0
-                    ready = self._watch.others(wait)
+                    ready = self._gather(min(window, self._wait(now)))
                     now = time.monotonic()
         else:
-            ready = self._watch.others(wait)
+            ready = self._gather(wait)
             now = time.monotonic()
         if ready:
             self._serve(ready, now)
@@ -348,6 +349,14 @@ class Daemon:
         else:
             self._look_for_news(now)
         self._deadline = engine_.next_deadline()
+
+    def _gather(self, wait: float) -> list[int]:
+        """Let events come up for so long (seconds); what else is ready then, or earlier if it may be urgent."""
+        engine_ = self._engine
+        if wait and engine_.active and engine_.nothing_to_tell:  # what the peer says meanwhile is not
+            time.sleep(wait)
+            wait = 0.0
+        return self._watch.others(wait)
 
     def _rests(self, now: float) -> bool:
         """Is there nothing to be done in this turn but what sessions have to say?  So it is in most turns."""
@@ -626,6 +635,10 @@ class Daemon:
         self._events_at = now if changes.more else None
         if self._events_at is None and self._engine.newcomers.waiting:
             self._events_at = now + self.config.window_ms / 1000
+        elif self._events_at is None and changes.events:
+            window = self._window.opens(now, self.config.window_ms / 1000)
+            if window:  # more will come: no wake-up for the first of them
+                self._events_at = now + window
 
     def _answer_questions(self, now: float) -> None:
         """Give the engine the kernel's entries that it asks for."""

@@ -140,6 +140,109 @@ def test_time_since_the_last_reading_counts_where_many_flows_come_up() -> None:
     assert window.opens(now + 0.004, 0.02) == 0.0
 
 
+def windows(window: daemon.Window, rate: float, seconds: float, now: float) -> tuple[list[float], float]:
+    """The windows (seconds) in which new flows are read that come at this rate, each begun by the reading before, and
+    when the last of them ends."""
+    found = []
+    end = now + seconds
+    while now < end:
+        found.append(max(0.0003, window.opens(now, 0.02)))  # what a turn takes
+        now += found[-1]
+        window.read(int(found[-1] * rate), int(found[-1] * rate), now)
+    return found, now
+
+
+@pytest.mark.parametrize("rate", [45_000, 100_000, 300_000])
+def test_flood_is_known_from_its_beginning_on(rate: float) -> None:
+    """At no rate that it is taken for on the way has it short windows for long."""
+    window = daemon.Window()
+    window.read(1, 1, 100.0)
+    found, _now = windows(window, rate, 1.0, 100.001)
+    assert len(found) <= 60
+
+
+def test_flood_goes_on_after_a_pause() -> None:
+    """What it was on average counts beside what it was lately."""
+    window = daemon.Window()
+    _found, now = windows(window, 60_000, 1.0, 100.0)
+    window.read(50, 50, now + 0.06)
+    found, _now = windows(window, 60_000, 0.3, now + 0.06)
+    assert len(found) <= 20
+
+
+@pytest.mark.parametrize("pause", [0.005, 0.02])
+def test_no_pause_makes_a_flood(pause: float) -> None:
+    """A load of 20,000 a second hesitates, and then what it owes comes at five times the rate."""
+    window = daemon.Window()
+    _found, now = windows(window, 20_000, 1.0, 100.0)
+    window.read(20, 20, now + pause)
+    found, now = windows(window, 100_000, pause / 4, now + pause)
+    assert max(found) == pytest.approx(daemon.CROWDED_WINDOW_S)
+    found, now = windows(window, 20_000, 0.1, now)
+    assert max(found) == pytest.approx(daemon.CROWDED_WINDOW_S)
+
+
+class Readings:
+    """A daemon's edges and engine: events come in, so many at each reading."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.events = 0
+        self.active, self.nothing_to_tell = True, True
+        self.did: list[tuple[str, float]] = []
+        self.newcomers = Newcomers()
+        self.source = types.SimpleNamespace(told=0)
+        self.daemon = one = object.__new__(daemon.Daemon)
+        one._window = daemon.Window()
+        monkeypatch.setattr(one, "config", types.SimpleNamespace(window_ms=20), raising=False)
+        monkeypatch.setattr(one, "_engine", self, raising=False)
+        monkeypatch.setattr(one, "_events", self, raising=False)
+        monkeypatch.setattr(one, "_watch", self, raising=False)
+        monkeypatch.setattr(daemon.time, "sleep", lambda wait: self.did.append(("sleep", wait)))
+
+    def read(self, _limit: int) -> Changes:
+        return Changes({}, [], [], self.events)
+
+    def kernel_changes(self, changes: Changes, _now: float) -> None:
+        self.source.told += changes.events
+
+    def others(self, wait: float) -> list[int]:
+        self.did.append(("others", wait))
+        return [5]
+
+
+def test_where_events_are_many_none_of_them_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next reading is a window after this one; where nothing came the next event wakes the daemon."""
+    edges = Readings(monkeypatch)
+    one, now = edges.daemon, 100.0
+    for events, then in ((1, None), (100, 0.02), (40, 0.02), (0, None), (1, 0.02)):
+        now += 0.02
+        edges.events = events
+        one._read_events(now)
+        assert one._events_at == (None if then is None else pytest.approx(now + then))
+    edges.events = 1
+    for number in range(200):  # ten a second
+        one._read_events(now + 0.1 * (number + 1))
+    assert one._events_at is None
+
+
+@pytest.mark.parametrize(
+    ("active", "nothing_to_tell", "wait", "did"),
+    [
+        (True, True, 0.02, [("sleep", 0.02), ("others", 0.0)]),
+        (True, False, 0.02, [("others", 0.02)]),  # an acknowledgement lets go what waits
+        (False, True, 0.02, [("others", 0.02)]),  # a backup lives on what its peer says
+        (True, True, 0.0, [("others", 0.0)]),
+    ],
+)
+def test_peer_does_not_wake_an_active_node_that_gathers_events(
+    monkeypatch: pytest.MonkeyPatch, active: bool, nothing_to_tell: bool, wait: float, did: list[tuple[str, float]]
+) -> None:
+    edges = Readings(monkeypatch)
+    edges.active, edges.nothing_to_tell = active, nothing_to_tell
+    assert edges.daemon._gather(wait) == [5]
+    assert edges.did == did
+
+
 def test_news_are_looked_for_twice_at_once_and_ten_times_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sign of life and its answer leave nothing to wake up for; a busy node does not judge in each turn."""
     looked: list[float] = []
