@@ -168,7 +168,8 @@ _ATTR = struct.Struct("=HH")  # struct nlattr: length, type
 _COLUMNS_FROM = 6  # fewer messages are cheaper one by one
 _COMPARED = 32  # messages at once, as one number ...
 _COMPARED_BY_COLUMNS = 64  # ... unless they are so many: to make numbers of all bytes costs more than the columns
-_LAYOUTS_PER_HEAD = 4  # of some 50 kB each
+_WORD = 4  # bytes of struct nlattr, that stands at a multiple of them
+_LAYOUTS_PER_HEAD = 4
 _HEADS = 128
 
 # Attributes whose values decide more than a column can tell
@@ -239,15 +240,6 @@ def _place(found: _Places, kind: int) -> int:
     return found[kind][0] if kind in found else 0
 
 
-class _Comparison(NamedTuple):
-    """Of so many messages, one every ``stride`` bytes: where the columns of fixed bytes are, and what these are."""
-
-    messages: int
-    stride: int
-    columns: list[slice]
-    wanted: bytes
-
-
 class Layout:
     """Messages that have exactly these attributes: what is compared, and where the parts of a row are.
 
@@ -298,27 +290,18 @@ class Layout:
             mask[place : place + size] = b"\xff" * size
         self._mask = int.from_bytes(mask * _COMPARED, "little")
         self._want = int.from_bytes(message * _COMPARED, "little") & self._mask
-        self._fixed = [place for place in range(self.length) if mask[place]]
-        self._fixed_bytes = bytes(message[place] for place in self._fixed)
-        self._comparisons = [_Comparison(0, 0, [], b"")]  # that of the most messages, and the latest
+        words = [place for place in range(0, self.length, _WORD) if mask[place : place + _WORD] == b"\xff" * _WORD]
+        self._fixed_words = [place // _WORD for place in words]
+        self._fixed_bytes = [
+            place for place in range(self.length) if mask[place] and place // _WORD * _WORD not in words
+        ]
         self._mask_one = int.from_bytes(mask, "little")
         self._want_one = int.from_bytes(message, "little") & self._mask_one
-
-    def _comparison(self, count: int, stride: int) -> _Comparison:
-        for known in self._comparisons:
-            if known.messages == count and known.stride == stride:
-                return known
-        columns = [slice(place, count * stride, stride) for place in self._fixed]
-        made = _Comparison(count, stride, columns, b"".join([bytes((byte,)) * count for byte in self._fixed_bytes]))
-        # a flood comes in full batches, and each time one with the rest
-        self._comparisons = [max(*self._comparisons, made, key=operator.attrgetter("messages")), made]
-        return made
 
     def fits(self, data: bytes | bytearray, count: int, stride: int = 0) -> bool:
         """Do all ``count`` messages, joined or one every ``stride`` bytes, have this layout?  Few must be joined."""
         if count >= _COMPARED_BY_COLUMNS:
-            comparison = self._comparison(count, stride or self.length)
-            return b"".join(map(data.__getitem__, comparison.columns)) == comparison.wanted
+            return self.fits_one(data[: self.length]) and self._repeats(data, count, stride or self.length)
         step = self.length * _COMPARED
         for at in range(0, len(data) - step + 1, step):
             if int.from_bytes(data[at : at + step], "little") & self._mask != self._want:
@@ -329,6 +312,22 @@ class Layout:
         beyond = 8 * self.length * (_COMPARED - rest)
         number = int.from_bytes(data[-self.length * rest :], "little")
         return number & (self._mask >> beyond) == self._want >> beyond
+
+    def _repeats(self, data: bytes | bytearray, count: int, stride: int) -> bool:
+        """Have all of these messages the same at the places that are compared?
+
+        Each is compared with the one before it: nothing is copied, and nothing kept to compare with.
+        """
+        end = count * stride
+        with memoryview(data) as view, view.cast("I") as words:
+            step, last = stride // _WORD, end // _WORD
+            for at in self._fixed_words:
+                if words[at : last - step : step] != words[at + step : last : step]:
+                    return False
+            for at in self._fixed_bytes:
+                if view[at : end - stride : stride] != view[at + stride : end : stride]:
+                    return False
+        return True
 
     # many messages
 
