@@ -40,7 +40,7 @@ import operator
 import struct
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Callable, NamedTuple
+from typing import Callable, NamedTuple, Union
 
 from . import ctnetlink
 from .constants import (
@@ -128,7 +128,8 @@ class Gathering:
     def changes(self, events: int, lost: bool = False, more: bool = False) -> Changes:
         """What was put together."""
         rows = {key_len: known for key_len, known in self.rows.items() if known}
-        return Changes(rows, list(self.flows.values()), list(self.gone), events, lost, more, join(self.parts))
+        sheets = join(self.parts) if self.parts else ()
+        return Changes(rows, list(self.flows.values()), list(self.gone), events, lost, more, sheets)
 
 
 _NONE: dict[bytes, bytes] = {}  # stays empty
@@ -510,6 +511,8 @@ class Reader:
             if alike:
                 return count, False
         into.settle()
+        if count < _COLUMNS_FROM and self._few(data, stride, lengths, into):
+            return count, False
         if count >= _COLUMNS_FROM and self._usual_ones(data, stride, lengths, into):
             return count, False
         longest = max(lengths)
@@ -526,6 +529,25 @@ class Reader:
                     lost |= length == stride < heads[slot][0]
         events, others = self._read(raw, heads, odd, into)
         return events, lost or others
+
+    def _few(self, data: bytearray, stride: int, lengths: list[int], into: Gathering) -> bool:
+        """Take few events one by one, if each has the layout that those of its length had; else False, with nothing
+        done.  So it is on a quiet node."""
+        pairs = []
+        for slot, length in enumerate(lengths):
+            layout = self._usual.get(length)
+            message = data[slot * stride : slot * stride + length]
+            pair = layout.pair(message) if layout is not None and layout.fits_one(message) else None
+            if pair is None:
+                return False
+            pairs.append(pair)
+        for key, value in pairs:
+            if value:
+                into.row(key, value)
+            else:
+                into.end(key)
+        self.fast += len(pairs)
+        return True
 
     def _alike(self, layout: Layout, data: bytes | bytearray, count: int, stride: int, into: Gathering) -> bool:
         """Take events that all have the layout of those before; False, with nothing done, if they have not."""
@@ -810,7 +832,7 @@ class Batch(NamedTuple):
     which row the request of each number is for.
     """
 
-    pieces: list[tuple[bytearray, int]]
+    pieces: list[tuple[Union[bytes, bytearray], int]]
     order: list[int]
 
 
@@ -899,19 +921,44 @@ def _requests(sample: _Sample, rows: _Rows, first: int) -> Batch:
     shape = SHAPES.get(rows.key_len)
     if shape is None:
         raise NetlinkError(f"flow key of {rows.key_len} bytes")
+    if len(rows.keys) < _COLUMNS_FROM:
+        return _few_requests(sample, shape, rows, first)
     batch = Batch([], [])
     for sign, group in _alike(shape, rows):
         keys, values, seconds = _joined_rows(rows, group)
-        known = (sample, shape.key, sign)
-        template = _templates.get(known)
-        if template is None:
-            if len(_templates) >= _TEMPLATES:
-                _templates.clear()
-            key, value = keys[: shape.key], values[: shape.value]
-            template = _templates[known] = _Template(sample(key, value), shape, key, value)
+        template = _template(sample, shape, sign, keys[: shape.key], values[: shape.value])
         batch.pieces.append((template.fill(keys, values, seconds, first + len(batch.order)), template.length))
         batch.order.extend(group)
     return batch
+
+
+def _few_requests(sample: _Sample, shape: Shape, rows: _Rows, first: int) -> Batch:
+    """The same one by one, which costs less where they are few."""
+    batch = Batch([], [])
+    count, size = len(rows.keys), 0 if rows.values is None else shape.value
+    values = [b""] * count if rows.values is None else rows.values
+    timeouts = [0] * count if rows.timeouts is None else rows.timeouts
+    if len(values) != count:
+        raise NetlinkError(f"{count} keys and {len(values)} values")
+    for index, (key, value, timeout) in enumerate(zip(rows.keys, values, timeouts)):
+        if len(key) != shape.key:
+            raise NetlinkError(f"keys that do not all have {shape.key} bytes")
+        if len(value) != size:
+            raise NetlinkError(f"values that do not all have {size} bytes")
+        template = _template(sample, shape, _sign(shape, key, value), key, value)
+        batch.pieces.append((template.fill_one(key, value, timeout, first + index), template.length))
+        batch.order.append(index)
+    return batch
+
+
+def _template(sample: _Sample, shape: Shape, sign: _Sign, key: bytes, value: bytes) -> _Template:
+    known = (sample, shape.key, sign)
+    template = _templates.get(known)
+    if template is None:
+        if len(_templates) >= _TEMPLATES:
+            _templates.clear()
+        template = _templates[known] = _Template(sample(key, value), shape, key, value)
+    return template
 
 
 _templates: dict[tuple[_Sample, int, _Sign], _Template] = {}
@@ -967,6 +1014,21 @@ def _alike(shape: Shape, rows: _Rows) -> list[tuple[_Sign, Sequence[int]]]:
     return list(groups.items())
 
 
+def _sign(shape: Shape, key: bytes, value: bytes) -> _Sign:
+    """What the request of one row has in common with others."""
+    signs = [key[0]]
+    if shape.zone:
+        at = shape.key - shape.zone
+        signs.append(_NO_STATE_BITS[key[at] | key[at + 1]])
+    if shape.zone == 3:
+        signs.append(key[-1])
+    if value:
+        status, flags = value[1 - STATUS_FROM_END], value[-FLAGS_FROM_END]
+        about = _NO_STATE_BITS[value[-STATE_FROM_END]] | _NO_SCALE_BITS[value[-SCALE_FROM_END]] | _SCALED_BITS[flags]
+        signs.append(_NAT_BITS[status] | _ASSURED_BITS[status] | about)
+    return tuple(signs)
+
+
 class _Template:
     """A request that was made of one row, and where the bytes of other rows with the same attributes go."""
 
@@ -979,6 +1041,7 @@ class _Template:
         # place, which column (of keys, values, seconds, numbers) and what to translate it with
         self._moves: list[tuple[int, int, int, bytes | None]] = []
         self._prepare()
+        self._prepare_one()
 
     def fill(self, keys: bytes, values: bytes, seconds: bytes, first: int) -> bytearray:
         """Requests for these joined rows, numbered from ``first``."""
@@ -992,6 +1055,29 @@ class _Template:
             column = sources[source][at :: sizes[source]]
             out[to::length] = column if table is None else column.translate(table)
         return out
+
+    def fill_one(self, key: bytes, value: bytes, seconds: int, number: int) -> bytes:
+        """The request for one row, with this number."""
+        sources = (key, value, seconds.to_bytes(4, "big"), (number & _MAX).to_bytes(4, sys.byteorder))
+        translated = [sources[source].translate(table) for source, table in self._tables]
+        return b"".join(self._pieces(b"".join((self._message, *sources, *translated))))
+
+    def _prepare_one(self) -> None:
+        """Pieces of a request out of all that it may be made of: the sample, the row, the row translated."""
+        sizes = (self._shape.key, len(self._value), 4, 4)
+        starts = list(itertools.accumulate(sizes, initial=self.length))
+        # each source with each table that is used for it
+        self._tables = list(dict.fromkeys([(source, table) for _to, source, _at, table in self._moves if table]))
+        starts += itertools.accumulate([sizes[source] for source, _table in self._tables], initial=starts.pop())
+        origin = list(range(self.length))
+        for to, source, at, table in self._moves:
+            origin[to] = at + starts[source if table is None else len(sizes) + self._tables.index((source, table))]
+        cuts = [place for place in range(1, self.length) if origin[place] != origin[place - 1] + 1]
+        ends = [*cuts, self.length]
+        begins = [0, *cuts]
+        self._pieces = operator.itemgetter(
+            *[slice(origin[begin], origin[begin] + end - begin) for begin, end in zip(begins, ends)]
+        )
 
     def _move(self, to: int, source: int, at: int, width: int = 1, table: bytes | None = None) -> None:
         self._moves += [(to + one, source, at + one, table) for one in range(width)]

@@ -944,7 +944,7 @@ class Engine:
             self._sleeps_until = self._sleep(now)
         if now >= self._sleeps_until or self.dumps.changes != self._changes_polled or self.situation.alarms:
             return False
-        return not [peer for peer in self.peers if peer.session.in_flight or len(peer.pending)]
+        return not [peer for peer in self.peers if peer.session.in_flight or peer.pending.waits]
 
     def _sleep(self, now: float) -> float:
         """Until when there is nothing to be done for a poll, if nothing comes in."""
@@ -966,7 +966,7 @@ class Engine:
     @property
     def nothing_to_tell(self) -> bool:
         """No change waits to be told to a peer."""
-        return not sum([len(peer.pending) for peer in self.peers])
+        return not [peer for peer in self.peers if peer.pending.waits]
 
     def take_alarms(self) -> list[str]:
         """What an operator should find in the log."""

@@ -119,6 +119,9 @@ class JobQueue:
                 last.timeouts.extend(timeouts)
                 return
             work = Work(operation, key_len, list(keys), list(values), list(timeouts), attempt)
+            if len(work.keys) <= WORK_SIZE:
+                self.push(work)
+                return
             for first in range(0, len(work.keys), WORK_SIZE):
                 self.push(work.part(first, first + WORK_SIZE))
 
@@ -137,7 +140,7 @@ class JobQueue:
             self.waiting -= size
             room -= size
             if isinstance(job, Work) and job.values:
-                value = operator.itemgetter(slice(SHAPES[job.key_len].value))
-                job = job._replace(values=list(map(value, job.values)))
+                values = list(map(operator.itemgetter(slice(SHAPES[job.key_len].value)), job.values))
+                job = Work(job.operation, job.key_len, job.keys, values, job.timeouts, job.attempt)
             out.append(job)
         return out

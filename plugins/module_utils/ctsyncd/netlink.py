@@ -454,7 +454,7 @@ _ANSWER_BYTES = 20
 _ANSWER = struct.Struct(f"=IH2xI4xi{_ANSWER_STRIDE - _ANSWER_BYTES}x")
 
 
-def _slices(pieces: Sequence[tuple[bytearray, int]]) -> Iterator[tuple[memoryview, int]]:
+def _slices(pieces: Sequence[tuple[bytes | bytearray, int]]) -> Iterator[tuple[memoryview, int]]:
     """Joined messages of equal length, cut into parts that one system call takes; how many messages are in each."""
     for piece, length in pieces:
         view, part = memoryview(piece), _SLICE_BYTES // length * length

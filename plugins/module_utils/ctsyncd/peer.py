@@ -213,7 +213,7 @@ class Peer:
 
     def send_pending(self, now: float) -> None:
         session = self.session
-        while len(self.pending) and session.credit() > 0:
+        while self.pending.waits and session.credit() > 0:
             block, count, born = self.pending.take(session.block_bytes)
             if not count:
                 break
@@ -426,7 +426,7 @@ class Peer:
 
     def poll(self, now: float) -> list[bytes]:
         """Datagrams to send to it now."""
-        if len(self.pending):
+        if self.pending.waits:
             self.send_pending(now)
         return self.session.poll(now)
 

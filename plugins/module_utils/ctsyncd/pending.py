@@ -52,6 +52,13 @@ class _Generation:
                 self.rows.setdefault(sheet.key_len, {}).update(sheet.rows())
             self.sheets = []
 
+    def single(self) -> tuple[int, bytes] | None:
+        """Length of the key and the row, if there is one row and nothing else."""
+        if len(self.rows) != 1 or self.gone or self.flows or self.sheets or self.expectations or self.mark is not None:
+            return None
+        ((key_len, rows),) = self.rows.items()
+        return (key_len, b"".join(*rows.items())) if len(rows) == 1 else None
+
 
 class Encoder:
     """Makes records of columns.  ``guesses``: how many bytes a row took lately, by kind of record and length of keys.
@@ -215,6 +222,11 @@ class Pending:
         return self._waiting + (len(self._open) if self._open is not None else 0)
 
     @property
+    def waits(self) -> bool:
+        """Is there anything?  An open generation is never empty."""
+        return self._open is not None or self._waiting > 0
+
+    @property
     def full(self) -> bool:
         return len(self) >= self.limit
 
@@ -308,6 +320,12 @@ class Pending:
 
         ``(b"", 0, 0.0)`` if nothing waits.
         """
+        if self._open is not None and not self._stages and not self._closed:
+            single = self._open.single()  # so it is on a quiet node: at once, not in stages
+            record = self._encoder.encode(wire.RECORD_ROWS, *single) if single is not None else b""
+            if record and len(record) <= room:
+                born, self._open = self._open.born, None
+                return record, 1, born
         out: list[bytes] = []
         changes, born = 0, 0.0
         left = room

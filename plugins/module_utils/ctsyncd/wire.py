@@ -10,8 +10,9 @@ label of the counter that the fault belongs to, and nothing else, whatever the b
 from __future__ import annotations
 
 import itertools
+import operator
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import compress
 from typing import NamedTuple
 
@@ -508,7 +509,7 @@ class _Layout(NamedTuple):
     """How rows of one shape lie in a record.
 
     ``mirror``: for each column of the reply tuple, in order, the column of the original tuple that has the same byte in
-    it where nothing is translated.
+    it where nothing is translated.  ``mirrored`` takes the bytes of those columns out of one row.
     """
 
     width: int
@@ -516,6 +517,7 @@ class _Layout(NamedTuple):
     mirror_mask: int  # bytes
     reply: int  # first column of the reply tuple
     mirror: tuple[int, ...]
+    mirrored: Callable[[bytes | bytearray], tuple[int, ...]]
 
 
 def _layout(shape: shapes.Shape) -> _Layout:
@@ -527,7 +529,7 @@ def _layout(shape: shapes.Shape) -> _Layout:
         *range(ports + half, ports + shape.l4),
         *range(ports, ports + half),
     )
-    return _Layout(shape.row, -(-shape.row // 8), -(-len(mirror) // 8), shape.key, mirror)
+    return _Layout(shape.row, -(-shape.row // 8), -(-len(mirror) // 8), shape.key, mirror, operator.itemgetter(*mirror))
 
 
 _ROWS = {length: _layout(shape) for length, shape in shapes.SHAPES.items()}
@@ -674,14 +676,10 @@ def _encode_row(key_len: int, layout: _Layout, row: bytes) -> bytes:
     """The same of one row: no column has two different bytes."""
     at = layout.reply
     end = at + len(layout.mirror)
-    columns = bytearray(row)
-    mirrored = 0
-    for place, original in enumerate(layout.mirror, at):
-        mirrored <<= 1
-        if row[place] == row[original]:
-            columns[place] = 0
-            mirrored |= 1
-    mirrored <<= -(end - at) % 8
+    reply, original = row[at:end], layout.mirrored(row)
+    equal = bytes(map(operator.eq, reply, original))
+    columns = row[:at] + bytes(map(operator.mul, reply, map(operator.ne, reply, original))) + row[end:]
+    mirrored = int(equal.translate(_NOT_ZERO), 2) << -len(equal) % 8
     head = _COLUMNS.pack(key_len, 1) + mirrored.to_bytes(layout.mirror_mask, "big")
     low = int(columns.translate(_NOT_ZERO), 2) << -len(row) % 8
     masks = bytes(layout.mask) + low.to_bytes(layout.mask, "big")
@@ -697,11 +695,12 @@ def decode_rows(payload: bytes) -> tuple[int, bytes]:
     rows = _decode_columns(payload, at, layout.width, count)
     width = layout.width
     if count == 1:
-        for to, original in compress(enumerate(layout.mirror, layout.reply), mirrored):
-            rows[to] ^= rows[original]
+        end = layout.reply + len(mirrored)
+        original = bytes(map(operator.mul, layout.mirrored(rows), mirrored))
+        rows[layout.reply : end] = _xor(rows[layout.reply : end], original)
     else:
-        for to, original in compress(enumerate(layout.mirror, layout.reply), mirrored):
-            column, other = rows[to::width], rows[original::width]
+        for to, place in compress(enumerate(layout.mirror, layout.reply), mirrored):
+            column, other = rows[to::width], rows[place::width]
             rows[to::width] = other if column.count(0) == count else _xor(column, other)
     _check_zones(rows, key_len, width)
     return key_len, bytes(rows)
@@ -815,6 +814,8 @@ def _decode_columns(payload: bytes, at: int, width: int, count: int) -> bytearra
     high = _mask(payload[at : at + size], width, size)
     low = _mask(payload[at + size : at + 2 * size], width, size)
     at += 2 * size
+    if count == 1 and not high:
+        return _decode_row(payload[at:], _bits(low, width))
     same = tuple(compress(range(width), _bits(low & ~high, width)))
     if at + len(same) > len(payload):
         raise WireError("malformed", "columns: truncated")
@@ -834,6 +835,14 @@ def _decode_columns(payload: bytes, at: int, width: int, count: int) -> bytearra
     if at != len(payload):
         raise WireError("malformed", "columns: more than said")
     return rows
+
+
+def _decode_row(values: bytes, bits: bytes) -> bytearray:
+    """The one row whose columns are SAME where there is a bit, and ZERO elsewhere."""
+    if len(values) != bits.count(1):
+        raise WireError("malformed", "columns: more or less than said")
+    following = iter(values)
+    return bytearray([next(following) if bit else 0 for bit in bits])
 
 
 def _decode_few(payload: bytes, at: int, count: int) -> tuple[bytes, int]:

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any, Callable
 
 import pytest
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import config, daemon, engine, wire
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import columns, config, daemon, engine, wire
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import constants as k
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.crypto import LibraryCrypto
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import Flow, Tuple
@@ -199,6 +199,33 @@ def test_lines_of_a_flood(mode: str, most: tuple[float, ...]) -> None:
         sim.now += 0.001
         sim.converge(sim.fw1)
     assert all(one <= count * limit for one, limit in zip(found, most)), found
+
+
+def test_lines_of_a_single_flow() -> None:
+    """On a quiet node flows come one by one, and every line counts twice: what it needs is in no cache."""
+    sim = shipped()
+    found = []
+    for key, value in flows(20, True).items():
+        sent: list[bytes] = []
+
+        def tell(changes: Changes, sent: list[bytes]) -> None:
+            sim.fw1.up.kernel_changes(changes, sim.now)
+            sent += sim.fw1.up.talk(sim.now)[0]
+
+        def hear(sent: list[bytes]) -> None:
+            for datagram in sent:
+                sim.fw2.up.receive(0, datagram, sim.now)
+            for job in sim.fw2.up.kernel_work(daemon.REQUESTS_PER_TURN):
+                assert isinstance(job, Work) and len(job.keys) == 1
+                columns.create(job.key_len, job.keys, job.values, job.timeouts, 1)
+                sim.fw2.up.kernel_results(job, ())
+
+        changes = Changes({13: {key: value}}, [], [], 1, False, False)
+        found.append((lines(functools.partial(tell, changes, sent)), lines(functools.partial(hear, sent))))
+        sim.now += 0.1
+        sim.converge(sim.fw1)
+    told, heard = (sorted(some)[len(found) // 2] for some in zip(*found))
+    assert told <= 275 and heard <= 415, (told, heard)
 
 
 def test_lines_of_a_bulk_out_of_memory() -> None:
