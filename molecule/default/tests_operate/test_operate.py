@@ -168,6 +168,7 @@ def test_nothing_touches_the_active_node_while_the_other_cannot_take_over(goes_o
     key = "net.ipv4.conf.all.send_redirects"
     before = {name: node(name).sysctl(key) for name in FIREWALLS}
     changed = {"kernel_extra_sysctls": [{"name": key, "value": str(1 - before[active])}]}
+    wait_for_verdict(standby, ready=True)  # it may have booted a moment ago
     node(standby).check_output("ip link set eth2 down")
     try:
         wait_for_verdict(standby, ready=False)
