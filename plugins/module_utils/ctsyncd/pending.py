@@ -73,6 +73,8 @@ class Encoder:
     def encode(self, kind: int, key_len: int, joined: bytes) -> bytes:
         """A record of rows (RECORD_ROWS) or keys (RECORD_GONE), all of one shape and joined."""
         encode = wire.encode_rows if kind == wire.RECORD_ROWS else wire.encode_gone
+        if self._known is None:
+            return wire.tlv(kind, encode(key_len, joined))
         return self._make((kind, key_len, joined), lambda: wire.tlv(kind, encode(key_len, joined)))
 
     def encode_part(self, source: tuple[object, ...], many: wire.RowColumns, start: int, end: int) -> bytes:

@@ -690,20 +690,35 @@ def decode_rows(payload: bytes) -> tuple[int, bytes]:
     """Length of the keys and the joined rows of ROWS.  Raises WireError ``malformed``."""
     key_len, count = _decode_columns_head(payload)
     layout = _ROWS[key_len]
-    at = _COLUMNS.size + layout.mirror_mask
-    mirrored = _bits(_mask(payload[_COLUMNS.size : at], len(layout.mirror), layout.mirror_mask), len(layout.mirror))
-    rows = _decode_columns(payload, at, layout.width, count)
     width = layout.width
-    if count == 1:
-        end = layout.reply + len(mirrored)
-        original = bytes(map(operator.mul, layout.mirrored(rows), mirrored))
-        rows[layout.reply : end] = _xor(rows[layout.reply : end], original)
-    else:
-        for to, place in compress(enumerate(layout.mirror, layout.reply), mirrored):
-            column, other = rows[to::width], rows[place::width]
+    rows = _decode_row(layout, payload) if count == 1 else None
+    if rows is None:
+        at = _COLUMNS.size + layout.mirror_mask
+        mirrored = _bits(_mask(payload[_COLUMNS.size : at], len(layout.mirror), layout.mirror_mask), len(layout.mirror))
+        rows = _decode_columns(payload, at, width, count)
+        for to, original in compress(enumerate(layout.mirror, layout.reply), mirrored):
+            column, other = rows[to::width], rows[original::width]
             rows[to::width] = other if column.count(0) == count else _xor(column, other)
     _check_zones(rows, key_len, width)
     return key_len, bytes(rows)
+
+
+def _decode_row(layout: _Layout, payload: bytes) -> bytearray | None:
+    """The one row of ROWS whose columns are all ZERO or SAME, which is how it is sent; None where it is not so."""
+    at = _COLUMNS.size + layout.mirror_mask
+    low = at + layout.mask
+    values = payload[low + layout.mask :]
+    mirrored, bits = _digits(payload[_COLUMNS.size : at]), _digits(payload[low : low + layout.mask])
+    if payload[at:low].strip(b"\0") or len(values) != bits.count(1) or len(bits) < layout.width:
+        return None
+    end = layout.reply + len(layout.mirror)
+    if any(bits[layout.width :]) or any(mirrored[end - layout.reply :]):
+        return None
+    following = iter(values)
+    row = bytearray([next(following) if bit else 0 for bit in bits[: layout.width]])
+    original = bytes(map(operator.mul, layout.mirrored(row), mirrored))
+    row[layout.reply : end] = _xor(row[layout.reply : end], original)
+    return row
 
 
 def encode_gone(key_len: int, keys: bytes) -> bytes:
@@ -814,8 +829,6 @@ def _decode_columns(payload: bytes, at: int, width: int, count: int) -> bytearra
     high = _mask(payload[at : at + size], width, size)
     low = _mask(payload[at + size : at + 2 * size], width, size)
     at += 2 * size
-    if count == 1 and not high:
-        return _decode_row(payload[at:], _bits(low, width))
     same = tuple(compress(range(width), _bits(low & ~high, width)))
     if at + len(same) > len(payload):
         raise WireError("malformed", "columns: truncated")
@@ -835,14 +848,6 @@ def _decode_columns(payload: bytes, at: int, width: int, count: int) -> bytearra
     if at != len(payload):
         raise WireError("malformed", "columns: more than said")
     return rows
-
-
-def _decode_row(values: bytes, bits: bytes) -> bytearray:
-    """The one row whose columns are SAME where there is a bit, and ZERO elsewhere."""
-    if len(values) != bits.count(1):
-        raise WireError("malformed", "columns: more or less than said")
-    following = iter(values)
-    return bytearray([next(following) if bit else 0 for bit in bits])
 
 
 def _decode_few(payload: bytes, at: int, count: int) -> tuple[bytes, int]:
@@ -872,6 +877,11 @@ def _mask(mask: bytes, width: int, size: int) -> int:
 def _bits(mask: int, width: int) -> bytes:
     """The bits of a mask, one per byte."""
     return format(mask, f"0{width}b").encode("ascii").translate(_BITS)
+
+
+def _digits(mask: bytes) -> bytes:
+    """The same of all bits that the bytes of a mask have."""
+    return format(int.from_bytes(mask, "big"), f"0{8 * len(mask)}b").encode("ascii").translate(_BITS)
 
 
 def _check_zones(rows: bytes | bytearray, key_len: int, width: int) -> None:

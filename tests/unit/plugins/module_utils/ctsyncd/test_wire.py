@@ -96,6 +96,24 @@ def test_rows_round_trip(case: tuple[int, bytes]) -> None:
     assert list(wire.iter_rows(key_len, joined)) == pairs
 
 
+@given(columns())
+def test_one_row_may_come_in_any_mode(case: tuple[int, bytes]) -> None:
+    """Its sender makes all columns ZERO or SAME; FULL says the same, and is read the same."""
+    key_len, joined = case
+    width = rows.SHAPES[key_len].row
+    joined = joined[:width]
+    payload = wire.encode_rows(key_len, joined)
+    size = -(-width // 8)
+    high = 3 + -(-rows.SHAPES[key_len].reply // 8)
+    low = high + size
+    assert payload[high:low] == bytes(size)
+    full = payload[:high] + payload[low : low + size] + payload[low:]  # SAME where it was SAME, but as FULL
+    assert wire.decode_rows(full) == wire.decode_rows(payload) == (key_len, joined)
+    for broken in (payload[:-1], payload + b"\0", full[:-1], full + b"\0"):
+        with pytest.raises(WireError):
+            wire.decode_rows(broken)
+
+
 @given(columns(), st.data())
 def test_parts_of_rows_are_these_rows(case: tuple[int, bytes], data: st.DataObject) -> None:
     key_len, joined = case
