@@ -173,7 +173,6 @@ class _SheetColumns(_Columns):
         self.shape = SHAPES[sheet.key_len]
         self.all = int.from_bytes(b"\1" * len(sheet), "little")
         self._sheet = sheet
-        self._protocols = sheet.columns[0]
 
     @property
     def pairs(self) -> Iterable[tuple[bytes, bytes]]:
@@ -185,11 +184,17 @@ class _SheetColumns(_Columns):
     def mask_of(self, chosen: Rows) -> int:
         return int.from_bytes(bytes(map(chosen.__contains__, self._sheet.keys)), "little")
 
+    def of_protocol(self, table: bytes) -> int:
+        return self.of_key(0, table)
+
     def of_key(self, at: int, table: bytes) -> int:
-        return int.from_bytes(self._sheet.columns[at].translate(table), "little")
+        column = self._sheet.columns[at]
+        if column == column[:1] * len(column):  # so it is with most of them
+            return self.all if table[column[0]] else 0
+        return int.from_bytes(column.translate(table), "little")
 
     def of_value(self, at: int, table: bytes) -> int:
-        return int.from_bytes(self._sheet.columns[self.shape.key + at].translate(table), "little")
+        return self.of_key(self.shape.key + at, table)
 
 
 def _patterns(networks: Iterable[str | Network]) -> dict[int, list[_Pattern]]:

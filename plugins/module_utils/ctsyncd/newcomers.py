@@ -121,11 +121,13 @@ def _fresh(table: dict[bytes, bytes], known: Container[bytes]) -> list[bytes]:
     ]
 
 
+_NOT_OVER = bytes(range(TCP_LAST_ACK + 1))
+
+
 def _closing(changes: Changes) -> bool:
     """Are there TCP connections that are over among what is in columns?"""
     for sheet in changes.sheets:
-        states = sheet.columns[-STATE_FROM_END]
-        if sheet.columns[0].count(IPPROTO_TCP) and max(states) > TCP_LAST_ACK:
+        if IPPROTO_TCP in sheet.columns[0] and sheet.columns[-STATE_FROM_END].translate(None, _NOT_OVER):
             return True
     return False
 

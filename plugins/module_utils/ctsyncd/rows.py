@@ -241,12 +241,23 @@ def _unpack_extras(extras: bytes, family: int) -> dict[str, Any]:
 
 # --- sheets ---
 
-_KEYS: dict[int, Callable[[bytearray], Iterator[tuple[bytes]]]] = {
-    key_len: struct.Struct(f"{key_len}s").iter_unpack for key_len in SHAPES
-}
-_VALUES: dict[int, Callable[[bytearray], Iterator[tuple[bytes]]]] = {
-    key_len: struct.Struct(f"{shape.value}s").iter_unpack for key_len, shape in SHAPES.items()
-}
+_TOGETHER = 32  # rows that are cut off in one step, which takes half the time
+
+
+def _cutter(size: int) -> Callable[[bytearray], list[bytes]]:
+    """Makes a list of joined pieces of ``size`` bytes."""
+    many, one = struct.Struct(f"{size}s" * _TOGETHER).iter_unpack, struct.Struct(f"{size}s").iter_unpack
+    step = size * _TOGETHER
+
+    def pieces(joined: bytearray) -> list[bytes]:
+        end, view = len(joined) // step * step, memoryview(joined)
+        return list(itertools.chain.from_iterable(itertools.chain(many(view[:end]), one(view[end:]))))
+
+    return pieces
+
+
+_KEYS = {key_len: _cutter(key_len) for key_len in SHAPES}
+_VALUES = {key_len: _cutter(shape.value) for key_len, shape in SHAPES.items()}
 
 Columns = Sequence[bytes]
 
@@ -272,14 +283,14 @@ class Sheet:
     def keys(self) -> list[bytes]:
         if self._keys is None:
             joined = interleave(self.columns[: self.key_len])
-            self._keys = list(itertools.chain.from_iterable(_KEYS[self.key_len](joined)))
+            self._keys = _KEYS[self.key_len](joined)
         return self._keys
 
     @property
     def values(self) -> list[bytes]:
         """Made anew each time."""
         joined = interleave(self.columns[self.key_len :])
-        return list(itertools.chain.from_iterable(_VALUES[self.key_len](joined)))
+        return _VALUES[self.key_len](joined)
 
     def rows(self) -> dict[bytes, bytes]:
         """Key to value."""

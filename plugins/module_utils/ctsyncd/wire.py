@@ -622,7 +622,8 @@ class RowColumns:
         masks = _masks(high, firsts)
         for at in self._several:
             firsts[at] = 0
-        self._begin = masks + firsts.translate(None, b"\0")
+        mirrors = (self._mirrored << -len(self._layout.mirror) % 8).to_bytes(self._layout.mirror_mask, "big")
+        self._begin = mirrors + masks + firsts.translate(None, b"\0")
         return True
 
     def _encode_plain(self, head: bytes, start: int, end: int) -> bytes:
@@ -638,13 +639,13 @@ class RowColumns:
 
     def encode(self, start: int, end: int) -> bytes:
         """Payload of ROWS: those from ``start`` to ``end``."""
-        layout, columns, count = self._layout, self._columns, end - start
-        mirrored, firsts = self._mirrored, bytearray(self._firsts)
+        count = end - start
         if self._plain and count >= _FEW_ROWS:
-            mirrors = (mirrored << -len(layout.mirror) % 8).to_bytes(layout.mirror_mask, "big")
-            made = self._encode_plain(_COLUMNS.pack(self._key_len, count) + mirrors, start, end)
+            made = self._encode_plain(_COLUMNS.pack(self._key_len, count), start, end)
             if made:
                 return made
+        layout, columns = self._layout, self._columns
+        mirrored, firsts = self._mirrored, bytearray(self._firsts)
         parts = {}
         for bit, at, original in self._unclear:
             column, other = columns[at][start:end], columns[original][start:end]

@@ -131,13 +131,15 @@ def test_many_that_are_all_alike_are_compared_where_they_are(ended: bool) -> Non
         assert read_events(reader, part) == read_events(general, part)
     assert reader.fast - fast == 70 + 66 + 70
     for place in range(len(alike[0])):
-        other = bytearray(alike[33])
-        other[place] ^= 0x41
-        part = [*alike[:33], bytes(other), *alike[34:]]
-        reader.malformed = general.malformed = 0
-        assert read_events(reader, part) == read_events(general, part)
-        assert reader.malformed == general.malformed
-        read_events(reader, alike)  # what was last is tried first
+        for slot in (0, 33, 69):
+            part = list(alike)
+            other = bytearray(part[slot])
+            other[place] ^= 0x41
+            part[slot] = bytes(other)
+            reader.malformed = general.malformed = 0
+            assert read_events(reader, part) == read_events(general, part)
+            assert reader.malformed == general.malformed
+            read_events(reader, alike)  # what was last is tried first
 
 
 @pytest.mark.parametrize("size", [1, 40, len(DUMPED)])
@@ -524,6 +526,29 @@ def test_a_receiver_gives_what_is_there(monkeypatch: pytest.MonkeyPatch, recvmms
         assert bytes(receiver.data[:40]) == bytes(40) and bytes(receiver.data[64:104]) == b"\1" * 40
         assert receiver.receive(4) == [0]
         assert receiver.receive(4) == []
+
+
+@pytest.mark.parametrize("count", [1, 8, 9, 40])
+@pytest.mark.parametrize("place", [0, 1, -1])
+def test_a_receiver_tells_each_length_and_what_is_not_the_kernels(count: int, place: int) -> None:
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 2) as sock:
+        receiver = netlink.Receiver(sock, 40, 64)
+        place = min(place, count - 1)
+        for other, port in ((60, 0), (60, 4711), (48, 0), (0, 0)):
+
+            def filled(
+                _fd: int, _headers: int, limit: int, _flags: int, _timeout: None, *, said: Any = (other, port)
+            ) -> int:
+                for slot in range(limit):
+                    receiver._lengths[slot], receiver._ports[slot] = 60, 0
+                receiver._lengths[limit + place if place < 0 else place] = said[0]
+                receiver._ports[limit + place if place < 0 else place] = said[1]
+                return limit
+
+            receiver._call = filled
+            expected = [60] * count
+            expected[place] = 0 if port else other
+            assert receiver.receive(count) == expected
 
 
 def test_an_error_behind_datagrams_is_told_after_them(monkeypatch: pytest.MonkeyPatch) -> None:

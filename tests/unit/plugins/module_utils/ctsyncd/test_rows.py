@@ -149,3 +149,14 @@ def test_extras_are_read_or_refused(extras: bytes) -> None:
 def test_keys_of_other_lengths_are_refused(length: int) -> None:
     with pytest.raises(WireError, match="malformed"):
         rows.unpack_key(bytes(length))
+
+
+@pytest.mark.parametrize("count", [1, 31, 32, 33, 64, 1000])
+def test_sheet_has_the_rows_that_it_was_made_of(count: int) -> None:
+    packed = [rows.pack(tcp(number))[:2] for number in range(count)]
+    columns = rows.cut(b"".join([key + value for key, value in packed]), rows.SHAPES[13].row)
+    sheet = rows.Sheet(13, columns)
+    assert len(sheet) == count
+    assert sheet.keys == [key for key, _value in packed]
+    assert sheet.values == [value for _key, value in packed]
+    assert sheet.rows() == dict(packed)
