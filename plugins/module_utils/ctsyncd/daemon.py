@@ -353,7 +353,8 @@ class Daemon:
     def _gather(self, wait: float) -> list[int]:
         """Let events come up for so long (seconds); what else is ready then, or earlier if it may be urgent."""
         engine_ = self._engine
-        if wait and engine_.active and engine_.nothing_to_tell:  # what the peer says meanwhile is not
+        # what the peer says meanwhile is not, unless it is being sent a table, or somebody waits for an answer
+        if wait and engine_.active and engine_.nothing_to_tell and engine_.calm and not self._control.busy:
             time.sleep(wait)
             wait = 0.0
         return self._watch.others(wait)

@@ -964,6 +964,11 @@ class Engine:
         return not any(peer.learn or peer.giving or peer.telling_again for peer in self.peers)
 
     @property
+    def calm(self) -> bool:
+        """The last :meth:`poll` left nothing to be done."""
+        return self._calm
+
+    @property
     def nothing_to_tell(self) -> bool:
         """No change waits to be told to a peer."""
         return not [peer for peer in self.peers if peer.pending.waits]

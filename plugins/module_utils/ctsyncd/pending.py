@@ -79,6 +79,8 @@ class Encoder:
 
     def encode_part(self, source: tuple[object, ...], many: wire.RowColumns, start: int, end: int) -> bytes:
         """A record of the rows from ``start`` to ``end``.  ``source``: equal where it would be of the same rows."""
+        if self._known is None:
+            return wire.tlv(wire.RECORD_ROWS, many.encode(start, end))
         return self._make(source, lambda: wire.tlv(wire.RECORD_ROWS, many.encode(start, end)))
 
     def _make(self, source: tuple[object, ...], make: Callable[[], bytes]) -> bytes:

@@ -187,7 +187,8 @@ class Readings:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.events = 0
-        self.active, self.nothing_to_tell = True, True
+        self.active = self.nothing_to_tell = self.calm = True
+        self.busy = False
         self.did: list[tuple[str, float]] = []
         self.newcomers = Newcomers()
         self.source = types.SimpleNamespace(told=0)
@@ -197,6 +198,7 @@ class Readings:
         monkeypatch.setattr(one, "_engine", self, raising=False)
         monkeypatch.setattr(one, "_events", self, raising=False)
         monkeypatch.setattr(one, "_watch", self, raising=False)
+        monkeypatch.setattr(one, "_control", self, raising=False)
         monkeypatch.setattr(daemon.time, "sleep", lambda wait: self.did.append(("sleep", wait)))
 
     def read(self, _limit: int) -> Changes:
@@ -226,19 +228,22 @@ def test_where_events_are_many_none_of_them_is_waited_for(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("active", "nothing_to_tell", "wait", "did"),
+    ("but", "wait", "did"),
     [
-        (True, True, 0.02, [("sleep", 0.02), ("others", 0.0)]),
-        (True, False, 0.02, [("others", 0.02)]),  # an acknowledgement lets go what waits
-        (False, True, 0.02, [("others", 0.02)]),  # a backup lives on what its peer says
-        (True, True, 0.0, [("others", 0.0)]),
+        ("", 0.02, [("sleep", 0.02), ("others", 0.0)]),
+        ("nothing_to_tell", 0.02, [("others", 0.02)]),  # an acknowledgement lets go what waits
+        ("calm", 0.02, [("others", 0.02)]),  # ... or what is told again
+        ("active", 0.02, [("others", 0.02)]),  # a backup lives on what its peer says
+        ("busy", 0.02, [("others", 0.02)]),  # a client reads a long answer
+        ("", 0.0, [("others", 0.0)]),
     ],
 )
 def test_peer_does_not_wake_an_active_node_that_gathers_events(
-    monkeypatch: pytest.MonkeyPatch, active: bool, nothing_to_tell: bool, wait: float, did: list[tuple[str, float]]
+    monkeypatch: pytest.MonkeyPatch, but: str, wait: float, did: list[tuple[str, float]]
 ) -> None:
     edges = Readings(monkeypatch)
-    edges.active, edges.nothing_to_tell = active, nothing_to_tell
+    if but:
+        setattr(edges, but, not getattr(edges, but))
     assert edges.daemon._gather(wait) == [5]
     assert edges.did == did
 
