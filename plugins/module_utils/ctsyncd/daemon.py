@@ -103,7 +103,9 @@ class Window:
             return longest
         most = max(fresh, self._surge)
         share = max(0.0, (highest - fresh) / (highest - lowest), (most - above) / (flood - above))
-        length = CROWDED_WINDOW_S + min(1.0, share) * max(0.0, longest - CROWDED_WINDOW_S)
+        if share >= 1.0:
+            return longest
+        length = CROWDED_WINDOW_S + share * max(0.0, longest - CROWDED_WINDOW_S)
         return min(longest, max(0.0, self._last + length - now))  # events wait since they were read last
 
     def read(self, events: int, fresh: int, now: float) -> None:
@@ -637,6 +639,7 @@ class Daemon:
         if self._events_at is None and self._engine.newcomers.waiting:
             self._events_at = now + self.config.window_ms / 1000
         elif self._events_at is None and changes.events:
+            now = time.monotonic()  # what waits came after the reading
             window = self._window.opens(now, self.config.window_ms / 1000)
             if window:  # more will come: no wake-up for the first of them
                 self._events_at = now + window

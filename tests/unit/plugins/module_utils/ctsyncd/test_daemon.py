@@ -199,6 +199,8 @@ class Readings:
         monkeypatch.setattr(one, "_events", self, raising=False)
         monkeypatch.setattr(one, "_watch", self, raising=False)
         monkeypatch.setattr(one, "_control", self, raising=False)
+        self.now = 100.0
+        monkeypatch.setattr(daemon.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(daemon.time, "sleep", lambda wait: self.did.append(("sleep", wait)))
 
     def read(self, _limit: int) -> Changes:
@@ -218,13 +220,30 @@ def test_where_events_are_many_none_of_them_is_waited_for(monkeypatch: pytest.Mo
     one, now = edges.daemon, 100.0
     for events, then in ((1, None), (100, 0.02), (40, 0.02), (0, None), (1, 0.02)):
         now += 0.02
-        edges.events = events
+        edges.events, edges.now = events, now + 0.004
         one._read_events(now)
-        assert one._events_at == (None if then is None else pytest.approx(now + then))
+        assert one._events_at == (None if then is None else pytest.approx(now + 0.004 + then))
     edges.events = 1
     for number in range(200):  # ten a second
-        one._read_events(now + 0.1 * (number + 1))
+        edges.now = now + 0.1 * (number + 1)
+        one._read_events(edges.now)
     assert one._events_at is None
+
+
+@pytest.mark.parametrize(("rate", "then"), [(60_000, 0.024), (20_000, None)])
+def test_window_of_a_flood_begins_behind_the_reading(
+    monkeypatch: pytest.MonkeyPatch, rate: int, then: float | None
+) -> None:
+    """A reading of 4 ms leaves nothing waiting.  A short window counts from the reading before: it is over by then."""
+    edges = Readings(monkeypatch)
+    now = 100.0
+    for _reading in range(300):
+        edges.events, edges.now = rate // 500, now
+        edges.daemon._read_events(now)
+        now += 0.002
+    edges.events, edges.now = rate // 500, now + 0.004
+    edges.daemon._read_events(now)
+    assert edges.daemon._events_at == (None if then is None else pytest.approx(now + then))
 
 
 @pytest.mark.parametrize(
