@@ -56,7 +56,7 @@ class _Generation:
         """Length of the key and the row, if there is one row and nothing else."""
         if len(self.rows) != 1 or self.gone or self.flows or self.sheets or self.expectations or self.mark is not None:
             return None
-        ((key_len, rows),) = self.rows.items()
+        key_len, rows = next(iter(self.rows.items()))
         return (key_len, b"".join(*rows.items())) if len(rows) == 1 else None
 
 
