@@ -19,13 +19,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from zlib import crc32
 
 from .digest import BUCKETS, Digest, number_of, printed, printed_columns, prints
-from .rows import SHAPES, TAIL_BYTES, Sheet, cut, interleave, merge_extras, merge_value
+from .rows import SHAPES, TAIL_BYTES, Sheet, cut, cutter, interleave, merge_extras, merge_value
 
 FEW = 16  # rows up to which they are handled one by one
 TAILS = 16_384  # that flows have in common, at most (100 bytes each)
 
 _BUCKET = BUCKETS - 1
-_iter_tails = struct.Struct(f"{TAIL_BYTES}s").iter_unpack
+_split_tails = cutter(TAIL_BYTES)
 
 
 class _Form:
@@ -155,7 +155,7 @@ class Announced:
         if not several:
             return [tails.setdefault(first, first)] * count
         if len(several) > 1:
-            found = list(itertools.chain.from_iterable(_iter_tails(interleave(columns))))
+            found = _split_tails(interleave(columns))
             return list(map(tails.setdefault, found, found))
         at = several[0]
         known = {}

@@ -511,9 +511,8 @@ class Reader:
             if alike:
                 return count, False
         into.settle()
-        if count < _COLUMNS_FROM and self._few(data, stride, lengths, into):
-            return count, False
-        if count >= _COLUMNS_FROM and self._usual_ones(data, stride, lengths, into):
+        known = self._few if count < _COLUMNS_FROM else self._usual_ones
+        if known(data, stride, lengths, into):
             return count, False
         longest = max(lengths)
         with memoryview(data)[: count * stride] as view:

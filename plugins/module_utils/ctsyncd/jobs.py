@@ -45,6 +45,8 @@ class Work(NamedTuple):
     attempt: int = 0
 
     def part(self, first: int, end: int) -> Work:
+        if first == 0 and end >= len(self.keys):
+            return self
         return self._replace(
             keys=self.keys[first:end], values=self.values[first:end], timeouts=self.timeouts[first:end]
         )
@@ -119,9 +121,6 @@ class JobQueue:
                 last.timeouts.extend(timeouts)
                 return
             work = Work(operation, key_len, list(keys), list(values), list(timeouts), attempt)
-            if len(work.keys) <= WORK_SIZE:
-                self.push(work)
-                return
             for first in range(0, len(work.keys), WORK_SIZE):
                 self.push(work.part(first, first + WORK_SIZE))
 

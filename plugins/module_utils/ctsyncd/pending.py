@@ -75,18 +75,18 @@ class Encoder:
         encode = wire.encode_rows if kind == wire.RECORD_ROWS else wire.encode_gone
         if self._known is None:
             return wire.tlv(kind, encode(key_len, joined))
-        return self._make((kind, key_len, joined), lambda: wire.tlv(kind, encode(key_len, joined)))
+        return self._remember(self._known, (kind, key_len, joined), lambda: wire.tlv(kind, encode(key_len, joined)))
 
     def encode_part(self, source: tuple[object, ...], many: wire.RowColumns, start: int, end: int) -> bytes:
         """A record of the rows from ``start`` to ``end``.  ``source``: equal where it would be of the same rows."""
         if self._known is None:
             return wire.tlv(wire.RECORD_ROWS, many.encode(start, end))
-        return self._make(source, lambda: wire.tlv(wire.RECORD_ROWS, many.encode(start, end)))
+        return self._remember(self._known, source, lambda: wire.tlv(wire.RECORD_ROWS, many.encode(start, end)))
 
-    def _make(self, source: tuple[object, ...], make: Callable[[], bytes]) -> bytes:
-        known = self._known
-        if known is None:
-            return make()
+    @staticmethod
+    def _remember(
+        known: dict[tuple[object, ...], bytes], source: tuple[object, ...], make: Callable[[], bytes]
+    ) -> bytes:
         record = known.get(source)
         if record is None:
             if len(known) >= REMEMBERED:

@@ -244,22 +244,27 @@ def _unpack_extras(extras: bytes, family: int) -> dict[str, Any]:
 _TOGETHER = 32  # rows that are cut off in one step, which takes half the time
 
 
-def _cutter(size: int) -> Callable[[bytearray], list[bytes]]:
+def cutter(size: int) -> Callable[[bytes | bytearray], list[bytes]]:
     """Makes a list of joined pieces of ``size`` bytes."""
     many, one = struct.Struct(f"{size}s" * _TOGETHER).iter_unpack, struct.Struct(f"{size}s").iter_unpack
     step = size * _TOGETHER
 
-    def pieces(joined: bytearray) -> list[bytes]:
+    def pieces(joined: bytes | bytearray) -> list[bytes]:
         end, view = len(joined) // step * step, memoryview(joined)
         return list(itertools.chain.from_iterable(itertools.chain(many(view[:end]), one(view[end:]))))
 
     return pieces
 
 
-_KEYS = {key_len: _cutter(key_len) for key_len in SHAPES}
-_VALUES = {key_len: _cutter(shape.value) for key_len, shape in SHAPES.items()}
+_KEYS = {key_len: cutter(key_len) for key_len in SHAPES}
+_VALUES = {key_len: cutter(shape.value) for key_len, shape in SHAPES.items()}
 
 Columns = Sequence[bytes]
+
+
+def split_keys(key_len: int, joined: bytes | bytearray) -> list[bytes]:
+    """Joined keys, one by one."""
+    return _KEYS[key_len](joined)
 
 
 class Sheet:
@@ -282,8 +287,7 @@ class Sheet:
     @property
     def keys(self) -> list[bytes]:
         if self._keys is None:
-            joined = interleave(self.columns[: self.key_len])
-            self._keys = _KEYS[self.key_len](joined)
+            self._keys = split_keys(self.key_len, interleave(self.columns[: self.key_len]))
         return self._keys
 
     @property

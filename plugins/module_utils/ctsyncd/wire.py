@@ -9,7 +9,6 @@ label of the counter that the fault belongs to, and nothing else, whatever the b
 
 from __future__ import annotations
 
-import itertools
 import operator
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -543,7 +542,7 @@ def iter_rows(key_len: int, rows: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 def split_keys(key_len: int, keys: bytes) -> list[bytes]:
     """Joined keys, one by one."""
-    return list(itertools.chain.from_iterable(struct.iter_unpack(f"{key_len}s", keys)))
+    return shapes.split_keys(key_len, keys)
 
 
 def encode_rows(key_len: int, rows: bytes) -> bytes:
@@ -709,8 +708,9 @@ def _decode_row(layout: _Layout, payload: bytes) -> bytearray | None:
     at = _COLUMNS.size + layout.mirror_mask
     low = at + layout.mask
     values = payload[low + layout.mask :]
-    mirrored, bits = _digits(payload[_COLUMNS.size : at]), _digits(payload[low : low + layout.mask])
-    if payload[at:low].strip(b"\0") or len(values) != bits.count(1) or len(bits) < layout.width:
+    mirrored = _bits(int.from_bytes(payload[_COLUMNS.size : at], "big"), 8 * layout.mirror_mask)
+    bits = _bits(int.from_bytes(payload[low : low + layout.mask], "big"), 8 * layout.mask)
+    if payload[at:low].strip(b"\0") or len(values) != bits.count(1) or len(payload) < low + layout.mask:
         return None
     end = layout.reply + len(layout.mirror)
     if any(bits[layout.width :]) or any(mirrored[end - layout.reply :]):
@@ -878,11 +878,6 @@ def _mask(mask: bytes, width: int, size: int) -> int:
 def _bits(mask: int, width: int) -> bytes:
     """The bits of a mask, one per byte."""
     return format(mask, f"0{width}b").encode("ascii").translate(_BITS)
-
-
-def _digits(mask: bytes) -> bytes:
-    """The same of all bits that the bytes of a mask have."""
-    return format(int.from_bytes(mask, "big"), f"0{8 * len(mask)}b").encode("ascii").translate(_BITS)
 
 
 def _check_zones(rows: bytes | bytearray, key_len: int, width: int) -> None:

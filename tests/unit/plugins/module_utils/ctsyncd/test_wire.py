@@ -109,7 +109,8 @@ def test_one_row_may_come_in_any_mode(case: tuple[int, bytes]) -> None:
     assert payload[high:low] == bytes(size)
     full = payload[:high] + payload[low : low + size] + payload[low:]  # SAME where it was SAME, but as FULL
     assert wire.decode_rows(full) == wire.decode_rows(payload) == (key_len, joined)
-    for broken in (payload[:-1], payload + b"\0", full[:-1], full + b"\0"):
+    shorter = [payload[:end] for end in range(len(payload))]
+    for broken in (*shorter, payload + b"\0", full[:-1], full + b"\0"):
         with pytest.raises(WireError):
             wire.decode_rows(broken)
 
