@@ -824,12 +824,15 @@ class _FakeSocket:
     def __init__(self) -> None:
         self.waiting: list[bytes] = []
 
-    def recvfrom_into(self, buffer: memoryview, _size: int = 0, _flags: int = 0) -> tuple[int, tuple[int, int]]:
+    def recv_into(self, buffer: memoryview, _size: int = 0, _flags: int = 0) -> int:
         if not self.waiting:
             raise BlockingIOError
         data = self.waiting.pop(0)[: len(buffer)]
         buffer[: len(data)] = data
-        return len(data), (0, 0)
+        return len(data)
+
+    def recvfrom_into(self, buffer: memoryview, _size: int = 0, _flags: int = 0) -> tuple[int, tuple[int, int]]:
+        return self.recv_into(buffer), (0, 0)
 
 
 class _Netlink:

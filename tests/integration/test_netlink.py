@@ -741,6 +741,39 @@ def test_what_is_read_by_columns_is_what_single_messages_say(
         assert {key for rows in dumped.rows.values() for key in rows} >= {flow.key for flow in flows}
 
 
+@pytest.mark.parametrize("recvmmsg", [True, False], ids=["recvmmsg", "single"])
+def test_other_programs_cannot_send_to_the_sockets_that_ask_nobody_who_he_is(
+    net: Net, monkeypatch: pytest.MonkeyPatch, recvmmsg: bool
+) -> None:
+    """Root in the same namespace, with what the kernel said before; the socket of the control is not connected."""
+    if not recvmmsg:
+        monkeypatch.setattr(netlink, "_recvmmsg", None)
+    space, flow = firewall(net), flow_number(1)
+    with contextlib.ExitStack() as stack:
+        with space.inside():
+            events = stack.enter_context(netlink.EventSocket())
+            witness = stack.enter_context(netlink.EventSocket())
+            requests = stack.enter_context(netlink.RequestSocket())
+            other = stack.enter_context(socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, netlink.NETLINK_NETFILTER))
+            with monkeypatch.context() as patch:
+                patch.setattr(netlink._Socket, "_hear_the_kernel_only", lambda one: one._sock.bind((0, 0)))
+                control = stack.enter_context(netlink.EventSocket())
+        assert requests.inject([ctnetlink.create(flow), ctnetlink.delete(flow)]) == []
+        news, end = witness._receive(), witness._receive()
+        assert news and end
+        for one in (events, control):
+            assert one.read().gone == [flow.key]
+        for one in (events, requests):
+            with pytest.raises(ConnectionRefusedError):
+                other.sendto(end, (one.portid, 0))
+        other.sendto(end, (control.portid, 0))
+        assert (events.read(), control.read().gone) == (NOTHING, [flow.key])
+        # to the group: needs what changing the table needs, and is judged as what the kernel says
+        for said in (end[:20], end):
+            other.sendto(said, (0, 1 << netlink.NFNLGRP_CONNTRACK_DESTROY - 1))
+        assert (events.read().gone, events.malformed) == ([flow.key], 1)
+
+
 def rows_of(flows: list[Flow]) -> dict[int, list[tuple[bytes, bytes]]]:
     found: dict[int, list[tuple[bytes, bytes]]] = {}
     for flow in flows:

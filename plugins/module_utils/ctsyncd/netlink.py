@@ -242,6 +242,15 @@ class _Socket:
         except PermissionError:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
 
+    def _hear_the_kernel_only(self) -> None:
+        """Take a port and have the kernel refuse what other programs send to it (they get ECONNREFUSED).
+
+        So it is for a connected socket (netlink_getsockbyportid in net/netlink/af_netlink.c).  What a program sends to
+        a group that this socket is in still comes; for that, as for changing the table itself, it needs CAP_NET_ADMIN
+        in the same network namespace.
+        """
+        self._sock.connect((0, 0))
+
     def fileno(self) -> int:
         return self._sock.fileno()
 
@@ -286,7 +295,6 @@ def _libc_recvmmsg() -> Any:
 
 _recvmmsg = _libc_recvmmsg()
 
-_SOCKADDR = struct.Struct("=HHII")  # struct sockaddr_nl: family, padding, port, groups
 _IOVEC = struct.Struct("@PN")
 # struct msghdr (name, its length, iovec, how many, control data, its length, flags), then what struct mmsghdr adds
 _MSGHDR = "@PIPNPNi0P"
@@ -294,7 +302,7 @@ _MMSGHDR = struct.Struct(_MSGHDR + "I0P")
 
 
 class Receiver:
-    """Datagrams from the kernel, many per system call.
+    """Datagrams, many per system call, of a socket that hears the kernel only: nobody asks who sent them.
 
     ``data`` has a place of ``stride`` bytes for each; what is longer is cut off.  recvmmsg(2) is not in Python's
     library; without ctypes it is one system call per datagram.
@@ -313,21 +321,18 @@ class Receiver:
 
     def _prepare(self) -> None:
         """The arrays that recvmmsg wants; the kernel writes into them, so they stay where they are."""
-        names = bytearray(_SOCKADDR.size * self.slots)
         iovecs = bytearray(_IOVEC.size * self.slots)
         headers = bytearray(_MMSGHDR.size * self.slots)
-        self._pinned = [(ctypes.c_char * len(one)).from_buffer(one) for one in (self.data, names, iovecs, headers)]
-        data_at, names_at, iovecs_at, self._headers_at = (ctypes.addressof(one) for one in self._pinned)
+        self._pinned = [(ctypes.c_char * len(one)).from_buffer(one) for one in (self.data, iovecs, headers)]
+        data_at, iovecs_at, self._headers_at = (ctypes.addressof(one) for one in self._pinned)
         for slot in range(self.slots):
             _IOVEC.pack_into(iovecs, slot * _IOVEC.size, data_at + slot * self.stride, self.stride)
-            name, iovec = names_at + slot * _SOCKADDR.size, iovecs_at + slot * _IOVEC.size
-            _MMSGHDR.pack_into(headers, slot * _MMSGHDR.size, name, _SOCKADDR.size, iovec, 1, 0, 0, 0, 0)
-        self._ports = memoryview(names).cast("I")[1 :: _SOCKADDR.size // 4]
-        self._kernel = memoryview(bytes(4 * self.slots)).cast("I")  # its port is 0
+            iovec = iovecs_at + slot * _IOVEC.size
+            _MMSGHDR.pack_into(headers, slot * _MMSGHDR.size, 0, 0, iovec, 1, 0, 0, 0, 0)
         self._lengths = memoryview(headers).cast("I")[struct.calcsize(_MSGHDR) // 4 :: _MMSGHDR.size // 4]
 
     def receive(self, limit: int) -> list[int]:
-        """Lengths of the datagrams that are there, at most ``limit``, without waiting; 0: it is not the kernel's.
+        """Lengths of the datagrams that are there, at most ``limit``, without waiting.
 
         Raises OSError with errno ENOBUFS if the kernel had to drop some.
         """
@@ -343,12 +348,9 @@ class Receiver:
                 self._call = None
                 return self._receive_singly(limit)
             raise OSError(number, os.strerror(number))
-        known, ports = self._lengths[:count], self._ports[:count]
+        known = self._lengths[:count]
         alike = count > _FEW and known[1:] == known[:-1]  # takes less than to make numbers of them
-        lengths: list[int] = [known[0]] * count if alike else known.tolist()
-        if ports != self._kernel[:count]:
-            lengths = [0 if port else length for port, length in zip(ports, lengths)]
-        return lengths
+        return [known[0]] * count if alike else known.tolist()
 
     def _receive_singly(self, limit: int) -> list[int]:
         lengths: list[int] = []
@@ -356,8 +358,7 @@ class Receiver:
             if self._error is not None:
                 raise self._error
             for at in range(0, limit * self.stride, self.stride):
-                length, sender = self._sock.recvfrom_into(self._view[at : at + self.stride], 0, socket.MSG_DONTWAIT)
-                lengths.append(0 if sender[0] else length)
+                lengths.append(self._sock.recv_into(self._view[at : at + self.stride], 0, socket.MSG_DONTWAIT))
         except BlockingIOError:
             pass
         except OSError as error:
@@ -387,7 +388,7 @@ class EventSocket(_Socket):
         self._receiver = Receiver(self._sock, _EVENT_SLOTS, _EVENT_STRIDE)
         try:
             self.set_filter(ignore_portids, unwanted)
-            self._sock.bind((0, 0))
+            self._hear_the_kernel_only()
             self._sock.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, NFNLGRP_CONNTRACK_DESTROY)
             self.follow(True)
         except OSError:
@@ -473,7 +474,7 @@ class RequestSocket(_Socket):
         try:
             # An error answer then holds the header of its request only, not the whole of it.
             self._sock.setsockopt(SOL_NETLINK, NETLINK_CAP_ACK, 1)
-            self._sock.bind((0, 0))
+            self._hear_the_kernel_only()
         except OSError:
             self.close()
             raise
