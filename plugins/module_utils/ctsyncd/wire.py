@@ -494,6 +494,7 @@ _COLUMNS = struct.Struct("!BH")  # length of the keys, rows
 _FEW = 16
 _FEW_PLAIN = 8  # different bytes in all rows that go into each part of them, used or not
 _SAMPLE = 24  # rows that are looked at to say so of many
+_CROWD = 96  # rows of a part in which a column with many different bytes, some of them frequent, is seldom FEW
 _MIRROR_SHARE = 1.05  # where fewer than one in so many rows differ alike, hardly any part of them does
 _FEW_ROWS = 24  # with fewer rows FEW saves next to nothing
 _FEW_SHARE = 20  # where one of two bytes that were looked at is in fewer rows than one in so many, there are not few
@@ -597,52 +598,64 @@ class RowColumns:
         self._firsts = bytes(firsts)
         # the columns with several bytes, and whether these may be few in a part
         self._several = {at: _few_somewhere(columns[at]) for at in range(len(columns)) if not same[at]}
-        self._few: list[tuple[bytes, bytes, str]] = []  # a column of few bytes, what FEW says of it, and its digits
-        self._full: list[bytes] = []
-        self._begin = b""  # what all parts begin with, behind their heads
+        self._few: list[tuple[int, bytes, bytes, str]] = []  # place, column, what FEW says of it, and its digits
+        self._full: list[int] = []
+        self._begins: dict[tuple[tuple[int, int], ...], bytes] = {}
+        self._plain_from = _FEW_ROWS  # rows in a part
         self._plain = not self._unclear and self._are_plain()
 
     def _are_plain(self) -> bool:
-        """Has each column with several bytes few of them, or too many in any part?  Then all parts begin alike."""
-        firsts = bytearray(self._firsts)
-        high = bytearray(b"0" * len(firsts))
+        """Has each column with several bytes few of them, or too many in any part?  Then all parts are much alike."""
         for at, perhaps in self._several.items():
             column = self._columns[at]
             values = _values(column) if perhaps else b""
-            if len(values) > _FEW_PLAIN:
-                return False
-            high[at] = _ONE
-            firsts[at] = not perhaps
-            if perhaps:
+            if not perhaps:
+                self._full.append(at)
+            elif len(values) <= _FEW_PLAIN:
                 digits = column.translate(bytes.maketrans(values, _DIGITS[: len(values)])).decode("ascii")
-                self._few.append((column, bytes((len(values) - 1,)) + values, digits))
+                self._few.append((at, column, bytes((len(values) - 1,)) + values, digits))
+            elif _crowded(column):
+                self._full.append(at)
+                self._plain_from = _CROWD
             else:
-                self._full.append(column)
-        masks = _masks(high, firsts)
-        for at in self._several:
-            firsts[at] = 0
-        mirrors = (self._mirrored << -len(self._layout.mirror) % 8).to_bytes(self._layout.mirror_mask, "big")
-        self._begin = mirrors + masks + firsts.translate(None, b"\0")
+                return False
         return True
 
+    def _begin(self, single: tuple[tuple[int, int], ...]) -> bytes:
+        """What parts begin with, behind their heads.  ``single``: columns of few bytes that have one of them there."""
+        high, firsts = bytearray(b"0" * len(self._firsts)), bytearray(self._firsts)
+        for at, _column, _begin, _digits in self._few:
+            high[at], firsts[at] = _ONE, 0
+        for at in self._full:
+            high[at], firsts[at] = _ONE, 1
+        for at, byte in single:
+            high[at], firsts[at] = _ZERO, byte
+        masks = _masks(high, firsts)
+        for at in self._full:
+            firsts[at] = 0
+        mirrors = (self._mirrored << -len(self._layout.mirror) % 8).to_bytes(self._layout.mirror_mask, "big")
+        return mirrors + masks + firsts.translate(None, b"\0")
+
     def _encode_plain(self, head: bytes, start: int, end: int) -> bytes:
-        """The part, or nothing if a column has one byte in it."""
-        parts = [head, self._begin]
-        for column, begin, digits in self._few:
-            if column.count(column[start], start, end) == end - start:
-                return b""
-            part = digits[start:end]
-            parts.append(begin + bytes.fromhex(part if len(part) % 2 == 0 else part + "0"))
-        parts += [column[start:end] for column in self._full]
-        return b"".join(parts)
+        single, few, columns = [], [], self._columns
+        for at, column, begin, digits in self._few:
+            part = column[start:end]
+            if part == part[:1] * len(part):
+                single.append((at, part[0]))
+            else:
+                half = digits[start:end]
+                few.append(begin + bytes.fromhex(half if len(half) % 2 == 0 else half + "0"))
+        known = tuple(single)
+        begins = self._begins.get(known)
+        if begins is None:
+            begins = self._begins[known] = self._begin(known)
+        return b"".join((head, begins, *few, *[columns[at][start:end] for at in self._full]))
 
     def encode(self, start: int, end: int) -> bytes:
         """Payload of ROWS: those from ``start`` to ``end``."""
         count = end - start
-        if self._plain and count >= _FEW_ROWS:
-            made = self._encode_plain(_COLUMNS.pack(self._key_len, count), start, end)
-            if made:
-                return made
+        if self._plain and count >= self._plain_from:
+            return self._encode_plain(_COLUMNS.pack(self._key_len, count), start, end)
         layout, columns = self._layout, self._columns
         mirrored, firsts = self._mirrored, bytearray(self._firsts)
         parts = {}
@@ -795,6 +808,15 @@ def _few_somewhere(column: bytes) -> bool:
         if len(set(column[at : at + _SAMPLE])) <= _FEW:
             return True
     return False
+
+
+def _crowded(column: bytes) -> bool:
+    """Has it too many different bytes for FEW in most parts of ``_CROWD`` rows, for all that some are frequent?
+
+    So it is with ports of servers: most are a few well-known ones, the others random.
+    """
+    places = (0, len(column) >> 1, max(0, len(column) - _CROWD))
+    return sum([len(set(column[at : at + _CROWD])) for at in places]) > _FEW * len(places)
 
 
 def _values(column: bytes) -> bytes:

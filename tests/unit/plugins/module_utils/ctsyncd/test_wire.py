@@ -168,6 +168,33 @@ def test_parts_of_many_rows_are_no_longer_than_each_by_itself(snat: bytes) -> No
     assert sum(map(len, together)) <= 1.001 * sum(map(len, alone))
 
 
+def flood(count: int) -> bytes:
+    """Rows as a flood brings them: most servers' ports are one of a few, a fifth are random; a timer ticks at times."""
+    chance, out = random.Random(1), []
+    for _row in range(count):
+        source, target, port = chance.randbytes(4), chance.randbytes(4), chance.randbytes(2)
+        service = chance.choices((443, 80, 22, chance.randrange(1024, 65536)), (60, 15, 5, 20))[0].to_bytes(2, "big")
+        value = target + source + service + port
+        tail = rows.TAIL.pack(0x0E, 432000 - (chance.random() < 0.002), 3, 0x77, 0x22, 0)
+        out.append(b"\6" + source + target + port + service + value + tail)
+    return b"".join(out)
+
+
+def test_parts_of_a_flood_are_made_without_looking_at_each_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+    real = wire._encode_several
+    monkeypatch.setattr(wire, "_encode_several", lambda *about: looks.append(1) or real(*about))
+    joined = flood(2000)
+    many, part = wire.RowColumns(13, rows.cut(joined, 38)), 100 * 38
+    together = [many.encode(start, start + 100) for start in range(0, 2000, 100)]
+    assert looks == []
+    alone = [wire.encode_rows(13, joined[at : at + part]) for at in range(0, len(joined), part)]
+    assert len(looks) == len(alone) == 20  # the same by itself: a look at each
+    assert [wire.decode_rows(one) for one in together] == [wire.decode_rows(one) for one in alone]
+    assert sum(map(len, together)) <= 1.005 * sum(map(len, alone))
+    assert len({one[: one.index(b"\6")] for one in together}) == 2  # the masks: in some of them the timer ticks
+
+
 def with_mode(column: int, mode: tuple[int, int], width: int) -> bytes:
     """The two masks of columns of which one alone is not zero."""
     size = -(-width // 8)
