@@ -608,17 +608,17 @@ class RowColumns:
         """Has each column with several bytes few of them, or too many in any part?  Then all parts are much alike."""
         for at, perhaps in self._several.items():
             column = self._columns[at]
-            values = _values(column) if perhaps else b""
             if not perhaps:
                 self._full.append(at)
-            elif len(values) <= _FEW_PLAIN:
-                digits = column.translate(bytes.maketrans(values, _DIGITS[: len(values)])).decode("ascii")
-                self._few.append((at, column, bytes((len(values) - 1,)) + values, digits))
             elif _crowded(column):
                 self._full.append(at)
                 self._plain_from = _CROWD
             else:
-                return False
+                values = _values(column)
+                if len(values) > _FEW_PLAIN:
+                    return False
+                digits = column.translate(bytes.maketrans(values, _DIGITS[: len(values)])).decode("ascii")
+                self._few.append((at, column, bytes((len(values) - 1,)) + values, digits))
         return True
 
     def _begin(self, single: tuple[tuple[int, int], ...]) -> bytes:
@@ -803,9 +803,12 @@ def _encode_several(firsts: bytearray, several: list[tuple[int, bytes, bool]], c
 
 def _few_somewhere(column: bytes) -> bool:
     """May this column have few different bytes in some part of it?  A look at its beginning, its middle and its end."""
-    middle = len(column) >> 1
-    for at in (0, middle, max(0, len(column) - _SAMPLE)):  # noqa: SIM110 - a generator costs more than the loop
-        if len(set(column[at : at + _SAMPLE])) <= _FEW:
+    count = len(column)
+    if count < _FEW_ROWS:
+        return True
+    for at in (0, count >> 1, max(0, count - _CROWD)):
+        part = column[at : at + _CROWD]
+        if _may_be_few(part, part.count(part[0])):
             return True
     return False
 

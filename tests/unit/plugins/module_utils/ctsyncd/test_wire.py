@@ -168,6 +168,19 @@ def test_parts_of_many_rows_are_no_longer_than_each_by_itself(snat: bytes) -> No
     assert sum(map(len, together)) <= 1.001 * sum(map(len, alone))
 
 
+@pytest.mark.parametrize("kinds", [1, 3, 12, 16])
+def test_what_is_few_in_some_parts_only_is_found_there(kinds: int) -> None:
+    """Ten clients in turn, each with some hundred connections from a few of its addresses."""
+    chance, joined = random.Random(kinds), bytearray(public(1000))
+    for at in range(0, len(joined), 38):
+        byte = at // 38 // 100 * 16 + chance.randrange(kinds)
+        joined[at + 4] = joined[at + 20] = byte
+    many, part = wire.RowColumns(13, rows.cut(bytes(joined), 38)), 100 * 38
+    together = [many.encode(start, start + 100) for start in range(0, 1000, 100)]
+    alone = [wire.encode_rows(13, bytes(joined[at : at + part])) for at in range(0, len(joined), part)]
+    assert sum(map(len, together)) <= 1.001 * sum(map(len, alone))
+
+
 def flood(count: int) -> bytes:
     """Rows as a flood brings them: most servers' ports are one of a few, a fifth are random; a timer ticks at times."""
     chance, out = random.Random(1), []
