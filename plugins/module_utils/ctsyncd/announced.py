@@ -18,13 +18,12 @@ import struct
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from zlib import crc32
 
-from .digest import BUCKETS, Digest, number_of, printed, printed_columns, prints
+from .digest import Digest, printed, printed_columns, prints
 from .rows import SHAPES, TAIL_BYTES, Sheet, cut, cutter, interleave, merge_extras, merge_value
 
 FEW = 16  # rows up to which they are handled one by one
 TAILS = 16_384  # that flows have in common, at most (100 bytes each)
 
-_BUCKET = BUCKETS - 1
 _split_tails = cutter(TAIL_BYTES)
 
 
@@ -222,7 +221,7 @@ class Announced:
         return True
 
     def _add_few(self, rows: Mapping[bytes, bytes], reply: int) -> None:
-        table, tails, sums = self.table, self._tails, self.digest.sums
+        table, tails = self.table, self._tails
         target, source, reply_port, port = _TURNED[len(next(iter(rows)))]
         for key, value in rows.items():
             kept = value
@@ -236,8 +235,7 @@ class Announced:
                     self.discard((key,))
                     before = None
             if before is None:
-                number = number_of(key, value[:reply])
-                sums[number & _BUCKET] += number
+                self.digest.add_single(key, value[:reply])
             table[key] = kept
 
     def put(self, key: bytes, value: bytes, extras: bytes) -> None:

@@ -306,14 +306,15 @@ class Daemon:
         else:
             ready = self._gather(wait)
             now = time.monotonic()
+        worked = False
         if ready:
             self._serve(ready, now)
+            worked = engine_.hurried
+            if worked:
+                self._work_for_kernel()  # before an acknowledgement, which is less urgent, and all else
             now = time.monotonic()
         if self._events_at is not None and now >= self._events_at:
-            self._read_events(now)
-            told = engine_.active
-            if told:
-                self._send(engine_.talk(now), now)  # at once: all else can wait
+            told = self._read_events(now)
         second = now >= self._second_at
         if second:
             self._look_around(now)
@@ -325,7 +326,7 @@ class Daemon:
         if self._rested:
             if not same:
                 self._deadline = engine_.rests_until()
-            if not told and (self._deadline <= now or not engine_.nothing_to_tell):
+            if self._deadline <= now or not engine_.nothing_to_tell:
                 self._send(engine_.talk(now), now)
                 self._deadline = engine_.rests_until()
             if second:
@@ -340,7 +341,8 @@ class Daemon:
             self._events.follow(self._follows)
         if engine_.dump is not None or self._dump is not None:
             self._feed_dump(now)
-        self._work_for_kernel()  # before an acknowledgement, which is less urgent
+        if not worked:
+            self._work_for_kernel()
         self._helpers.turn(now)
         self._send(engine_.poll(now), now)
         self._answer_questions(now)
@@ -628,21 +630,27 @@ class Daemon:
         # before the table is read again, which closes the gap between the two filters
         self._events.set_filter((self._requests.portid,), self._engine.filter.events)
 
-    def _read_events(self, now: float) -> None:
+    def _read_events(self, now: float) -> bool:
+        """Have the engine take what happened, and the peers be told of it if this node is the one to do that."""
+        engine_ = self._engine
         changes = self._events.read(EVENTS_PER_TURN)
-        told = self._engine.source.told
-        self._engine.kernel_changes(changes, now)
-        self._window.read(changes.events, self._engine.source.told - told, now)
+        known = engine_.source.told
+        engine_.kernel_changes(changes, now)
+        telling = engine_.active
+        if telling:
+            self._send(engine_.tell(now), now)  # at once: all else can wait
+        self._window.read(changes.events, engine_.source.told - known, now)
         if changes.lost:
             self._overrun(now)
         self._events_at = now if changes.more else None
-        if self._events_at is None and self._engine.newcomers.waiting:
+        if self._events_at is None and engine_.newcomers.waiting:
             self._events_at = now + self.config.window_ms / 1000
         elif self._events_at is None and changes.events:
             now = time.monotonic()  # what waits came after the reading
             window = self._window.opens(now, self.config.window_ms / 1000)
             if window:  # more will come: no wake-up for the first of them
                 self._events_at = now + window
+        return telling
 
     def _answer_questions(self, now: float) -> None:
         """Give the engine the kernel's entries that it asks for."""

@@ -35,6 +35,7 @@ SUM = (1 << 64) - 1  # sums are told modulo 2^64
 _PRINT = 0xFF000000
 _TOLD = struct.Struct(f"!{BUCKETS}Q")
 _FEW = 16  # rows up to which prints are computed one by one
+_TOGETHER = 64  # flows that come in one by one and are added together
 
 # Bits of the status that a packet of the flow sets, and an event tells
 _STATUS_BITS = bytes(bits & (IPS_SEEN_REPLY | IPS_ASSURED) for bits in range(256))
@@ -132,20 +133,39 @@ def number_of(key: bytes, reply: bytes) -> int:
 class Digest:
     """The digests of the buckets of a table that somebody else keeps: ``sums``, exact; told modulo 2^64."""
 
-    __slots__ = ("sums",)
+    __slots__ = ("_single", "_sums")
 
     def __init__(self) -> None:
-        self.sums = [0] * BUCKETS
+        self._sums = [0] * BUCKETS
+        self._single: list[tuple[bytes, bytes]] = []  # that came in and are not in the sums yet: key and reply tuple
+
+    @property
+    def sums(self) -> list[int]:
+        if self._single:
+            self._settle()
+        return self._sums
+
+    def _settle(self) -> None:
+        single, self._single, sums = self._single, [], self._sums
+        for key, reply in single:
+            number = number_of(key, reply)
+            sums[number & _LAST] += number
+
+    def add_single(self, key: bytes, reply: bytes) -> None:
+        """One flow came in.  It is looked at with others that come so, or when somebody asks: that costs less."""
+        self._single.append((key, reply))
+        if len(self._single) >= _TOGETHER:
+            self._settle()
 
     def add(self, key_len: int, keys: Iterable[bytes], found: Iterable[int]) -> None:
         """Flows of one shape came in.  ``found``: the :func:`prints` of their reply tuples."""
-        sums = self.sums
+        sums = self._sums
         for number in numbers(key_len, keys, found):
             sums[number & _LAST] += number
 
     def remove(self, key_len: int, keys: Iterable[bytes], found: Iterable[int]) -> None:
         """They went, as they came."""
-        sums = self.sums
+        sums = self._sums
         for number in numbers(key_len, keys, found):
             sums[number & _LAST] -= number
 

@@ -312,12 +312,13 @@ class Engine:
 
     def kernel_changes(self, changes: Changes, now: float) -> None:
         """What conntrack events said that this daemon did not cause."""
-        self.counters["events"] += changes.events
+        counters, active = self.situation.counters, self.situation.active
+        counters["events"] += changes.events
         if changes.events:
             self.dumps.changed(changes.events, now)
-        if changes.flows or changes.lost or not self.active:
+        if changes.flows or changes.lost or not active:
             self._stirred = True
-        if not self.active:
+        if not active:
             if changes.gone:
                 self.replicas.vanished(changes.gone)
         else:
@@ -329,15 +330,15 @@ class Engine:
             if self.source.telling:
                 told = self.newcomers.sift(changes, self.source.announced.table, self._tables_compared)
                 if self.newcomers.waiting:
-                    self.counters["newcomers_held"] += len(self.newcomers)
+                    counters["newcomers_held"] += len(self.newcomers)
                 self.source.changed(told, now)
             else:
                 self.newcomers.forget()
         if changes.lost:
             self.source.doubt()
-            self.counters["overruns"] += 1
+            counters["overruns"] += 1
             self.dumps.events_lost(now)
-            if not (self.active or self.situation.hot):  # what was committed may be gone, and nobody compares
+            if not (active or self.situation.hot):  # what was committed may be gone, and nobody compares
                 self.replicas.vanished(self.cache.table)
 
     @property
@@ -918,6 +919,11 @@ class Engine:
         self._changes_polled = self.dumps.changes
         return out
 
+    def tell(self, now: float) -> list[list[bytes]]:
+        """Datagrams with the changes that wait, and nothing else; :meth:`poll` or :meth:`talk` come after it."""
+        self.situation.now = now
+        return [peer.tell(now) for peer in self.peers]
+
     def talk(self, now: float) -> list[list[bytes]]:
         """The sessions' part of :meth:`poll`: datagrams with the changes that wait, signs of life, acknowledgements."""
         self.situation.now = now
@@ -962,6 +968,11 @@ class Engine:
         if dumps.wanted or self.replicas.busy or helpers.busy or any(prover.busy for prover in self.provers):
             return False
         return not any(peer.learn or peer.giving or peer.telling_again for peer in self.peers)
+
+    @property
+    def hurried(self) -> bool:
+        """There is :meth:`kernel_work` that a peer's words ask for: it comes first."""
+        return bool(self.replicas.jobs)
 
     @property
     def calm(self) -> bool:

@@ -77,12 +77,16 @@ class Prefixes:
         return bool(self._v4 or self._v6)
 
     def __contains__(self, packed: bytes) -> bool:
-        masks = self._v4 if len(packed) == 4 else self._v6
+        return self.holds(packed, packed)
+
+    def holds(self, packed: bytes, other: bytes) -> bool:
+        """Either of two addresses of one family."""
+        masks = self._v4 if len(packed) == IPV4_BYTES else self._v6
         if not masks:
             return False
-        number = int.from_bytes(packed, "big")
+        one, two = int.from_bytes(packed, "big"), int.from_bytes(other, "big")
         for mask, nets in masks:  # noqa: SIM110 - a generator costs more than the loop
-            if number & mask in nets:
+            if one & mask in nets or two & mask in nets:
                 return True
         return False
 
@@ -424,7 +428,7 @@ class Filter:
         elif target[0] == 0xFF or target[:2] == b"\xfe\x80" or source[:2] == b"\xfe\x80":
             return False
         ignore = self._ignore
-        return ignore is None or not (source in ignore or server in ignore)
+        return ignore is None or not ignore.holds(source, server)
 
     def selects(self, flow: Flow) -> bool:
         """The operator's selection names this flow, as it is now.  A mark that is not said is 0; a state that is not

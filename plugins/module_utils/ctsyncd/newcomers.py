@@ -50,7 +50,7 @@ class Newcomers:
 
         ``known``: keys of the flows that the peers were told of.  ``pause``: nothing shall wait now.
         """
-        if not (self.waiting or self._sample or self._on or changes.sheets or changes.rows):
+        if changes.events < MANY and not (self.waiting or self._sample or self._over or self._on):
             return changes
         if changes.sheets:
             if not (self.waiting or self._sample or _closing(changes)):

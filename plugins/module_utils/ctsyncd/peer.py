@@ -424,6 +424,13 @@ class Peer:
 
     # --- output ------------------------------------------------------------------------------------------------------
 
+    def tell(self, now: float) -> list[bytes]:
+        """Datagrams with the changes that wait."""
+        if not self.pending.waits:
+            return []
+        self.send_pending(now)
+        return self.session.take()
+
     def poll(self, now: float) -> list[bytes]:
         """Datagrams to send to it now."""
         if self.pending.waits:

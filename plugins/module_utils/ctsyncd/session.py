@@ -793,6 +793,10 @@ class Session:
                 self._call(now)
         else:
             self._poll_established(session, now)
+        return self.take()
+
+    def take(self) -> list[bytes]:
+        """Of these what is made already: blocks that were given meanwhile, and answers."""
         if not self._out:
             return []
         out, self._out = self._out, []

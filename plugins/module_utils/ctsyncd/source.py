@@ -22,17 +22,16 @@ EARLY_FLOWS = 16_384  # not replicated yet, of which extras are kept (some 200 b
 
 
 class Source:
-    """``announced``: the flows that the peers were told of.  ``told``: how many there were so far.
-
-    ``early``: extras of flows that are not announced yet (the kernel tells most of them only once), the oldest first.
+    """``early``: extras of flows that are not announced yet, the oldest first: the kernel tells most of them only once.
     ``states``: must be told of all that the peer is told of.  ``touched``: keys of flows that events name, if wanted.
     """
 
     def __init__(
         self, situation: Situation, dumps: Dumps, peers: Sequence[Peer], expectations: ExpectationSource
     ) -> None:
-        self.announced = Announced()
-        self.told = 0
+        self._announced = Announced()
+        self._told_of = 0
+        self._unnoted: list[tuple[int, Mapping[bytes, bytes]]] = []  # flows that are being told of, by length of key
         self.early: collections.OrderedDict[bytes, bytes] = collections.OrderedDict()
         self.states: States | None = None
         self.touched: set[bytes] | None = None
@@ -43,9 +42,32 @@ class Source:
         self._whole = False  # the dump that runs makes announced complete
 
     @property
+    def announced(self) -> Announced:
+        """The flows that the peers were told of."""
+        if self._unnoted:
+            self.settle()
+        return self._announced
+
+    @property
+    def told(self) -> int:
+        """Flows that the peers were told of so far."""
+        if self._unnoted:
+            self.settle()
+        return self._told_of
+
+    def settle(self) -> None:
+        """Note what is told: it takes as long as telling it, so who tells it at once may do this behind that."""
+        unnoted, self._unnoted = self._unnoted, []
+        for key_len, rows in unnoted:
+            announced = self._announced
+            known = len(announced)
+            announced.add(rows, SHAPES[key_len].reply)
+            self._told_of += len(announced) - known
+
+    @property
     def _keeping(self) -> bool:
         """What happens is noted, whether or not anybody is told."""
-        return self.announced.complete or self._whole
+        return self._announced.complete or self._whole
 
     @property
     def telling(self) -> bool:
@@ -106,7 +128,7 @@ class Source:
             return True
         if not self._situation.filter.matches_all(sheet) or not self.announced.add_sheet(sheet):
             return False
-        self.told += len(sheet)
+        self._told_of += len(sheet)
         if self.states is not None:
             self.states.touch(sheet.keys)
         for peer in told:
@@ -180,14 +202,12 @@ class Source:
                 peer.pending.put_flow(key, value, extras, now)
 
     def _told(self, key_len: int, rows: Mapping[bytes, bytes]) -> None:
-        known = len(self.announced)
-        self.announced.add(rows, SHAPES[key_len].reply)
-        self.told += len(self.announced) - known
+        self._unnoted.append((key_len, rows))
         if self.states is not None:
             self.states.touch(rows)
 
     def _told_one(self, key: bytes, value: bytes, extras: bytes) -> None:
-        self.told += key not in self.announced
+        self._told_of += key not in self.announced
         self.announced.put(key, value, extras)
         if self.states is not None:
             self.states.touch((key,))

@@ -112,6 +112,10 @@ class ExternalCache:
             rows = dict(itertools.islice(rows.items(), max(0, room)))
         if rows:
             self.table.update(zip(rows, map(operator.add, rows.values(), itertools.repeat(self._since(now)))))
+            if len(rows) == 1:
+                for key, value in rows.items():
+                    self.digest.add_single(key, value[:-TAIL_BYTES])
+                return rows
             values = rows.values()
             self.digest.add(len(next(iter(rows))), rows, prints(values, len(next(iter(values))) - TAIL_BYTES))
         return rows

@@ -9,9 +9,8 @@ label of the counter that the fault belongs to, and nothing else, whatever the b
 
 from __future__ import annotations
 
-import operator
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import compress
 from typing import NamedTuple
 
@@ -509,7 +508,7 @@ class _Layout(NamedTuple):
     """How rows of one shape lie in a record.
 
     ``mirror``: for each column of the reply tuple, in order, the column of the original tuple that has the same byte in
-    it where nothing is translated.  ``mirrored`` takes the bytes of those columns out of one row.
+    it where nothing is translated.  ``plain``: what stands before a single row that is sent as it is, all columns SAME.
     """
 
     width: int
@@ -517,7 +516,7 @@ class _Layout(NamedTuple):
     mirror_mask: int  # bytes
     reply: int  # first column of the reply tuple
     mirror: tuple[int, ...]
-    mirrored: Callable[[bytes | bytearray], tuple[int, ...]]
+    plain: bytes
 
 
 def _layout(shape: shapes.Shape) -> _Layout:
@@ -529,7 +528,10 @@ def _layout(shape: shapes.Shape) -> _Layout:
         *range(ports + half, ports + shape.l4),
         *range(ports, ports + half),
     )
-    return _Layout(shape.row, -(-shape.row // 8), -(-len(mirror) // 8), shape.key, mirror, operator.itemgetter(*mirror))
+    mask, mirror_mask = -(-shape.row // 8), -(-len(mirror) // 8)
+    same = ((1 << shape.row) - 1 << -shape.row % 8).to_bytes(mask, "big")
+    plain = _COLUMNS.pack(shape.key, 1) + bytes(mirror_mask + mask) + same
+    return _Layout(shape.row, mask, mirror_mask, shape.key, mirror, plain)
 
 
 _ROWS = {length: _layout(shape) for length, shape in shapes.SHAPES.items()}
@@ -547,11 +549,15 @@ def split_keys(key_len: int, keys: bytes) -> list[bytes]:
 
 
 def encode_rows(key_len: int, rows: bytes) -> bytes:
-    """Payload of ROWS: joined rows (1 to ``MAX_ROWS``) of the shape that ``key_len`` tells."""
+    """Payload of ROWS: joined rows (1 to ``MAX_ROWS``) of the shape that ``key_len`` tells.
+
+    A single row is sent as it is: to take it apart and to put it together would take longer than all else that is done
+    with it, and where flows come one by one nothing depends on 20 bytes (50 for IPv6).
+    """
     layout = _ROWS[key_len]
     width = layout.width
     if len(rows) == width:
-        return _encode_row(key_len, layout, rows)
+        return layout.plain + rows
     count = len(rows) // width
     columns = [rows[at::width] for at in range(width)]
     mirrored, nothing = 0, bytes(count)
@@ -685,27 +691,15 @@ class RowColumns:
         return head + _encode_several(firsts, several, count)
 
 
-def _encode_row(key_len: int, layout: _Layout, row: bytes) -> bytes:
-    """The same of one row: no column has two different bytes."""
-    at = layout.reply
-    end = at + len(layout.mirror)
-    reply, original = row[at:end], layout.mirrored(row)
-    equal = bytes(map(operator.eq, reply, original))
-    columns = row[:at] + bytes(map(operator.mul, reply, map(operator.ne, reply, original))) + row[end:]
-    mirrored = int(equal.translate(_NOT_ZERO), 2) << -len(equal) % 8
-    head = _COLUMNS.pack(key_len, 1) + mirrored.to_bytes(layout.mirror_mask, "big")
-    low = int(columns.translate(_NOT_ZERO), 2) << -len(row) % 8
-    masks = bytes(layout.mask) + low.to_bytes(layout.mask, "big")
-    return head + masks + columns.translate(None, b"\0")
-
-
 def decode_rows(payload: bytes) -> tuple[int, bytes]:
     """Length of the keys and the joined rows of ROWS.  Raises WireError ``malformed``."""
     key_len, count = _decode_columns_head(payload)
     layout = _ROWS[key_len]
     width = layout.width
-    rows = _decode_row(layout, payload) if count == 1 else None
-    if rows is None:
+    rows: bytes | bytearray
+    if len(payload) == len(layout.plain) + width and payload.startswith(layout.plain):
+        rows = payload[len(layout.plain) :]
+    else:
         at = _COLUMNS.size + layout.mirror_mask
         mirrored = _bits(_mask(payload[_COLUMNS.size : at], len(layout.mirror), layout.mirror_mask), len(layout.mirror))
         rows = _decode_columns(payload, at, width, count)
@@ -714,25 +708,6 @@ def decode_rows(payload: bytes) -> tuple[int, bytes]:
             rows[to::width] = other if column.count(0) == count else _xor(column, other)
     _check_zones(rows, key_len, width)
     return key_len, bytes(rows)
-
-
-def _decode_row(layout: _Layout, payload: bytes) -> bytearray | None:
-    """The one row of ROWS whose columns are all ZERO or SAME, which is how it is sent; None where it is not so."""
-    at = _COLUMNS.size + layout.mirror_mask
-    low = at + layout.mask
-    values = payload[low + layout.mask :]
-    mirrored = _bits(int.from_bytes(payload[_COLUMNS.size : at], "big"), 8 * layout.mirror_mask)
-    bits = _bits(int.from_bytes(payload[low : low + layout.mask], "big"), 8 * layout.mask)
-    if payload[at:low].strip(b"\0") or len(values) != bits.count(1) or len(payload) < low + layout.mask:
-        return None
-    end = layout.reply + len(layout.mirror)
-    if any(bits[layout.width :]) or any(mirrored[end - layout.reply :]):
-        return None
-    following = iter(values)
-    row = bytearray([next(following) if bit else 0 for bit in bits[: layout.width]])
-    original = bytes(map(operator.mul, layout.mirrored(row), mirrored))
-    row[layout.reply : end] = _xor(row[layout.reply : end], original)
-    return row
 
 
 def encode_gone(key_len: int, keys: bytes) -> bytes:

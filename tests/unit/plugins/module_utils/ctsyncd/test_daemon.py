@@ -199,6 +199,7 @@ class Readings:
         monkeypatch.setattr(one, "_events", self, raising=False)
         monkeypatch.setattr(one, "_watch", self, raising=False)
         monkeypatch.setattr(one, "_control", self, raising=False)
+        monkeypatch.setattr(one, "_send", lambda _datagrams, _now: self.did.append(("sent", 0.0)))
         self.now = 100.0
         monkeypatch.setattr(daemon.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(daemon.time, "sleep", lambda wait: self.did.append(("sleep", wait)))
@@ -208,10 +209,28 @@ class Readings:
 
     def kernel_changes(self, changes: Changes, _now: float) -> None:
         self.source.told += changes.events
+        self.did.append(("judged", float(changes.events)))
+
+    def tell(self, _now: float) -> list[list[bytes]]:
+        self.did.append(("told", 0.0))
+        return [[b"datagram"]]
 
     def others(self, wait: float) -> list[int]:
         self.did.append(("others", wait))
         return [5]
+
+
+@pytest.mark.parametrize("active", [True, False])
+def test_what_was_read_is_told_before_anything_else(monkeypatch: pytest.MonkeyPatch, active: bool) -> None:
+    edges = Readings(monkeypatch)
+    edges.active, edges.events = active, 3
+    count = edges.daemon._window.read
+    monkeypatch.setattr(
+        edges.daemon._window, "read", lambda *told: (edges.did.append(("counted", float(told[1]))), count(*told))
+    )
+    assert edges.daemon._read_events(100.0) is active
+    told = [("told", 0.0), ("sent", 0.0)] if active else []
+    assert edges.did == [("judged", 3.0), *told, ("counted", 3.0)]
 
 
 def test_where_events_are_many_none_of_them_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,6 +407,7 @@ def test_every_overrun_doubles_the_event_buffer_up_to_its_bound(
 
     class Engine:
         source = Source
+        active = False
         newcomers = Newcomers()
 
         @staticmethod

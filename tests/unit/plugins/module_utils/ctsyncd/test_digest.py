@@ -88,6 +88,18 @@ def test_columns_and_single_rows_have_the_same_prints(rows: dict[bytes, bytes], 
     assert not any(piecewise.sums)
 
 
+@pytest.mark.parametrize("count", [1, 63, 64, 65, 200])
+def test_flows_that_come_one_by_one_are_added_before_anybody_looks(count: int) -> None:
+    """However many there are, and though some of them are gone by then."""
+    rows = {number.to_bytes(13, "big"): number.to_bytes(SHAPES[13].value, "little") for number in range(count)}
+    one_by_one, gone = Digest(), list(rows)[::3]
+    for key, value in rows.items():
+        one_by_one.add_single(key, value[: SHAPES[13].reply])
+    one_by_one.remove(13, gone, digest.prints([rows[key] for key in gone], SHAPES[13].reply))
+    rest = of({key: value for key, value in rows.items() if key not in gone})
+    assert (one_by_one.total, one_by_one.told(), one_by_one.sums) == (rest.total, rest.told(), rest.sums)
+
+
 @given(shapes_of_rows(), st.data())
 def test_both_nodes_come_to_the_same_digest(rows: dict[bytes, bytes], data: st.DataObject) -> None:
     """Whatever came and went on both, in their different ways to keep it."""

@@ -249,6 +249,7 @@ def test_what_waits_is_told_though_no_event_comes(monkeypatch: pytest.MonkeyPatc
     one = object.__new__(daemon.Daemon)
     engine = types.SimpleNamespace(
         source=types.SimpleNamespace(told=0),
+        active=False,
         newcomers=types.SimpleNamespace(waiting=waiting),
         kernel_changes=lambda _changes, _now: None,
     )

@@ -102,6 +102,7 @@ def reproduced() -> dict[str, str]:
         "5: fw1 to fw2, DATA (block)": data1,
         "6: fw2 to fw1, DATA (heard, ack, status, keys)": data2,
         "records of 5": records,
+        "ROWS of 5, shorter": wire.RowColumns(13, rows.cut(key + value, 38)).encode(0, 1),
         "key of the flow": key,
         "value of the flow": value,
         "EXPECT of the helper's": expectation.pack(EXPECTED),

@@ -98,21 +98,34 @@ def test_rows_round_trip(case: tuple[int, bytes]) -> None:
 
 @given(columns())
 def test_one_row_may_come_in_any_mode(case: tuple[int, bytes]) -> None:
-    """Its sender makes all columns ZERO or SAME; FULL says the same, and is read the same."""
+    """Its sender makes all columns SAME; those of many rows may be mirrored and ZERO; FULL says the same as SAME."""
     key_len, joined = case
     width = rows.SHAPES[key_len].row
     joined = joined[:width]
-    payload = wire.encode_rows(key_len, joined)
     size = -(-width // 8)
     high = 3 + -(-rows.SHAPES[key_len].reply // 8)
     low = high + size
-    assert payload[high:low] == bytes(size)
-    full = payload[:high] + payload[low : low + size] + payload[low:]  # SAME where it was SAME, but as FULL
-    assert wire.decode_rows(full) == wire.decode_rows(payload) == (key_len, joined)
-    shorter = [payload[:end] for end in range(len(payload))]
-    for broken in (*shorter, payload + b"\0", full[:-1], full + b"\0"):
-        with pytest.raises(WireError):
-            wire.decode_rows(broken)
+    plain, short = wire.encode_rows(key_len, joined), wire.RowColumns(key_len, rows.cut(joined, width)).encode(0, 1)
+    assert plain[low + size :] == joined
+    assert len(short) <= len(plain)
+    for payload in (plain, short):
+        assert payload[high:low] == bytes(size)
+        full = payload[:high] + payload[low : low + size] + payload[low:]  # SAME where it was SAME, but as FULL
+        assert wire.decode_rows(full) == wire.decode_rows(payload) == (key_len, joined)
+        shorter = [payload[:end] for end in range(len(payload))]
+        for broken in (*shorter, payload + b"\0", full[:-1], full + b"\0"):
+            with pytest.raises(WireError):
+                wire.decode_rows(broken)
+
+
+def test_a_single_row_has_no_column_behind_the_last_one() -> None:
+    for key_len in SHAPES:
+        width = rows.SHAPES[key_len].row
+        payload = bytearray(wire.encode_rows(key_len, with_zones(key_len, bytes(width), width)))
+        if width % 8:
+            payload[-width - 1] |= 1  # the last bit of the second mode mask
+            with pytest.raises(WireError, match="mask of more columns"):
+                wire.decode_rows(bytes(payload))
 
 
 @given(columns(), st.data())
@@ -154,7 +167,7 @@ def test_bytes_of_a_row(snat: bytes) -> None:
     """What must not get worse: 10 bytes for two addresses and a port, all random, and 1 for a port of a few."""
     assert len(wire.encode_rows(13, public(110, snat))) <= 11.5 * 110
     assert len(wire.encode_rows(13, public(3, snat))) <= 80
-    assert len(wire.encode_rows(13, public(1, snat))) <= 42
+    assert len(wire.encode_rows(13, public(1, snat))) == 53  # as it is: the masks and 38 bytes
     keys = b"".join(key for key, _value in wire.iter_rows(13, public(110)))
     assert len(wire.encode_gone(13, keys)) <= 11.5 * 110
 
@@ -228,10 +241,12 @@ def test_layout_of_a_record_byte_by_byte() -> None:
     key, value, _extras = rows.pack(tcp(51356)._replace(reply=tcp(51356).orig))
     reply = key[5:9] + key[1:5] + key[11:13] + key[9:11]
     row = key + reply + value[12:]
-    payload = wire.encode_rows(13, row)
+    payload = wire.RowColumns(13, rows.cut(row, 38)).encode(0, 1)
     assert payload[3:5] == bytes((0xFF, 0xF0))
     assert payload[5:10] == bytes(5)  # no column varies
     assert payload[15:] == bytes(byte for byte in key + value[12:] if byte)
+    # a single row is sent as it is
+    assert wire.encode_rows(13, row) == struct.pack("!BH", 13, 1) + bytes(2 + 5) + b"\xff\xff\xff\xff\xfc" + row
 
 
 @pytest.mark.parametrize("decode", [wire.decode_rows, wire.decode_gone])
