@@ -108,6 +108,10 @@ class Window:
         length = CROWDED_WINDOW_S + share * max(0.0, longest - CROWDED_WINDOW_S)
         return min(longest, max(0.0, self._last + length - now))  # events wait since they were read last
 
+    def alone(self, now: float) -> bool:
+        """Is an event that is there now likely to be the only one?"""
+        return self._gap >= SPARSE_S and now - self._last >= CROWD_S
+
     def read(self, events: int, fresh: int, now: float) -> None:
         """So many events were read, with so many flows that the peer does not know."""
         if not events:
@@ -633,7 +637,8 @@ class Daemon:
     def _read_events(self, now: float) -> bool:
         """Have the engine take what happened, and the peers be told of it if this node is the one to do that."""
         engine_ = self._engine
-        changes = self._events.read(EVENTS_PER_TURN)
+        alone = self._window.alone(now)
+        changes = self._events.read(1 if alone else EVENTS_PER_TURN)
         known = engine_.source.told
         engine_.kernel_changes(changes, now)
         telling = engine_.active
@@ -642,7 +647,7 @@ class Daemon:
         self._window.read(changes.events, engine_.source.told - known, now)
         if changes.lost:
             self._overrun(now)
-        self._events_at = now if changes.more else None
+        self._events_at = now if changes.more and not alone else None  # if it was not alone the next wait says so
         if self._events_at is None and engine_.newcomers.waiting:
             self._events_at = now + self.config.window_ms / 1000
         elif self._events_at is None and changes.events:

@@ -337,7 +337,7 @@ class Receiver:
         Raises OSError with errno ENOBUFS if the kernel had to drop some.
         """
         limit = min(limit, self.slots)
-        if self._call is None:
+        if self._call is None or limit == 1:  # one by itself is read without ctypes, which is slow on cold caches
             return self._receive_singly(limit)
         count = self._call(self._sock.fileno(), self._headers_at, limit, socket.MSG_DONTWAIT, None)
         if count < 0:
@@ -567,7 +567,7 @@ class RequestSocket(_Socket):
         receiver = self._receiver
         while not fenced:
             try:
-                lengths = receiver.receive(receiver.slots)
+                lengths = receiver.receive(receiver.slots if count > 1 else 1)
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
                     raise

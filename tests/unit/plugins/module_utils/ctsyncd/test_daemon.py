@@ -190,6 +190,7 @@ class Readings:
         self.active = self.nothing_to_tell = self.calm = True
         self.busy = False
         self.did: list[tuple[str, float]] = []
+        self.limits: list[int] = []
         self.newcomers = Newcomers()
         self.source = types.SimpleNamespace(told=0)
         self.daemon = one = object.__new__(daemon.Daemon)
@@ -204,8 +205,9 @@ class Readings:
         monkeypatch.setattr(daemon.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(daemon.time, "sleep", lambda wait: self.did.append(("sleep", wait)))
 
-    def read(self, _limit: int) -> Changes:
-        return Changes({}, [], [], self.events)
+    def read(self, limit: int) -> Changes:
+        self.limits.append(limit)
+        return Changes({}, [], [], min(limit, self.events), more=self.events >= limit)
 
     def kernel_changes(self, changes: Changes, _now: float) -> None:
         self.source.told += changes.events
@@ -220,10 +222,27 @@ class Readings:
         return [5]
 
 
+def test_event_after_a_pause_is_read_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And if others came with it they are read together, at once."""
+    edges = Readings(monkeypatch)
+    edges.events, many = 500, daemon.EVENTS_PER_TURN
+    for moment in (100.0, 100.0002, 100.02, 101.0):
+        edges.now = moment
+        edges.daemon._read_events(moment)
+    assert edges.limits == [1, many, many, many]  # by now they are no longer few
+    edges.events = 1
+    for number in range(400):
+        edges.now = 102.0 + number / 20
+        edges.daemon._read_events(edges.now)
+    assert edges.limits[-100:] == [1] * 100
+    assert edges.daemon._events_at is None
+
+
 @pytest.mark.parametrize("active", [True, False])
 def test_what_was_read_is_told_before_anything_else(monkeypatch: pytest.MonkeyPatch, active: bool) -> None:
     edges = Readings(monkeypatch)
     edges.active, edges.events = active, 3
+    edges.daemon._window.read(1, 0, 99.999)
     count = edges.daemon._window.read
     monkeypatch.setattr(
         edges.daemon._window, "read", lambda *told: (edges.did.append(("counted", float(told[1]))), count(*told))
@@ -241,6 +260,8 @@ def test_where_events_are_many_none_of_them_is_waited_for(monkeypatch: pytest.Mo
         now += 0.02
         edges.events, edges.now = events, now + 0.004
         one._read_events(now)
+        if edges.limits[-1] == 1 < events:  # it was not alone
+            one._read_events(now + 0.001)
         assert one._events_at == (None if then is None else pytest.approx(now + 0.004 + then))
     edges.events = 1
     for number in range(200):  # ten a second
