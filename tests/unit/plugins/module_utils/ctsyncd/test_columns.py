@@ -528,7 +528,22 @@ def test_a_receiver_gives_what_is_there(monkeypatch: pytest.MonkeyPatch, recvmms
         assert receiver.receive(4) == []
 
 
-@pytest.mark.parametrize("count", [1, 8, 9, 40])
+def test_a_single_datagram_is_read_without_recvmmsg() -> None:
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 2) as sock:
+        sock.bind((0, 0))
+        receiver, calls = netlink.Receiver(sock, 4, 64), []
+        receiver._call = lambda *arguments: calls.append(arguments) or 0
+        for number in (1, 2):
+            sock.sendto(bytes((number,)) * 40, sock.getsockname())
+        for number in (1, 2):
+            assert receiver.receive(1) == [40]
+            assert bytes(receiver.data[:40]) == bytes((number,)) * 40
+        assert receiver.receive(1) == [] and not calls
+        receiver.receive(2)
+        assert len(calls) == 1
+
+
+@pytest.mark.parametrize("count", [2, 8, 9, 40])
 @pytest.mark.parametrize("place", [0, 1, -1])
 def test_a_receiver_tells_each_length(count: int, place: int) -> None:
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 2) as sock:
