@@ -477,8 +477,8 @@ class Daemon:
     def _send(self, datagrams: list[list[bytes]], now: float) -> None:
         """To each peer its own, over the link that each belongs to."""
         for peer, (session, some) in enumerate(zip(self._sessions, datagrams)):
-            if not some:
-                continue
+            if not some and len(session.paths) == 1:
+                continue  # with more links there may be a probe of another one
             for number, part in session.route(some):
                 link = self._links[number]
                 link.send(peer, part)

@@ -10,10 +10,11 @@ sessions and bulks.
 from __future__ import annotations
 
 import random
+import types
 from typing import Any, Callable, NamedTuple
 
 import pytest
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import paths, wire
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import daemon, paths, wire
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.paths import DOWN, UP, Paths
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.session import BlockReceived, Session
 from hypothesis import given, settings
@@ -528,3 +529,34 @@ def test_a_busy_peer_is_no_failure_of_a_link() -> None:
         pair.works(1.0)
     assert [end.paths.counters["failovers"] for end in pair.ends.values()] == [0, 0]
     assert pair.sessions() == [1, 1]
+
+
+def test_a_probe_leaves_though_nothing_goes_over_the_chosen_link() -> None:
+    """Else it would wait for the next heartbeat, and the daemon with it, without a pause."""
+    pair, sent = Linked().up(), []
+    end, one = pair.fw1, object.__new__(daemon.Daemon)
+    one._sessions = [end]
+    one._links = [
+        types.SimpleNamespace(
+            send=lambda _peer, part, link=link: sent.extend((link, datagram) for datagram in part),
+            **{"payload": 0, "told": 0, "usable": True, "waiting": False},
+        )
+        for link in range(2)
+    ]
+    alone = 0
+    for _turn in range(500):
+        for link, line in enumerate(pair.wires):
+            for to, datagram in line.arrived(pair.now):
+                pair.ends[to].receive(datagram, pair.now, link)
+        for name, some in [(name, peer.poll(pair.now)) for name, peer in pair.ends.items()]:
+            sent.clear()
+            if name == "fw1":
+                alone += not some and bool(end._probes)
+                one._send([some], pair.now)
+            else:
+                sent.extend((link, datagram) for link, part in pair.fw2.route(some) for datagram in part)
+            for link, datagram in sent:
+                pair.wires[link].send(other(name), datagram, pair.now)
+        assert end.next_deadline() > 0.0
+        pair.now += 0.01
+    assert alone
