@@ -492,7 +492,7 @@ class Reader:
         self._usual: dict[int, Layout] = {}  # of the latest messages of a length
 
     def events(self, data: bytearray, stride: int, lengths: list[int], into: Gathering) -> tuple[int, bool]:
-        """Datagrams of events, one every ``stride`` bytes, each as long as ``lengths`` says (0: to be skipped).
+        """Datagrams of events, one every ``stride`` bytes, each as long as ``lengths`` says.
 
         Returns how many events were in them, and whether they say that others were lost.  One that fills its place and
         says that it is longer was cut off: lost.

@@ -971,8 +971,8 @@ class Engine:
 
     @property
     def hurried(self) -> bool:
-        """There is :meth:`kernel_work` that a peer's words ask for: it comes first."""
-        return bool(self.replicas.jobs)
+        """This backup has :meth:`kernel_work`, which comes first.  On an active node it is telling that does."""
+        return bool(self.replicas.jobs) and not self.situation.active
 
     @property
     def calm(self) -> bool:
