@@ -360,9 +360,11 @@ NOTES: dict[str, str] = {
     "memory-backup-cache": "See the backup in hot standby.",
     "box": (
         "The least is known: a listener whose filter drops every event in the kernel and that never runs left 80 to "
-        "89 % of the rate (five rounds). With somebody in the groups the kernel builds eight events for a connection,"
-        " some 20 to 25 µs of the two processors' time, and no filter keeps it from that: so less than 90 % is left "
-        "before a daemon has done anything. What the daemons add is their own CPU time and next to nothing else: "
+        "93 % of the rate (nine rounds, most of them below 90). With somebody in the groups the kernel builds eight "
+        "events for a connection,"
+        " some 20 to 25 µs of the two processors' time, and no filter keeps it from that: so of the tenth "
+        "that may be lost hardly anything is left before a daemon has done anything. "
+        "What the daemons add is their own CPU time and next to nothing else: "
         "preemption, cold caches and what waits in the queue did not show beside it. It was 18 to 24 µs per "
         "connection (active 12 to 15, backup 6 to 9) and is 10 to 13 (active 9 to 11, backup 1 to 1.5), conntrackd's "
         "180 to 230. With a first form of what follows, medians of three rounds side by side, that was 0.78 of the "
