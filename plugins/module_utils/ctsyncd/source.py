@@ -45,24 +45,23 @@ class Source:
     def announced(self) -> Announced:
         """The flows that the peers were told of."""
         if self._unnoted:
-            self.settle()
+            self._settle()
         return self._announced
 
     @property
     def told(self) -> int:
         """Flows that the peers were told of so far."""
         if self._unnoted:
-            self.settle()
+            self._settle()
         return self._told_of
 
-    def settle(self) -> None:
-        """Note what is told: it takes as long as telling it, so who tells it at once may do this behind that."""
-        unnoted, self._unnoted = self._unnoted, []
+    def _settle(self) -> None:
+        """Note what is told.  That takes as long as to tell it, so it is not done before somebody asks for it."""
+        unnoted, self._unnoted, announced = self._unnoted, [], self._announced
+        known = len(announced)
         for key_len, rows in unnoted:
-            announced = self._announced
-            known = len(announced)
             announced.add(rows, SHAPES[key_len].reply)
-            self._told_of += len(announced) - known
+        self._told_of += len(announced) - known
 
     @property
     def _keeping(self) -> bool:

@@ -781,7 +781,7 @@ def _few_somewhere(column: bytes) -> bool:
     count = len(column)
     if count < _FEW_ROWS:
         return True
-    for at in (0, count >> 1, max(0, count - _CROWD)):
+    for at in _places(count):
         part = column[at : at + _CROWD]
         if _may_be_few(part, part.count(part[0])):
             return True
@@ -793,8 +793,13 @@ def _crowded(column: bytes) -> bool:
 
     So it is with ports of servers: most are a few well-known ones, the others random.
     """
-    places = (0, len(column) >> 1, max(0, len(column) - _CROWD))
+    places = _places(len(column))
     return sum([len(set(column[at : at + _CROWD])) for at in places]) > _FEW * len(places)
+
+
+def _places(count: int) -> tuple[int, int, int]:
+    """Where of so many rows ``_CROWD`` are looked at: beginning, middle, end."""
+    return 0, count >> 1, max(0, count - _CROWD)
 
 
 def _values(column: bytes) -> bytes:

@@ -222,6 +222,35 @@ class Readings:
         return [5]
 
 
+@pytest.mark.parametrize("hurried", [True, False])
+def test_kernel_is_asked_for_what_a_datagram_brought_before_anything_else(
+    monkeypatch: pytest.MonkeyPatch, hurried: bool
+) -> None:
+    did: list[str] = []
+
+    def looked(_now: float) -> bool:
+        did.append("looked")
+        return True
+
+    parts = {
+        "_engine": types.SimpleNamespace(hurried=hurried, rests_until=lambda: float("inf"), nothing_to_tell=True),
+        "_watch": types.SimpleNamespace(all=lambda _wait: [7]),
+        "_events_at": None,
+        "_events_fd": 3,
+        "_second_at": float("inf"),
+        "_rested": False,
+        "_wait": lambda _now: 0.0,
+        "_serve": lambda _ready, _now: did.append("served"),
+        "_work_for_kernel": lambda: did.append("worked"),
+        "_rests": looked,
+    }
+    one = object.__new__(daemon.Daemon)
+    for name, part in parts.items():
+        monkeypatch.setattr(one, name, part, raising=False)
+    one._turn()
+    assert did == (["served", "worked", "looked"] if hurried else ["served", "looked"])
+
+
 def test_event_after_a_pause_is_read_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """And if others came with it they are read together, at once."""
     edges = Readings(monkeypatch)

@@ -14,7 +14,7 @@ from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import 
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import Flow, SeqAdj, Tuple
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.jobs import CREATE, DELETE, TIMER, UPDATE, Work
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.pending import Pending
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.rows import pack, unpack
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.rows import Changes, pack, unpack
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.situation import EXTERNAL_CACHE, Settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
@@ -1006,3 +1006,15 @@ class Pair(Events):
 
 Pair.TestCase.settings = thorough(40)
 TestPair = Pair.TestCase
+
+
+def test_work_for_the_kernel_hurries_on_a_backup_only() -> None:
+    sim = Simulation().start()
+    assert not sim.fw2.up.hurried
+    sim.fw1.up.kernel_changes(Changes({}, [tcp(1000)], [], 1), sim.now)
+    for datagram in sim.fw1.up.tell(sim.now)[0]:
+        sim.fw2.up.receive(0, datagram, sim.now)
+    assert sim.fw2.up.hurried and not sim.fw1.up.hurried
+    sim.fw2.up.replicas.loosen_flow(tcp(1001))
+    sim.fw2.up.set_role("active", sim.now)
+    assert sim.fw2.up.replicas.jobs and not sim.fw2.up.hurried
