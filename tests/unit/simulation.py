@@ -125,6 +125,7 @@ class Wire:
         self.cut = False
         self.deaf = ""  # the node that nothing gets to
         self.longest = 1 << 16  # bytes; longer datagrams vanish
+        self.longest_to: dict[str, int] = {}  # the same, one way only
         self.delay_s = 0.0005
         self.parted: set[frozenset[str]] = set()
         self.sent: list[tuple[str, bytes]] = []  # (to, datagram) of everything ever sent
@@ -134,7 +135,8 @@ class Wire:
 
     def send(self, to: str, datagram: bytes, now: float, sender: str = "") -> None:
         self.sent.append((to, datagram))
-        if self.cut or to == self.deaf or len(datagram) > self.longest or frozenset((to, sender)) in self.parted:
+        longest = min(self.longest, self.longest_to.get(to, self.longest))
+        if self.cut or to == self.deaf or len(datagram) > longest or frozenset((to, sender)) in self.parted:
             return
         for _copy in range(1 + (self._chance.random() < self.duplication)):
             if self._chance.random() < self.loss:

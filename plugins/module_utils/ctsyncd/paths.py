@@ -108,6 +108,11 @@ class _Path:
         self.confirmed_by = None
         self.probe_at = now
 
+    def begin_confirmation(self, now: float, patience: float) -> None:
+        """A probe as long as the limit leaves; its answer may take so many seconds."""
+        self.confirm_at = now + CONFIRM_S
+        self.confirmed_by = now + patience
+
     def end_doubt(self, now: float) -> None:
         self.doubt = False
         self.confirmed_by = None
@@ -375,6 +380,10 @@ class Paths:
     def _returns_at(path: _Path) -> float:
         return path.since + path.hold
 
+    def _confirms_at(self, path: _Path) -> float:
+        """Where no heartbeat took the long probe along, because each status rode on a block."""
+        return path.confirm_at + self._interval * (1 + LATE)
+
     def _use(self, link: int) -> None:
         self.chosen = link
         self._paths[link].contrast = None
@@ -402,8 +411,11 @@ class Paths:
                 due = min(due, path.heard[1] + self._interval * (1 + LATE))
             if path.confirmed_by is not None:
                 due = min(due, path.confirmed_by)
-            if path.limit < path.ceiling and path.state == UP and not path.doubt:
-                due = min(due, path.raise_at)
+            if path.state == UP and not path.doubt:
+                if path.limit < path.ceiling:
+                    due = min(due, path.raise_at)
+                if link == self.chosen:
+                    due = min(due, self._confirms_at(path))
             if link < self.chosen and path.state == UP:
                 due = min(due, self._returns_at(path))
         chosen = self._paths[self.chosen]
@@ -431,8 +443,7 @@ class Paths:
         if path.state == UP and not path.doubt and len(frames) + wire.PROBE_BYTES <= room:
             patience = path.patience + (self._interval * (1 + LATE) if answers else 0.0)
             if now >= path.confirm_at:
-                path.confirm_at = now + CONFIRM_S
-                path.confirmed_by = now + patience
+                path.begin_confirmation(now, patience)
                 frames += self._long_probe(self.chosen, path.limit, room - len(frames), at_once=not answers)
             elif self._several and now - path.probed_at >= self._interval / 2:
                 frames += self._short_probe(self.chosen, now, at_once=not answers)
@@ -460,9 +471,13 @@ class Paths:
             frames = self._answers(link, path, out, now)
             if path.confirmed_by is not None and now >= path.confirmed_by:
                 path.begin_doubt(now)
-            if path.limit < path.ceiling and path.state == UP and not path.doubt and now >= path.raise_at:
-                path.raise_at = now + RAISE_S
-                self._try_lengths(link, path.lengths(path.limit, path.ceiling), out)
+            if path.state == UP and not path.doubt:
+                if path.limit < path.ceiling and now >= path.raise_at:
+                    path.raise_at = now + RAISE_S
+                    self._try_lengths(link, path.lengths(path.limit, path.ceiling), out)
+                if link == self.chosen and now >= self._confirms_at(path):
+                    path.begin_confirmation(now, path.patience)
+                    self._try_lengths(link, [path.limit], out)
             early = path.state == UP and now - path.probed_at >= self._regular(link) / 2  # the peer is answered anyway
             if now >= path.probe_at or (frames and early):
                 frames += self._probe(link, path, out, now)

@@ -20,7 +20,7 @@ from .constants import MAX_KEYS
 from .crypto import Aead, Crypto
 from .errors import WireError
 from .keyring import Agreement, key_info
-from .paths import Paths
+from .paths import SMALLEST_PAYLOAD, Paths
 
 WINDOW_BLOCKS = 512  # blocks that a receiver buffers ahead; the credit that it gives
 REPLAY_WINDOW = 1024  # datagrams that may arrive late
@@ -30,6 +30,7 @@ ACK_BLOCKS = 16  # ... unless so many came: the smallest window, so no sender wa
 ACK_HOLE_S = 0.005  # while blocks are missing or come twice: between two acknowledgements
 RETRANSMIT_MIN_S = 0.2
 RETRANSMIT_MAX_S = 2.0
+STUBBORN = 4  # times that a long block was sent again, while others arrive: is it too long for the link?
 TIMEOUT_BLOCKS = 2  # sent again at a timeout, the oldest ones (RFC 9002, 6.2.4)
 LATER = 1 / 8  # of the interval: so much later one node's heartbeat is due, so that it is an answer to the other's
 REORDER_THRESHOLD = 3  # datagrams later than a block's that are heard before it counts as lost (RFC 9002, 6.1.1) ...
@@ -84,7 +85,7 @@ class _InFlight:
         self.born = born
         self.sent = 0.0  # last
         self.number = 0  # of the datagram of its last sending
-        self.again = False  # it was sent more than once
+        self.again = 0  # times that it was sent after the first one
         self.lost = True  # it is not on its way, but waits to be sent
         self.acked = False
 
@@ -919,7 +920,9 @@ class Session:
             self.counters["parts_sent"] += 1
 
     def _send_again(self, session: _Established, flight: _InFlight, now: float) -> None:
-        flight.again = True
+        flight.again += 1
+        if flight.again >= STUBBORN and len(flight.frame) > SMALLEST_PAYLOAD:
+            self.paths.suspect(now)
         self.counters["blocks_retransmitted"] += 1
         self._send_flight(session, flight, now)
 

@@ -387,6 +387,45 @@ def test_a_link_that_shrinks_is_noticed_although_nothing_is_sent() -> None:
     assert pair.fw1.counters["parts_sent"] == 0
 
 
+@pytest.mark.parametrize("links", [1, 2])
+@pytest.mark.parametrize("gap_s", [0.005, 0.02, 0.1])
+def test_a_link_that_shrinks_one_way_is_noticed_though_its_traffic_never_pauses(links: int, gap_s: float) -> None:
+    """No heartbeat goes by itself then: every status rides on a block, and short ones arrive all the time."""
+    pair = Linked(links).up()
+    for line in pair.wires:
+        line.longest_to["fw2"] = 1000
+    fw1, end = pair.fw1, pair.now + paths.CONFIRM_S + 2.0
+    while pair.now < end:
+        number = pair.next_block["fw1"]
+        fw1.send_block(number.to_bytes(20, "big"), 1, pair.now, pair.now)
+        pair.next_block["fw1"] += 1
+        pair.run(gap_s)
+    assert fw1.paths.payload == 1006 - paths.IPV4_BYTES
+    assert pair.fw2.paths.payload == 1400
+    assert fw1.counters["timeouts"] == 0
+    pair.give("fw1", 10)
+    assert pair.run_until(pair.all_arrived) < 0.1
+    assert fw1.counters["parts_sent"] == 0
+
+
+@pytest.mark.parametrize("links", [1, 2])
+@pytest.mark.parametrize("gap_s", [0.005, 0.02, 0.1])
+def test_a_long_block_that_is_lost_again_and_again_says_that_the_link_shrank(links: int, gap_s: float) -> None:
+    """The blocks behind it arrive, so nothing times out, and none of them counts before it is there."""
+    pair = Linked(links).up()
+    for line in pair.wires:
+        line.longest_to["fw2"] = 1000
+    fw1, begun = pair.fw1, pair.now
+    while not pair.next_block["fw1"] or pair.blocks("fw2")[-1:] != [pair.next_block["fw1"] - 1]:
+        assert pair.now < begun + 2.0, pair.report()
+        number = pair.next_block["fw1"]
+        fw1.send_block(number.to_bytes(20 if number else fw1.block_bytes, "big"), 1, pair.now, pair.now)
+        pair.next_block["fw1"] += 1
+        pair.run(gap_s)
+    assert fw1.paths.payload == 1006 - paths.IPV4_BYTES
+    assert fw1.counters["parts_sent"] == 2
+
+
 def test_failing_over_to_a_link_that_takes_less() -> None:
     pair = Linked(payload=8900)
     pair.wires[1].longest = 1280 - paths.IPV4_BYTES
