@@ -56,6 +56,7 @@ REQUESTS_PER_TURN = 1024
 DUMP_SLICES_PER_TURN = 8
 PACED_REST = 4.0  # a paced dump rests so many times as long as a slice of it took
 MAX_EVENT_BUFFER = 256 << 20
+LAST_S = 0.5  # for the events that wait, when the daemon stops
 STORY_PATIENCE_S = 2.0  # for the disk, when the daemon stops
 RULESET_CHECK_S = 3.0  # the fingerprint of the ruleset is read so often
 VERDICT_S = 10.0  # a verdict of a ready node that nothing seems to change is made anew so often
@@ -66,6 +67,7 @@ EARLY_S = 0.05  # what a second brings is done so much earlier, if the daemon is
 SLACK_S = 0.3  # what is not urgent waits so long for a wake-up that is needed anyway
 REPORT_S = 0.1  # between two verdicts, on average
 CROWD_S = 0.002  # after a link was read: what comes so soon seldom comes alone
+HELD_S = 0.1  # a link that is held back, because the kernel is behind, is read so often
 QUIET_S = 0.05  # without events: the next one is read at once
 SPARSE_S = 0.0066  # between two events: a window would gather a few at most, so each is read at once
 AVERAGED_EVENTS = 64
@@ -269,6 +271,8 @@ class Daemon:
         self._recorder.note(now, "stop")
         self._keep_story(self._recorder.finished(now, at_once=True), now)
         now = time.monotonic()
+        if self._engine.active:
+            self._tell_the_last(now)
         for session in self._sessions:
             session.say_bye()
         self._send([session.poll(now) for session in self._sessions], now)
@@ -276,6 +280,18 @@ class Daemon:
             self._track.write(readiness.KNOWS_NOTHING)
         self._flights.finish(STORY_PATIENCE_S)
         self.close()
+
+    def _tell_the_last(self, now: float) -> None:
+        """What the kernel has said and nobody was told yet: it would be lost if this node loses its addresses, too."""
+        until = now + LAST_S
+        more = True
+        while more and now < until:
+            changes = self._events.read(EVENTS_PER_TURN)
+            more = changes.more
+            self._engine.kernel_changes(changes, now)
+            now = time.monotonic()
+        self._engine.release_newcomers(now)
+        self._send(self._engine.tell(now), now)
 
     def close(self) -> None:
         """Release every descriptor and remove the control socket."""
@@ -351,7 +367,7 @@ class Daemon:
         self._send(engine_.poll(now), now)
         self._answer_questions(now)
         for link in self._links:
-            self._watch_link(link)
+            self._watch_link(link, now)
         if second:
             self._every_second(now)
         else:
@@ -525,13 +541,22 @@ class Daemon:
             for name in session.paths.down
         ]
 
-    def _watch_link(self, link: Link) -> None:
-        """Keep the link registered as it is: open or not, read or held back, with datagrams waiting or not."""
-        self._watch.watch(link, (0 if self._engine.overloaded else READ) | (WRITE if link.waiting else 0))
+    def _watch_link(self, link: Link, now: float) -> None:
+        """Keep the link registered as it is: open or not, read or held back, with datagrams waiting or not.
+
+        One that is held back is read all the same, now and then: a peer that nobody listens to would count as dead.
+        """
+        held = self._engine.overloaded
+        if held and link.is_open and now - link.read_at >= HELD_S:
+            self._take_datagrams(link, 1, now)
+        self._watch.watch(link, (0 if held else READ) | (WRITE if link.waiting else 0))
 
     def _read_link(self, link: Link, now: float) -> None:
         # to look for another one costs as much as to read one
-        limit = DATAGRAMS_PER_TURN if link.several or now - link.read_at < CROWD_S else 1
+        crowded = link.several or now - link.read_at < CROWD_S or not self._rested  # more may have come in a long turn
+        self._take_datagrams(link, DATAGRAMS_PER_TURN if crowded else 1, now)
+
+    def _take_datagrams(self, link: Link, limit: int, now: float) -> None:
         link.read_at = now
         number = self._links.index(link)
         found = link.receive(limit)
@@ -637,7 +662,7 @@ class Daemon:
     def _read_events(self, now: float) -> bool:
         """Have the engine take what happened, and the peers be told of it if this node is the one to do that."""
         engine_ = self._engine
-        alone = self._window.alone(now)
+        alone = self._rested and self._window.alone(now)  # in a long turn others may have come
         changes = self._events.read(1 if alone else EVENTS_PER_TURN)
         known = engine_.source.told
         engine_.kernel_changes(changes, now)

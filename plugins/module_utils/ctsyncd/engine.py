@@ -176,9 +176,7 @@ class Engine:
     def _side_changed(self, first: bool, now: float) -> None:
         """Where roles change too often, bulks wait: changes go on to be replicated, and nothing is removed."""
         self._drop_dumps()
-        waiting, self.newcomers.waiting = self.newcomers.waiting, {}
-        if waiting:  # late flows for the node that is active now
-            self.source.changed(Changes(waiting, [], []), now)
+        self.release_newcomers(now)  # late flows for the node that is active now
         self.newcomers.forget()
         self.source.forget()
         self._predecessor = None
@@ -196,6 +194,12 @@ class Engine:
             self.situation.alarms.append(
                 f"this node changed sides {often} times within {FLAPPING_S:.0f} s: bulks are held back"
             )
+
+    def release_newcomers(self, now: float) -> None:
+        """Have those told that wait to see whether they end at once."""
+        waiting, self.newcomers.waiting = self.newcomers.waiting, {}
+        if waiting:
+            self.source.changed(Changes(waiting, [], []), now)
 
     def _become_active(self, first: bool, now: float) -> None:
         """The virtual IPs are here.  In hot standby the kernel holds the flows already: nothing stands in the way.

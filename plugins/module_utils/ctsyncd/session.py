@@ -284,7 +284,8 @@ class Session:
         self._probes: list[tuple[int, bytes]] = []  # link and datagram: what goes over others than the chosen one
 
     def set_timers(self, hello_interval_s: float, dead_after_s: float) -> None:
-        """Other timers, from the next sign of life on."""
+        """Other timers, from the last sign of life on where they are shorter, else from the next one."""
+        self._heartbeat_at -= max(0.0, self._interval - hello_interval_s) * (1 + self._answers)
         self._interval = hello_interval_s
         self._later = self._answers * hello_interval_s
         self._dead_after = dead_after_s
@@ -868,7 +869,9 @@ class Session:
             frames += session.agreement.riding()
             self._status_due = False
             self._heartbeat_at = now + self._interval + self._later
-            if not riding:
+            if riding:
+                self.paths.wake(now)
+            else:
                 frames += self.paths.riding(now, self._payload - wire.DATA_OVERHEAD_BYTES - len(frames))
         return frames
 

@@ -194,7 +194,7 @@ class Readings:
         self.newcomers = Newcomers()
         self.source = types.SimpleNamespace(told=0)
         self.daemon = one = object.__new__(daemon.Daemon)
-        one._window = daemon.Window()
+        one._window, one._rested = daemon.Window(), True
         monkeypatch.setattr(one, "config", types.SimpleNamespace(window_ms=20), raising=False)
         monkeypatch.setattr(one, "_engine", self, raising=False)
         monkeypatch.setattr(one, "_events", self, raising=False)
@@ -265,6 +265,69 @@ def test_event_after_a_pause_is_read_by_itself(monkeypatch: pytest.MonkeyPatch) 
         edges.daemon._read_events(edges.now)
     assert edges.limits[-100:] == [1] * 100
     assert edges.daemon._events_at is None
+
+
+def test_events_that_came_in_a_long_turn_are_read_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the turn that lies between two readings then, and says nothing of how many came."""
+    edges = Readings(monkeypatch)
+    edges.events, edges.daemon._rested = 500, False
+    for turn in range(200):
+        edges.now = 100.0 + 0.008 * turn
+        edges.daemon._read_events(edges.now)
+    assert edges.limits == [daemon.EVENTS_PER_TURN] * 200
+
+
+class Datagrams:
+    """A link on which so many wait, and the engine that takes them."""
+
+    is_open, waiting, watched, several = True, False, daemon.READ, False
+
+    def __init__(self, waiting: int) -> None:
+        self.left, self.read_at = waiting, 0.0
+        self.taken: list[int] = []
+
+    def receive(self, limit: int) -> list[tuple[int, bytes]]:
+        count = min(limit, self.left)
+        self.left -= count
+        self.taken.append(count)
+        return [(0, b"datagram")] * count
+
+    def watch(self, _link: object, wanted: int) -> None:
+        self.watched = wanted
+
+    def of_daemon(self, monkeypatch: pytest.MonkeyPatch, rested: bool) -> Any:
+        one = object.__new__(daemon.Daemon)
+        engine = types.SimpleNamespace(receive=lambda *_datagram: None, overloaded=False)
+        for name, part in {"_links": [self], "_rested": rested, "_engine": engine, "_watch": self}.items():
+            monkeypatch.setattr(one, name, part, raising=False)
+        return one
+
+
+@pytest.mark.parametrize(("rested", "taken"), [(True, [1] * 50), (False, [50] + [0] * 49)])
+def test_datagrams_that_came_in_a_long_turn_are_read_together(
+    monkeypatch: pytest.MonkeyPatch, rested: bool, taken: list[int]
+) -> None:
+    link = Datagrams(50)
+    one = link.of_daemon(monkeypatch, rested)
+    for turn in range(50):
+        one._read_link(link, 100.0 + 0.008 * turn)
+    assert link.taken == taken
+
+
+def test_link_that_is_held_back_is_read_ten_times_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The peer would count as dead else, for as long as the kernel is behind."""
+    link = Datagrams(1000)
+    one = link.of_daemon(monkeypatch, rested=False)
+    one._engine.overloaded = True
+    for turn in range(1000):
+        one._watch_link(link, 100.0 + turn / 100)
+        assert link.watched == 0
+    assert 90 <= len(link.taken) <= 101
+    assert set(link.taken) == {1}
+    one._engine.overloaded = False
+    one._watch_link(link, 120.0)
+    assert link.watched == daemon.READ
+    assert len(link.taken) <= 101
 
 
 @pytest.mark.parametrize("active", [True, False])
@@ -466,6 +529,7 @@ def test_every_overrun_doubles_the_event_buffer_up_to_its_bound(
 
     monkeypatch.setattr(daemon, "MAX_EVENT_BUFFER", 5 << 20)
     one = daemon.Daemon.__new__(daemon.Daemon)
+    one._rested = False
     one._engine = Engine()  # type: ignore[assignment]
     one._events = Events()  # type: ignore[assignment]
     one._event_buffer = configured

@@ -256,9 +256,45 @@ def test_what_waits_is_told_though_no_event_comes(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(one, "_engine", engine, raising=False)
     monkeypatch.setattr(one, "_events", types.SimpleNamespace(read=lambda _limit: Changes({}, [], [])), raising=False)
     monkeypatch.setattr(one, "config", types.SimpleNamespace(window_ms=20), raising=False)
-    one._window = daemon.Window()
+    one._window, one._rested = daemon.Window(), False
     one._read_events(5.0)
     assert one._events_at is None
     waiting[13] = rows_of(tcp(1))[13]
     one._read_events(5.0)
     assert one._events_at == pytest.approx(5.02)
+
+
+def test_what_waits_is_told_before_an_active_node_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what the kernel has said since the last reading: if its keepalived stops, too, nobody can tell it later."""
+    sim = Simulation().start()
+    sim.run(3.0)
+    kernel, engine = sim.fw1.kernel, sim.fw1.up
+    held, late = [tcp(port) for port in range(3000, 3010)], [tcp(port) for port in range(4000, 4010)]
+    for flow in held:
+        kernel.open(flow)
+    waiting = kernel.take_events().settled().rows
+    engine.newcomers.waiting = {key_len: dict(table) for key_len, table in waiting.items()}
+    for flow in late:
+        kernel.open(flow)
+    one, sent = object.__new__(daemon.Daemon), []
+    parts = {
+        "_engine": engine,
+        "_sessions": [peer.session for peer in engine.peers],
+        "_events": types.SimpleNamespace(read=lambda _limit: kernel.take_events()),
+        "_notifier": types.SimpleNamespace(stopping=lambda _text: None),
+        "_recorder": types.SimpleNamespace(note=lambda *_note: None, finished=lambda *_note, at_once: ""),
+        "_keep_story": lambda *_story: None,
+        "_flights": types.SimpleNamespace(finish=lambda _patience: None),
+        "_send": lambda datagrams, _now: sent.extend(datagrams[0]),
+        "close": lambda: None,
+    }
+    for name, part in parts.items():
+        monkeypatch.setattr(one, name, part, raising=False)
+    monkeypatch.setattr(daemon.time, "monotonic", lambda: sim.now)
+    one._stop()
+    for datagram in sent:
+        sim.wire.send("fw2", datagram, sim.now, "fw1")
+    sim.fw1.kill()
+    sim.run(1.0)
+    assert {flow.key for flow in held + late} <= {flow.key for flow, _since in sim.fw2.up.external_flows()}
+    assert sim.fw2.up.peers[0].left

@@ -307,6 +307,68 @@ def test_loss_at_random_is_no_failure(loss: float) -> None:
     assert 0 < pair.fw1.paths.status(pair.now)[0]["loss"] < 0.7
 
 
+@pytest.mark.parametrize("cut", ["back", "standby"])
+def test_a_link_that_fails_under_traffic_without_a_pause_is_noticed_as_soon(cut: str) -> None:
+    """As the daemon does it: changes are sent without a look after the session, which comes when it is due."""
+    pair = Linked(2, dead_after_s=0.5)
+    for end in pair.ends.values():
+        end.set_timers(0.05, 0.5)
+    for line in pair.wires:
+        line.delay_s = 0.06  # a round trip is longer than an interval
+    pair.up()
+
+    def busy(seconds: float) -> None:
+        until = pair.now + seconds
+        while pair.now < until:
+            if pair.fw1.credit():
+                pair.fw1.send_block(b"block", 1, pair.now, pair.now)
+            for link, datagrams in pair.fw1.route(pair.fw1.take()):
+                for datagram in datagrams:
+                    pair.wires[link].send("fw2", datagram, pair.now)
+            then = pair.now + 0.01
+            while pair.now < then:
+                due = [then, *(line.next_arrival() for line in pair.wires)]
+                pair.now = max(pair.now + 0.0002, min(due + [e.next_deadline() for e in pair.ends.values()]))
+                for link, line in enumerate(pair.wires):
+                    for to, datagram in line.arrived(pair.now):
+                        pair.ends[to].receive(datagram, pair.now, link)
+                for name, end in pair.ends.items():
+                    if end.next_deadline() <= pair.now:
+                        for link, datagrams in end.route(end.poll(pair.now)):
+                            for datagram in datagrams:
+                                pair.wires[link].send(other(name), datagram, pair.now)
+
+    busy(5.0)
+    failing = 0 if cut == "back" else 1
+    assert [pair.state("fw1", link) for link in (0, 1)] == [UP, UP]
+    if cut == "back":
+        pair.wires[0].deaf = "fw1"
+    else:
+        pair.wires[1].cut = True
+    busy(1.0)
+    assert pair.state("fw1", failing) == DOWN
+    assert pair.state("fw1", 1 - failing) == UP
+
+
+@pytest.mark.parametrize("links", [1, 2])
+def test_shorter_timers_hold_from_the_last_sign_of_life_on(links: int) -> None:
+    pair = Linked(links)
+    for end in pair.ends.values():
+        end.set_timers(10.0, 30.0)
+    pair.run_until(lambda: pair.fw1.established and pair.fw2.established)
+    pair.run(60.0)
+    heard = [end.last_seen for end in pair.ends.values()]
+    pair.run_until(lambda: all(end.last_seen != then for end, then in zip(pair.ends.values(), heard)), 30.0)
+    pair.run(0.3)
+    for end in pair.ends.values():
+        end.set_timers(INTERVAL_S, DEAD_AFTER_S)
+    until = pair.now + 20.0
+    while pair.now < until:
+        pair.run(0.1)
+        assert pair.fw1.alive(pair.now)
+        assert pair.fw2.alive(pair.now)
+
+
 def test_links_of_different_length_do_not_confuse_the_measurement_of_loss() -> None:
     """The probes of a fast standby link overtake the blocks on the slow one: that makes nothing seem lost."""
     pair = Linked()
