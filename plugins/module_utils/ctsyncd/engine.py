@@ -214,7 +214,8 @@ class Engine:
             self.leader = None
         self.cache.end_bulk()
         self._purge_at = None
-        lacks = not (self._informed or self.complete or (first and not self.cold_start))
+        knows = self._informed or self.complete or (first and not self.cold_start)
+        lacks = self.settings.replicate and not knows
         for peer in self.peers:
             peer.side_changed(now)
             if lacks:

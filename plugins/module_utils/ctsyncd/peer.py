@@ -390,7 +390,7 @@ class Peer:
 
     def learn_more(self, now: float) -> None:
         """An active node whose table may lack flows gets them from its peer, once, before it tells its own table."""
-        if not self.learn or not self.established or not self._situation.settings.replicate:
+        if not self.learn or not self.established:
             return
         if now < self._situation.bulks_from:
             self.learn_until = self._situation.bulks_from + LEARN_S

@@ -470,6 +470,22 @@ def test_peer_that_gives_nothing_holds_up_the_own_table_for_a_bounded_time_only(
     sim.converge(sim.fw1, sim.fw2)
 
 
+@pytest.mark.parametrize("booted", [True, False])
+def test_node_with_replication_off_learns_nothing_and_nothing_stays_due(booted: bool) -> None:
+    sim = Simulation()
+    sim.fw1.start(sim.now)  # this one replicates
+    sim.settings = Settings(replicate=False)
+    sim.fw2.booted = booted
+    sim.fw2.role = readiness.ACTIVE if booted else readiness.BACKUP
+    sim.fw2.start(sim.now)
+    sim.run(2.0)
+    sim.move(sim.fw2)
+    sim.run(LEARN_S + 5.0)
+    assert sim.fw1.up.counters["bulks_requested"] == 0
+    assert sim.fw2.up.calm
+    assert sim.fw2.up.next_deadline() > sim.now
+
+
 # --- what keepalived and people are told -----------------------------------------------------------------------------
 
 
