@@ -159,6 +159,11 @@ class Dumps:
         """The table is read, or is about to be."""
         return self.runs(BULK, RECONCILE) or BULK in self._queue or RECONCILE in self._queue
 
+    @property
+    def next_reread(self) -> float | None:
+        """When the table is read again; not known while it is read already."""
+        return None if self.rereading else self.reread_at
+
     def events_lost(self, now: float) -> None:
         """The kernel's table is read again: at once, or later where events go on to be lost."""
         calm = self._lost_at is None or now - self._lost_at > REREAD_MAX_S

@@ -515,13 +515,17 @@ class Engine:
             return []
         return [peer for peer in self.peers if peer.bulk_due and not peer.learn and peer.alive(now)]
 
+    def _to_be_given(self, now: float) -> list[Peer]:
+        """The peers that asked this backup for its table and are heard of."""
+        return [peer for peer in self.peers if peer.give_due and peer.alive(now)]
+
     def _next_dump(self, now: float) -> None:
         dumps = self.dumps
         if dumps.runs(BULK, GIVE):
             self._look_for_stalled(now)
         if not dumps.urgent:  # else it comes to its end first
             if not self.active:
-                if any(peer.give_due for peer in self.peers):
+                if self._to_be_given(now):
                     dumps.want(GIVE)
             elif not self.replicas.busy and now >= self.situation.bulks_from and self._due(now):
                 if self.source.remembers:
@@ -551,7 +555,7 @@ class Engine:
     def _begin_bulk(self, purpose: str, now: float) -> None:
         for prover in self.provers:
             prover.reset(now)
-        due = self._due(now) if purpose == BULK else [peer for peer in self.peers if peer.give_due][:1]
+        due = self._due(now) if purpose == BULK else self._to_be_given(now)[:1]
         if not due:
             self.dumps.stop(purpose)
         elif purpose == BULK:
@@ -566,15 +570,16 @@ class Engine:
             self.counters["bulks_given"] += 1
 
     def _look_for_stalled(self, now: float) -> None:
-        """A dump waits for the slowest peer that it is for; but nobody else waits for that one for long."""
+        """A dump waits for the slowest peer that it is for; but nobody else waits for that one for long, and nothing
+        for one that is gone."""
         stalled = [peer for peer in self.peers if peer.stalled(now)]
         bulking = [peer for peer in self.peers if peer.bulking]
         others = len(stalled) < len(bulking) or any(
             peer not in bulking and (peer.bulk_due or peer.give_due) and peer.alive(now) for peer in self.peers
         )
         reread = self.dumps.reread_at is not None and now >= self.dumps.reread_at and len(self.peers) > 1
-        if stalled and (others or reread):
-            for peer in stalled:
+        for peer in stalled:
+            if others or reread or peer.gone(now):
                 peer.set_back()
                 bulking.remove(peer)
         if not bulking:
@@ -1004,7 +1009,7 @@ class Engine:
 
     def _next_chore(self) -> float:
         deadline = min(self.checker.next_deadline(), *[prover.next_deadline() for prover in self.provers])
-        for moment in (self._purge_at, self.replicas.refused_at, self.dumps.reread_at):
+        for moment in (self._purge_at, self.replicas.refused_at, self.dumps.reread_at and self.dumps.next_reread):
             if moment is not None and moment < deadline:
                 deadline = moment
         if self._flapping and self.situation.bulks_from > self.situation.now:

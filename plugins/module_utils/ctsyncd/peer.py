@@ -26,6 +26,7 @@ from .takeover import timeout_of, untimed
 REQUEST_BULK_AFTER_S = 2.0
 SPLIT_BRAIN_S = 3.0  # both active for longer: not late flows of the former active node any more
 STALLED_S = 1.0  # without room for a bulk, while others wait for theirs
+GONE_S = 5.0  # silent for longer: its bulk does not keep its place, not even if nobody else waits for one
 LEARN_S = 10.0  # how long an active node without a table waits for a sign that its peer gives it one
 LEARN_WITHIN_S = 300.0  # of becoming active; later the peer's table is older than its own
 
@@ -122,6 +123,7 @@ class Peer:
         self.conditions = None
         self.spoke_as = wire.ROLE_UNKNOWN
         self._both_active_since = None
+        self.give_due = False  # it asks again
         self._begin_anew()
         self.tell_conditions(now)
 
@@ -181,6 +183,11 @@ class Peer:
 
     def alive(self, now: float) -> bool:
         return self.session.alive(now)
+
+    def gone(self, now: float) -> bool:
+        """Silent, and not just for a moment, as one is that is very busy."""
+        seen = self.session.last_seen
+        return not self.alive(now) and (seen is None or now - seen > GONE_S)
 
     # --- what is told to it ------------------------------------------------------------------------------------------
 
@@ -261,7 +268,7 @@ class Peer:
         return len(self.pending) < DUMP_ROOM
 
     def set_back(self) -> None:
-        """Its bulk is cut short, for the sake of others, and begins again after theirs."""
+        """Its bulk is cut short and begins again: after those of others, or when it is heard of."""
         self._counters["bulks_set_back"] += 1
         if self._giving is None:
             self.bulk_due = True

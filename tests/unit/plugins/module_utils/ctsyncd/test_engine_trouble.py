@@ -9,9 +9,15 @@ import errno
 
 import pytest
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import constants as k
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import peer as peers
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import readiness
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import SeqAdj, Tuple
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.peer import LEARN_S, SPLIT_BRAIN_S, Peer
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.peer import (
+    GONE_S,
+    LEARN_S,
+    SPLIT_BRAIN_S,
+    Peer,
+)
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.situation import (
     EXTERNAL_CACHE,
     HOT_STANDBY,
@@ -109,6 +115,70 @@ def test_queue_that_overflows_cuts_the_bulk_short_and_another_one_follows() -> N
     sim.turn()
     assert sim.fw1.up.counters["pending_overflows"] >= 1
     sim.fw1.up.peers[0].pending.limit = 100_000
+    sim.converge(sim.fw1, sim.fw2)
+
+
+# --- a bulk that waits -----------------------------------------------------------------------------------------------
+
+
+def in_bulk(monkeypatch: pytest.MonkeyPatch) -> Simulation:
+    """fw1 is in the middle of its bulk for fw2, which gives no credit any more."""
+    monkeypatch.setattr(peers, "DUMP_ROOM", 10)
+    sim = Simulation()
+    opened(sim.fw1, range(1000, 1100))
+    sim.fw1.role = readiness.ACTIVE
+    sim.fw1.start(sim.now)
+    sim.fw2.start(sim.now)
+    sim.run_until(lambda: len(sim.fw2.up.cache) > 10)
+    monkeypatch.setattr(sim.fw1.up.peers[0].session, "credit", lambda: 0)
+    sim.run(0.5)
+    assert sim.fw1.up.dump and not sim.fw1.up.dump_room
+    return sim
+
+
+def test_table_is_read_again_though_a_bulk_waits_for_a_peer_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    sim = in_bulk(monkeypatch)
+    sim.wire.cut = True
+    sim.fw1.kernel.lose_events()
+    opened(sim.fw1, range(2000, 2010))
+    for port in (1001, 1099, 2001):  # fw2 was told of it, was not yet, and never heard of it
+        sim.fw1.kernel.close(tcp(port).key)
+    sim.run(GONE_S + 3.0)
+    assert sim.fw1.up.idle and sim.fw1.up.dumps.reread_at is None
+    sim.fw1.kernel.table[tcp(3001).key] = tcp(3001)  # and without an event
+    sim.fw1.kernel.lose_events()
+    monkeypatch.undo()
+    sim.converge(sim.fw1, sim.fw2)
+    assert len(sim.fw2.kernel.table) == 108
+    assert sim.fw1.up.counters["bulks_set_back"] == 1
+
+
+def test_flush_does_not_wait_for_a_bulk_for_a_peer_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    sim = in_bulk(monkeypatch)
+    sim.fw2.kill()
+    sim.fw1.up.flush_kernel()
+    sim.run(GONE_S + 3.0)
+    assert sim.fw1.up.idle
+    assert not sim.fw1.kernel.table
+
+
+def test_bulk_goes_on_after_a_short_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    sim = in_bulk(monkeypatch)
+    sim.wire.cut = True
+    sim.run(GONE_S - 1.0)
+    monkeypatch.undo()
+    sim.converge(sim.fw1, sim.fw2)
+    assert sim.fw1.up.counters["bulks_set_back"] == 0
+    assert sim.fw1.up.counters["bulks_sent"] == 1
+
+
+def test_reread_that_waits_for_a_bulk_does_not_keep_the_loop_awake(monkeypatch: pytest.MonkeyPatch) -> None:
+    sim = in_bulk(monkeypatch)
+    sim.fw1.kernel.lose_events()
+    sim.run(30.0)  # fw2 is alive, so its bulk keeps its place
+    reread_at = sim.fw1.up.dumps.reread_at
+    assert reread_at is not None and reread_at < sim.now < sim.fw1.up.next_deadline()
+    monkeypatch.undo()
     sim.converge(sim.fw1, sim.fw2)
 
 

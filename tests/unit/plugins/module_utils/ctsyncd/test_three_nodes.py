@@ -11,6 +11,7 @@ import pytest
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import constants as k
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import peer as peers
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import readiness, situation, wire
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.dumps import GIVE
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.expectation import Expectation
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.flow import SeqAdj
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.pending import Encoder, Pending
@@ -180,6 +181,65 @@ def test_bulk_for_a_slow_peer_is_set_back_for_the_others(monkeypatch: pytest.Mon
     assert sim.fw1.up.verdict(sim.now).reasons == ("fw3 does not hold the complete table yet",)
     monkeypatch.undo()
     sim.converge(sim.fw1, sim.fw2, third(sim))
+
+
+def test_healthy_backup_is_compared_though_another_one_died_in_its_bulk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "DUMP_ROOM", 10)
+    sim = Simulation(nodes=3)
+    keys = opened(sim.fw1, range(1000, 1100))
+    sim.fw1.role = readiness.ACTIVE
+    sim.fw1.start(sim.now)
+    sim.fw2.start(sim.now)
+    sim.run_until(lambda: sim.fw2.up.complete)
+    sim.fw1.up.source.doubt()  # so it comes out of the kernel
+    third(sim).start(sim.now)
+    sim.run_until(lambda: third(sim).up.cache.bulk_running)
+    monkeypatch.setattr(sim.fw1.up.peers[1].session, "credit", lambda: 0)
+    third(sim).kill()
+    sim.run(peers.GONE_S + 1.0)
+    lost = tcp(1001).key
+    sim.fw2.up.replicas.cache.take([lost])
+    sim.fw2.up.copies.forget([lost])
+    told = sim.fw2.up.counters["digests_equal"]
+    sim.run(60.0)
+    assert sim.fw2.up.counters["digests_equal"] > told
+    assert sim.fw1.up.counters["audits"] > 0
+    assert lost in sim.fw2.up.cache
+    monkeypatch.undo()
+    third(sim).start(sim.now)
+    sim.converge(sim.fw1, sim.fw2, third(sim))
+    assert third(sim).kernel.table.keys() == keys
+
+
+def test_backup_does_not_wait_for_a_node_that_died_while_it_was_given_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It follows another active node; the dead one gets nothing that it does not ask for again."""
+    monkeypatch.setattr(peers, "DUMP_ROOM", 10)
+    monkeypatch.setattr(peers, "SORTED_PER_TURN", 20)
+    sim = trio()
+    keys = opened(sim.fw1, range(1000, 1100))
+    sim.converge(sim.fw1, sim.fw2, third(sim))
+    sim.fw1.crash()
+    sim.fw1.role = readiness.ACTIVE
+    sim.fw1.start(sim.now)
+    sim.run_until(lambda: sim.fw2.up.dumps.runs(GIVE))
+    monkeypatch.setattr(sim.fw2.up.peers[0].session, "credit", lambda: 0)
+    sim.run(0.1)
+    assert not sim.fw2.up.dump_room
+    sim.fw1.crash()
+    sim.fw1.role = readiness.BACKUP
+    sim.run(peers.GONE_S + 2.0)
+    assert not sim.fw2.up.dumps.wanted
+    sim.move(third(sim))
+    sim.run(5.0)
+    looks = sim.fw2.up.counters["kernel_looks"]
+    sim.run(60.0)
+    assert sim.fw2.up.counters["kernel_looks"] > looks
+    monkeypatch.undo()
+    given = sim.fw2.up.counters["bulks_given"]
+    sim.fw1.start(sim.now)
+    sim.converge(third(sim), sim.fw1, sim.fw2)
+    assert sim.fw2.up.counters["bulks_given"] == given
+    assert sim.fw1.kernel.table.keys() == keys
 
 
 def test_bulk_of_a_new_session_is_for_that_peer_alone() -> None:
