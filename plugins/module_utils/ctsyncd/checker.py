@@ -49,6 +49,7 @@ CONFIRM_S = 3.0  # ... or, where something is to be confirmed
 ANSWER_S = 10.0  # so long an answer is waited for
 REPAIR_S = 5.0  # after a repair in vain, before the next; doubles
 REPAIR_MAX_S = 600.0
+BROKEN_OFF_S = 3600.0  # without anything of a comparison: longer than the largest table is read, with all its rests
 VAIN = 3  # repairs after which it is an alarm
 PATIENCE_S = 60.0  # so long tables may differ before it is one
 WALK = 2_000  # flows of the external cache that are summed up at once ...
@@ -63,8 +64,9 @@ _KEPT_BITS = IPS_SEEN_REPLY | IPS_ASSURED
 class _Comparison:
     """One that comes in.  ``unnamed``: keys of the buckets that the active node has not named."""
 
-    def __init__(self, told: wire.Compare, unnamed: set[bytes], repairs: bool) -> None:
+    def __init__(self, told: wire.Compare, unnamed: set[bytes], repairs: bool, now: float) -> None:
         self.told = told
+        self.heard_at = now
         self.unnamed = unnamed
         self.repairs = repairs
         self.named = 0  # flows that were told, filtered out or not
@@ -217,6 +219,8 @@ class Checker:
             return
         self._counters["digests_differed"] += 1
         self._set(DIFFERS, now)
+        if self._running is not None and now - self._running.heard_at > BROKEN_OFF_S:
+            self._break_off()
         if self._running is not None or now < self._asked_until:
             return
         if self._repaired:
@@ -252,6 +256,7 @@ class Checker:
 
     def states_begin(self, number: int, now: float) -> None:
         self._end_states()
+        self._break_off()  # an active node does not begin an audit while it compares
         if self.able:
             self._states = States(number)
             self._walk = self._replicas.cache.keys()
@@ -312,14 +317,15 @@ class Checker:
             return
         self._end_states()
         repairs = bool(told.flags & wire.COMPARE_REPAIR) and self._compares
-        self._running = _Comparison(told, set(in_buckets(self._replicas.cache.table, told.buckets)), repairs)
+        self._running = _Comparison(told, set(in_buckets(self._replicas.cache.table, told.buckets)), repairs, now)
         self._asked_until = now
         self._progress(now)
 
-    def named(self, flows: int) -> None:
+    def named(self, flows: int, now: float) -> None:
         """A record of the comparison told so many flows."""
         if self._running is not None:
             self._running.named += flows
+            self._running.heard_at = now
 
     def rows(self, key_len: int, rows: Mapping[bytes, bytes], now: float) -> None:
         """Those of a record that this node's filter lets pass."""
@@ -347,14 +353,14 @@ class Checker:
 
     def end(self, number: int, flows: int, now: float) -> None:
         """All was told: so many flows."""
-        running, self._running = self._running, None
-        if running is None or running.told.number != number:
+        running = self._running
+        if running is None or running.told.number != number or flows == wire.COMPARE_BROKEN_OFF:
+            self._break_off()
             return
         if running.named != flows:  # a record could not be sent or read: what is left over may be what it told
-            self._counters["comparisons_incomplete"] += 1
-            if self._verifies(number) and self.verification is not None:
-                self.verification.give_up("a part of what the other node told was lost: ask again")
+            self._break_off(lost=True)
             return
+        self._running = None
         left = [key for key in running.unnamed if key in self._replicas.cache]
         running.found.note(LEFT_OVER, left)
         for kind, count in running.found.counts.items():
@@ -370,6 +376,19 @@ class Checker:
                 self._dumps.want(KERNEL)
             else:
                 self._tell_report(now)
+
+    def _break_off(self, lost: bool = False) -> None:
+        """Of the comparison that comes in, if one does, there is no end: nothing is left over."""
+        running, self._running = self._running, None
+        if running is None:
+            return
+        self._counters["comparisons_incomplete"] += 1
+        if self.verification is None or not self._verifies(running.told.number) or running.told.flags:
+            return
+        if lost:
+            self.verification.give_up("a part of what the other node told was lost: ask again")
+        else:
+            self.verification.give_up("the other node broke it off: ask again")
 
     def _progress(self, now: float) -> None:
         if self.verification is not None:

@@ -643,6 +643,8 @@ class Engine:
         peer.session_up(now)
         if peer is self._predecessor:
             self._predecessor = None
+        if self.active:
+            peer.bulk_due = True
         self.provers[self.peers.index(peer)].reset(now)
         if peer is self.leader:
             self.checker.reset(now)
@@ -651,7 +653,6 @@ class Engine:
         ):
             self.source.forget()
         if self.active:
-            peer.bulk_due = True
             peer.learn_again(now - self.role_since, now)
         elif peer is self.leader:
             self.cache.end_bulk()
@@ -747,13 +748,13 @@ class Engine:
         elif kind == wire.RECORD_COMPARE_ROWS:
             key_len, joined = wire.decode_rows(payload)
             rows = dict(wire.iter_rows(key_len, joined))
-            checker.named(len(joined) // SHAPES[key_len].row)
+            checker.named(len(joined) // SHAPES[key_len].row, now)
             passed = self.filter.passing_rows(key_len, rows)
             checker.rows(key_len, self.filter.selected_rows(key_len, passed), now)
         elif kind == wire.RECORD_COMPARE_FLOW:
             key, value, extras = wire.decode_flow_record(payload)
             flow = unpack(key, value, extras)
-            checker.named(1)
+            checker.named(1, now)
             if self.filter.passes_through(flow) and self.filter.selects(flow):
                 checker.flow(key, value, extras, now)
         elif kind == wire.RECORD_COMPARE_END:

@@ -100,10 +100,22 @@ class Prover:
         self._told = None
         self._digest_at = now + DIGEST_S
         self._wanted.clear()
+        self._break_off(now)
         self._stop()
         if self.verification is not None:
             self.verification.give_up("the whole table is sent, or the session or the role changed: ask again")
             self.verification = None
+
+    def _break_off(self, now: float) -> None:
+        """The peer must not wait for the end of the comparison that runs.  A bulk, a new session or another side say so
+        by themselves."""
+        running, peer = self._running, self._peer
+        if running is None:
+            return
+        if running.repairs:
+            self._repair_at = max(self._repair_at, now + self._dumps.pause(0.0))
+        if self._situation.active and self._source.telling and peer.established and not peer.bulk_due:
+            peer.mark(wire.encode_compare_end(running.wanted.number, wire.COMPARE_BROKEN_OFF), now)
 
     def _stop(self) -> None:
         if self._auditing:
@@ -170,7 +182,7 @@ class Prover:
         others = self._source.states is not None or self._source.touched is not None
         if self._busy or others or self._dumps.wanted:
             return
-        if self._wanted and (not self._wanted[0].flags & wire.COMPARE_REPAIR or now >= self._repair_at):
+        if self._next(now) is not None:
             self.wants = COMPARE
             self._dumps.want(COMPARE)
         elif self._compares and now >= self._audit_at and self._dumps.calm(now, self._audit_at):
@@ -189,9 +201,11 @@ class Prover:
         """Only what cannot wait for the next heartbeat."""
         deadline = float("inf") if self._settle_at is None else self._settle_at
         running = self._running
-        if running is not None and (running.held or running.read_at is not None):
-            first = running.held[0][0] if running.held else running.read_at or 0.0
-            deadline = min(deadline, first + HOLD_S)
+        if running is not None and running.held:
+            if len(self._peer.pending) < DUMP_ROOM:  # else an acknowledgement comes first
+                deadline = min(deadline, running.held[0][0] + HOLD_S)
+        elif running is not None and running.read_at is not None:
+            deadline = min(deadline, running.read_at + HOLD_S)
         return deadline
 
     def describe(self) -> dict[str, Any]:
@@ -226,11 +240,25 @@ class Prover:
 
     def compare(self, wanted: wire.Compare, now: float) -> None:
         """The peer wants these flows to be compared."""
-        refused = not self.able(now) or (wanted.flags & wire.COMPARE_REPAIR and not self._compares)
-        if refused or len(self._wanted) >= REQUESTS:
+        repairs = wanted.flags & wire.COMPARE_REPAIR
+        if not self.able(now) or (repairs and not self._compares):
+            self._counters["comparisons_refused"] += 1
+            return
+        for at, waiting in enumerate(self._wanted):
+            if repairs and waiting.flags == wanted.flags:  # one repair does for both
+                self._wanted[at] = waiting._replace(buckets=waiting.buckets | wanted.buckets)
+                return
+        if len(self._wanted) >= REQUESTS:
             self._counters["comparisons_refused"] += 1
         else:
             self._wanted.append(wanted)
+
+    def _next(self, now: float) -> wire.Compare | None:
+        """The first that need not wait: a repair that pauses lets others pass."""
+        for wanted in self._wanted:
+            if not wanted.flags & wire.COMPARE_REPAIR or now >= self._repair_at:
+                return wanted
+        return None
 
     def verify(self, now: float) -> Verification:
         """Have all flows compared, and nothing repaired."""
@@ -285,8 +313,11 @@ class Prover:
             part = self._audits % parts
             self._unseen = {key for key in announced.table if hash(key) % parts == part}
             self._peer.mark(wire.encode_number(wire.RECORD_STATES_BEGIN, self._number), now)
-        elif self._running is None and self._wanted:
-            wanted = self._wanted.popleft()
+        elif self._running is None:
+            wanted = self._next(now)
+            if wanted is None:
+                return
+            self._wanted.remove(wanted)
             repairs = wanted.flags & wire.COMPARE_REPAIR
             unconfirmed = set(in_buckets(announced.table, wanted.buckets)) if repairs else set()
             self._running = _Comparison(wanted, unconfirmed)
@@ -343,7 +374,12 @@ class Prover:
                 self._dumps.want(COMPARE)
             else:
                 self._counters["comparisons_given_up"] += 1
+                self._break_off(now)
                 self._stop()
+                self._told = None
+                found = self.verification
+                if found is not None and running.wanted.flags & wire.COMPARE_REPORT:
+                    found.give_up("the kernel's table did not hold still: ask again")
             if running.repairs:
                 self._repair_at = now + self._dumps.pause(0.0)
 

@@ -921,6 +921,7 @@ BUCKETS = 1024
 BUCKETS_TOLD = 32  # at most in one record
 COMPARE_REPAIR = 0x01  # the receiver takes what it is told
 COMPARE_REPORT = 0x02  # the receiver answers with REPORT
+COMPARE_BROKEN_OFF = 0xFFFFFFFF  # COMPARE_END, instead of flows named: no end comes, what was told is not all
 
 _DIGEST = struct.Struct("!IQ")
 _COMPARE = struct.Struct("!IB")

@@ -8,7 +8,14 @@ from __future__ import annotations
 from typing import Callable
 
 import pytest
-from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import checker, digest, prover, readiness, wire
+from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import (
+    checker,
+    digest,
+    dumps,
+    prover,
+    readiness,
+    wire,
+)
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd import constants as k
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.rows import pack
 from ansible_collections.ctsync.ha_firewall.plugins.module_utils.ctsyncd.situation import Settings
@@ -220,6 +227,148 @@ def test_comparison_of_which_a_part_is_lost_removes_nothing() -> None:
     checks.begin(told, sim.now)
     checks.end(7, 0, sim.now)  # the same, and it is true that there are none
     assert not sim.fw2.up.cache.table
+
+
+# --- a comparison that comes to no end ---
+
+
+def repairing(sim: Simulation) -> Simulation:
+    """Flows differ in a few buckets, and a repair has begun; neither an audit nor a look at the kernel is near."""
+    corrupt_the_cache(sim)
+    sim.run_until(lambda: sim.fw2.up.checker._running, prover.DIGEST_IDLE_S + 1.0)
+    assert sim.fw1.up.provers[0]._running
+    sim.fw1.up.provers[0]._audit_at = sim.fw2.up.checker._kernel_at = float("inf")
+    return sim
+
+
+def cut_for_a_moment(sim: Simulation) -> None:
+    sim.wire.cut = True
+    sim.run(2.5)
+    sim.heal()
+
+
+def read_for_something_urgent(sim: Simulation) -> None:
+    sim.fw1.up.dumps.want(dumps.LOOSEN)
+
+
+def give_it_up(sim: Simulation) -> None:
+    """The kernel's table did not hold still."""
+    sim.fw1.up.provers[0]._running.restarts = prover.RESTARTS  # type: ignore[union-attr]
+    sim.fw1.up.dump_finished(False, sim.now)
+
+
+@pytest.mark.parametrize("break_off", [cut_for_a_moment, read_for_something_urgent, give_it_up])
+def test_comparison_that_is_broken_off_does_not_keep_the_next_from_mending(
+    break_off: Callable[[Simulation], None],
+) -> None:
+    sim = repairing(pair(flows=600))
+    break_off(sim)
+    sim.run_until(lambda: sim.fw2.up.checker.state == checker.EQUAL, 10.0)
+    assert sim.fw2.up.counters["comparisons_incomplete"] == sim.fw2.up.counters["repairs_done"] == 1
+    assert sim.fw2.up.peers[0].session.counters["sessions"] == 1
+
+
+def test_repair_that_is_broken_off_is_paid_for_before_the_next() -> None:
+    sim = repairing(pair(flows=600))
+    sim.fw1.up.dump_cost(0.2)
+    cut_for_a_moment(sim)
+    assert sim.fw1.up.provers[0]._repair_at > sim.now + 10.0
+
+
+@pytest.mark.parametrize("name", ["fw1", "fw2"])
+def test_verify_that_is_broken_off_says_so(name: str) -> None:
+    sim = pair()
+    asked = sim.nodes[name].up.verify(sim.now)
+    sim.run_until(lambda: sim.fw2.up.checker._running)
+    give_it_up(sim)
+    sim.run_until(lambda: asked.look(sim.now), 3.0)
+    assert asked.reason in (
+        "the other node broke it off: ask again",
+        "the kernel's table did not hold still: ask again",
+    )
+
+
+def read_anew(sim: Simulation) -> None:
+    sim.fw1.up.resync()
+
+
+def restart_the_backup(sim: Simulation) -> None:
+    sim.fw2.kill()
+    sim.fw2.start(sim.now)
+
+
+@pytest.mark.parametrize("bulk", [read_anew, restart_the_backup])
+def test_nothing_is_said_of_a_comparison_where_all_begins_anew(
+    bulk: Callable[[Simulation], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sim = repairing(pair())
+    ends: list[int] = []
+    monkeypatch.setattr(checker.Checker, "end", lambda _self, _number, flows, _now: ends.append(flows))
+    bulk(sim)
+    sim.run(5.0)
+    assert sim.fw2.up.counters["bulks_received"] >= 1
+    assert not ends
+
+
+@pytest.mark.parametrize("silent_s", [0.0, checker.BROKEN_OFF_S])
+def test_older_active_node_that_does_not_say_so_is_not_waited_for(
+    silent_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says so by beginning an audit; and where it does not, there is patience."""
+    monkeypatch.setattr(prover.Prover, "_break_off", lambda _self, _now: None)
+    sim = repairing(pair())
+    read_for_something_urgent(sim)
+    sim.run(10.0)
+    checks = sim.fw2.up.checker
+    assert checks._running
+    if silent_s:
+        checks._running.heard_at -= silent_s
+    else:
+        sim.fw1.up.provers[0]._audit_at = sim.now
+    sim.run_until(lambda: checks.state == checker.EQUAL, 20.0)
+    assert sim.fw2.up.counters["comparisons_incomplete"] == 1
+
+
+def test_comparison_is_waited_for_while_something_of_it_comes() -> None:
+    sim = pair()
+    checks = sim.fw2.up.checker
+    checks.begin(wire.Compare(7, wire.COMPARE_REPAIR, digest.ALL), sim.now)
+    for after in (1, 2):
+        checks.named(1, sim.now + after * checker.BROKEN_OFF_S - 1.0)
+        checks.digest(0, 0, sim.now + after * checker.BROKEN_OFF_S)
+    assert checks._running
+
+
+def test_peer_that_is_slow_does_not_keep_a_comparison_awake(monkeypatch: pytest.MonkeyPatch) -> None:
+    sim = pair()
+    sim.fw1.up.verify(sim.now)
+    proves = sim.fw1.up.provers[0]
+    sim.run_until(lambda: proves._running and proves._running.held)
+    assert proves.next_deadline() <= sim.now + prover.HOLD_S
+    monkeypatch.setattr(prover, "DUMP_ROOM", 0)
+    assert proves.next_deadline() == float("inf")  # what was read waits for an acknowledgement
+    monkeypatch.undo()
+    sim.run_until(lambda: proves._running and proves._running.read_at)
+    proves._running.held.clear()  # type: ignore[union-attr]
+    monkeypatch.setattr(prover, "DUMP_ROOM", 0)
+    assert proves.next_deadline() <= sim.now + prover.HOLD_S  # the end needs no room
+
+
+def test_repair_that_pauses_is_one_and_lets_verify_pass() -> None:
+    sim = pair()
+    proves = sim.fw1.up.provers[0]
+    proves._repair_at = sim.now + 50.0
+    for bucket in range(prover.REQUESTS + 1):
+        proves.compare(wire.Compare(0, wire.COMPARE_REPAIR, frozenset((bucket,))), sim.now)
+    (waits,) = proves._wanted
+    assert waits.buckets == frozenset(range(prover.REQUESTS + 1))
+    assert verified(sim, sim.fw2) == verified(sim, sim.fw1) == {}
+    assert list(proves._wanted) == [waits]
+    proves.compare(wire.Compare(8, 0, digest.ALL), sim.now)
+    proves._repair_at = sim.now
+    assert proves._next(sim.now) is waits  # and no longer
+    sim.run_until(lambda: sim.fw2.up.counters["repairs_done"] == 1, 20.0)
+    assert sim.fw1.up.counters["comparisons_refused"] == 0
 
 
 # --- what cannot be mended ---
