@@ -47,6 +47,11 @@ def counted(daemon: Daemon, name: str) -> int:
     return int(daemon.status()["counters"].get(name, 0))
 
 
+def says(daemon: Daemon, reason: str) -> None:
+    """Wait until this alone is what its verdict says."""
+    wait_for(lambda: daemon.status().get("reasons") == [reason], reason)
+
+
 def same_session(cluster: Cluster) -> None:
     """Neither a new session nor another bulk, on either node."""
     assert [counted(daemon, "sessions") for daemon in (cluster.fw1, cluster.fw2)] == [1, 1]
@@ -88,9 +93,7 @@ def test_a_failing_link_is_left_and_taken_again(lab: Callable[..., Cluster], fau
     during = cluster.session()
     cluster.replicated(cluster.fw1, cluster.fw2)
     for daemon, peer in ((cluster.fw1, "fw2"), (cluster.fw2, "fw1")):
-        # at first perhaps: using eth2, which is left a moment later
-        said = [f"link eth2 to {peer} is down (using eth3)"]
-        wait_for(lambda daemon=daemon, said=said: daemon.status().get("reasons") == said, said[0])  # type: ignore[misc]
+        says(daemon, f"link eth2 to {peer} is down (using eth3)")  # after: using eth2, which is left a moment later
         assert daemon.status()["verdict"] == "DEGRADED"
         assert "the session with" in daemon.log()
     if fault == "down":

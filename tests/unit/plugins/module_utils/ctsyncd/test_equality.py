@@ -253,7 +253,9 @@ def read_for_something_urgent(sim: Simulation) -> None:
 
 def give_it_up(sim: Simulation) -> None:
     """The kernel's table did not hold still."""
-    sim.fw1.up.provers[0]._running.restarts = prover.RESTARTS  # type: ignore[union-attr]
+    running = sim.fw1.up.provers[0]._running
+    assert running is not None
+    running.restarts = prover.RESTARTS
     sim.fw1.up.dump_finished(False, sim.now)
 
 
@@ -349,7 +351,9 @@ def test_peer_that_is_slow_does_not_keep_a_comparison_awake(monkeypatch: pytest.
     assert proves.next_deadline() == float("inf")  # what was read waits for an acknowledgement
     monkeypatch.undo()
     sim.run_until(lambda: proves._running and proves._running.read_at)
-    proves._running.held.clear()  # type: ignore[union-attr]
+    running = proves._running
+    assert running is not None
+    running.held.clear()
     monkeypatch.setattr(prover, "DUMP_ROOM", 0)
     assert proves.next_deadline() <= sim.now + prover.HOLD_S  # the end needs no room
 

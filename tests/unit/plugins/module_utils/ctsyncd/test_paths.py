@@ -60,17 +60,23 @@ class Linked:
     def fw2(self) -> Session:
         return self.ends["fw2"]
 
-    def turn(self, latest: float = float("inf")) -> None:
+    def turn(self, latest: float = float("inf"), as_due: bool = False) -> None:
+        """``as_due``: like the daemon, which looks after a session when that is due, and not in each turn."""
         due = [latest, *(line.next_arrival() for line in self.wires), *(e.next_deadline() for e in self.ends.values())]
         self.now = max(self.now + 0.0005, min(due))
         for link, line in enumerate(self.wires):
             for to, datagram in line.arrived(self.now):
                 self.events[to].extend(self.ends[to].receive(datagram, self.now, link))
         for name, end in self.ends.items():
-            for link, datagrams in end.route(end.poll(self.now)):
-                for datagram in datagrams:
-                    self.sent[name].append((self.now, link, datagram))
-                    self.wires[link].send(other(name), datagram, self.now)
+            if not as_due or end.next_deadline() <= self.now:
+                self.out(name, end.poll(self.now))
+
+    def out(self, name: str, told: list[bytes]) -> None:
+        """What a session gave goes over the links."""
+        for link, datagrams in self.ends[name].route(told):
+            for datagram in datagrams:
+                self.sent[name].append((self.now, link, datagram))
+                self.wires[link].send(other(name), datagram, self.now)
 
     def run(self, seconds: float) -> None:
         end = self.now + seconds
@@ -96,8 +102,12 @@ class Linked:
         end = self.ends[name]
         for _block in range(blocks):
             self.run_until(lambda: end.established and end.credit())
-            end.send_block(self.next_block[name].to_bytes(end.block_bytes, "big"), 1, self.now, self.now)
-            self.next_block[name] += 1
+            self.send(name, end.block_bytes)
+
+    def send(self, name: str, length: int) -> None:
+        """The next block, of so many bytes.  There must be credit."""
+        self.ends[name].send_block(self.next_block[name].to_bytes(length, "big"), 1, self.now, self.now)
+        self.next_block[name] += 1
 
     def blocks(self, name: str) -> list[int]:
         """Those that arrived at a node, in order."""
@@ -321,22 +331,11 @@ def test_a_link_that_fails_under_traffic_without_a_pause_is_noticed_as_soon(cut:
         until = pair.now + seconds
         while pair.now < until:
             if pair.fw1.credit():
-                pair.fw1.send_block(b"block", 1, pair.now, pair.now)
-            for link, datagrams in pair.fw1.route(pair.fw1.take()):
-                for datagram in datagrams:
-                    pair.wires[link].send("fw2", datagram, pair.now)
+                pair.send("fw1", 20)
+            pair.out("fw1", pair.fw1.take())
             then = pair.now + 0.01
             while pair.now < then:
-                due = [then, *(line.next_arrival() for line in pair.wires)]
-                pair.now = max(pair.now + 0.0002, min(due + [e.next_deadline() for e in pair.ends.values()]))
-                for link, line in enumerate(pair.wires):
-                    for to, datagram in line.arrived(pair.now):
-                        pair.ends[to].receive(datagram, pair.now, link)
-                for name, end in pair.ends.items():
-                    if end.next_deadline() <= pair.now:
-                        for link, datagrams in end.route(end.poll(pair.now)):
-                            for datagram in datagrams:
-                                pair.wires[link].send(other(name), datagram, pair.now)
+                pair.turn(then, as_due=True)
 
     busy(5.0)
     failing = 0 if cut == "back" else 1
@@ -458,9 +457,7 @@ def test_a_link_that_shrinks_one_way_is_noticed_though_its_traffic_never_pauses(
         line.longest_to["fw2"] = 1000
     fw1, end = pair.fw1, pair.now + paths.CONFIRM_S + 2.0
     while pair.now < end:
-        number = pair.next_block["fw1"]
-        fw1.send_block(number.to_bytes(20, "big"), 1, pair.now, pair.now)
-        pair.next_block["fw1"] += 1
+        pair.send("fw1", 20)
         pair.run(gap_s)
     assert fw1.paths.payload == 1006 - paths.IPV4_BYTES
     assert pair.fw2.paths.payload == 1400
@@ -480,9 +477,7 @@ def test_a_long_block_that_is_lost_again_and_again_says_that_the_link_shrank(lin
     fw1, begun = pair.fw1, pair.now
     while not pair.next_block["fw1"] or pair.blocks("fw2")[-1:] != [pair.next_block["fw1"] - 1]:
         assert pair.now < begun + 2.0, pair.report()
-        number = pair.next_block["fw1"]
-        fw1.send_block(number.to_bytes(20 if number else fw1.block_bytes, "big"), 1, pair.now, pair.now)
-        pair.next_block["fw1"] += 1
+        pair.send("fw1", 20 if pair.next_block["fw1"] else fw1.block_bytes)
         pair.run(gap_s)
     assert fw1.paths.payload == 1006 - paths.IPV4_BYTES
     assert fw1.counters["parts_sent"] == 2
